@@ -1,0 +1,61 @@
+"""The whole method on a laptop: every stage of the nano pipeline.
+
+Command:   bash launch/quickstart.sh   (runs all the stages with this file)
+Hardware:  2 CPU cores, or whatever accelerator JAX sees.
+Expected:  see docs/nano.md.
+"""
+
+import pathlib
+
+from mgsd_jax import config as c
+
+BASE = str(pathlib.Path(c.__file__).parent / "assets" / "nano_base")
+
+BOARDS = (
+    c.LevelSet("frozenlake", levels=(3, 4), train=1000, val=48, test=100),
+    c.LevelSet("maze", levels=(3, 4), train=1000, val=48, test=100),
+    c.LevelSet("minibehaviour", levels=(5,), train=1500, val=96, test=200),
+)
+
+
+def get_config() -> c.Config:
+    """All stages, float32, on pictures with one visual token a cell."""
+    return c.Config(
+        model=c.ModelConfig(path=BASE, compute_dtype="float32", remat="none"),
+        data=c.DataConfig(
+            boards=BOARDS,
+            picture_size=0,
+            cell_pixels=32,
+            prompt_buckets=(64,),
+            teacher_buckets=(96,),
+            sequence_buckets=(128,),
+            patch_buckets=(100,),
+        ),
+        grounding=c.GroundingConfig(
+            optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05),
+            steps=150,
+            batch_size=64,
+            mixture=(("questions", 0.7), ("plan_from_text", 0.3)),
+            eval_every=50,
+        ),
+        distillation=c.DistillationConfig(
+            optim=c.OptimConfig(lr=5e-4, warmup=0.05),
+            teacher_context="state",
+            sampling=c.SamplingConfig(max_new_tokens=72),
+            token_chunk=1024,
+            steps=150,
+            batch_size=64,
+            eval_every=50,
+            eval_boards=100,
+        ),
+        evaluate=c.EvaluateConfig(
+            models=(
+                ("base", "{model}"),
+                ("grounded", "{workdir}/grounding"),
+                ("distilled", "{workdir}/distillation"),
+            ),
+            sampling=c.SamplingConfig(max_new_tokens=72, temperature=0.0),
+            batch_size=100,
+        ),
+        checkpoint=c.CheckpointConfig(every=50),
+    )

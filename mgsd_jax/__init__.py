@@ -1,0 +1,1 @@
+"""MGSD in JAX: train Qwen3-VL to plan from pictures."""

@@ -1,0 +1,1 @@
+"""Host-side data: processor, positions, batches, sources. Imports no jax."""

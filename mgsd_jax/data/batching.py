@@ -1,0 +1,223 @@
+"""Unpadded sequences to host batches of static shape: padding, masks, targets.
+
+Axes: B batch, M pictures a row, P patches a picture, C patch channels, Q = P / merge^2 merged
+tokens a picture, T tokens. This is the one place that pads: shapes depend on the arguments and on
+the patch bucket of a batch only, and nothing is ever cut off to fit.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.data.positions import place_positions
+from mgsd_jax.data.processor import Encoded
+
+Side = Literal["left", "right"]
+Row = TypeVar("Row")
+
+
+class GroundingBatch(NamedTuple):
+    """Prompts with their answers, for next-token training."""
+
+    inputs: Inputs  # right-padded
+    targets: np.ndarray  # [B, T] int32, the next token; pad_id after the last one
+    loss_mask: np.ndarray  # [B, T] float32, 1 where the target is of the answer, end included
+
+
+class PromptBatch(NamedTuple):
+    """The same states as the student and as the teacher is asked about them."""
+
+    student: Inputs  # left-padded
+    teacher: Inputs  # left-padded
+    row_ids: np.ndarray  # [B] int32, the row's number in the batch of all processes
+
+
+def bucket(n: int, buckets: Sequence[int], *, name: str = "length") -> int:
+    """The smallest of `buckets` that holds n. Raises ValueError where none does."""
+    fitting = [size for size in buckets if size >= n]
+    if not fitting:
+        raise ValueError(
+            f"{name}: got {n}, want at most {max(buckets, default=0)}, the largest bucket; "
+            f"add a bucket of {n} or more: nothing is cut off to fit"
+        )
+    return min(fitting)
+
+
+def pad_rows(rows: Sequence[Row], n: int) -> tuple[list[Row], np.ndarray]:
+    """The rows, the last one repeated up to n, and a mask [n] bool that is True at the real ones.
+
+    For the last batch of an evaluation: pad_rows([a, b], 4) is [a, b, b, b], [1, 1, 0, 0].
+    """
+    if not 0 < len(rows) <= n:
+        raise ValueError(f"rows: got {len(rows)}, want 1 to {n}")
+    return [*rows, *[rows[-1]] * (n - len(rows))], np.arange(n) < len(rows)
+
+
+def to_inputs(
+    rows: Sequence[Encoded],
+    *,
+    length: int,
+    side: Side,
+    pad_id: int,
+    patch_buckets: Sequence[int],
+    max_pictures: int,
+    patch_channels: int | None = None,
+) -> Inputs:
+    """Pad sequences to T = `length` on one side, and their pictures to M = `max_pictures` a row.
+
+    P is the smallest of `patch_buckets` that holds the largest picture. Rows with fewer pictures
+    get zeros. A batch without any has `pictures=None`, or all zeros where `patch_channels` (C) is
+    given and `max_pictures` is not 0: mixed streams keep one shape so. Positions are 0 at padding.
+    Raises ValueError for a row that is too long or has too many pictures, or a picture too large.
+    """
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    positions = np.zeros((3, len(rows), length), np.int32)
+    valid = np.zeros((len(rows), length), bool)
+    next_position = np.empty(len(rows), np.int32)
+    offsets = np.empty(len(rows), np.int64)  # of each row's first token
+    for b, row in enumerate(rows):
+        size = len(row.tokens)
+        if size > length:
+            raise ValueError(
+                f"row {b}: got {size} tokens, want at most {length}; "
+                "raise the length: nothing is cut off to fit"
+            )
+        offsets[b] = length - size if side == "left" else 0
+        span = slice(offsets[b], offsets[b] + size)
+        tokens[b, span] = row.tokens
+        valid[b, span] = True
+        positions[:, b, span], next_position[b] = _positions(row)
+    pictures = _stack_pictures(rows, offsets, length, patch_buckets, max_pictures, patch_channels)
+    return Inputs(tokens, positions, valid, next_position, pictures)
+
+
+def grounding_batch(
+    examples: Sequence[tuple[Encoded, int]],
+    *,
+    lengths: Sequence[int],
+    pad_id: int,
+    patch_buckets: Sequence[int],
+    max_pictures: int,
+    patch_channels: int | None = None,
+) -> GroundingBatch:
+    """Right-padded examples (sequence, length of its prompt), as `encode_example` makes them.
+
+    T is the smallest of `lengths` that holds the longest. Pictures are as in `to_inputs`. Targets are shifted by one: a prompt of 3 tokens and an answer of 2, padded to 6, has
+    loss_mask 0 0 1 1 0 0.
+    """
+    rows = [row for row, _ in examples]
+    inputs = to_inputs(
+        rows,
+        length=bucket(_longest(rows), lengths, name="tokens of an example"),
+        side="right",
+        pad_id=pad_id,
+        patch_buckets=patch_buckets,
+        max_pictures=max_pictures,
+        patch_channels=patch_channels,
+    )
+    targets = np.full_like(inputs.tokens, pad_id)
+    targets[:, :-1] = inputs.tokens[:, 1:]
+    loss_mask = np.zeros(targets.shape, np.float32)
+    for b, (row, prompt_length) in enumerate(examples):
+        if not 0 < prompt_length < len(row.tokens):
+            raise ValueError(
+                f"row {b}: prompt length: got {prompt_length}, want 1 to {len(row.tokens) - 1}"
+            )
+        loss_mask[b, prompt_length - 1 : len(row.tokens) - 1] = 1
+    return GroundingBatch(inputs, targets, loss_mask)
+
+
+def prompt_batch(
+    student: Sequence[Encoded],
+    teacher: Sequence[Encoded],
+    *,
+    student_lengths: Sequence[int],
+    teacher_lengths: Sequence[int],
+    pad_id: int,
+    patch_buckets: Sequence[int],
+    max_pictures: int,
+    first_row: int = 0,
+) -> PromptBatch:
+    """Left-padded student and teacher prompts of the same states, row by row.
+
+    Each side's T is the smallest of its lengths that holds its longest prompt. Row ids count up
+    from `first_row`: with the rows of other processes' batches before it, they are unique.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"rows: got {len(student)} student and {len(teacher)} teacher prompts, want as many"
+        )
+    student_inputs, teacher_inputs = (
+        to_inputs(
+            rows,
+            length=bucket(_longest(rows), lengths, name=f"tokens of a {name} prompt"),
+            side="left",
+            pad_id=pad_id,
+            patch_buckets=patch_buckets,
+            max_pictures=max_pictures,
+        )
+        for name, rows, lengths in (
+            ("student", student, student_lengths),
+            ("teacher", teacher, teacher_lengths),
+        )
+    )
+    row_ids = np.arange(first_row, first_row + len(student), dtype=np.int32)
+    return PromptBatch(student_inputs, teacher_inputs, row_ids)
+
+
+def _longest(rows: Sequence[Encoded]) -> int:
+    return max((len(row.tokens) for row in rows), default=0)
+
+
+def _positions(row: Encoded) -> tuple[np.ndarray, int]:
+    if not row.pictures:
+        return np.arange(len(row.tokens), dtype=np.int32), len(row.tokens)
+    starts = [picture.start for picture in row.pictures]
+    grids = [picture.grid for picture in row.pictures]
+    return place_positions(len(row.tokens), starts, grids, row.pictures[0].merge_size)
+
+
+def _stack_pictures(
+    rows: Sequence[Encoded],
+    offsets: np.ndarray,
+    length: int,
+    patch_buckets: Sequence[int],
+    max_pictures: int,
+    patch_channels: int | None,
+) -> Pictures | None:
+    """Pictures [B, M, P, ...] and slots [B, T] of a batch; None, or zeros, where it has none."""
+    every = [picture for row in rows for picture in row.pictures]
+    most = max((len(row.pictures) for row in rows), default=0)
+    if most > max_pictures:
+        raise ValueError(f"pictures a row: got {most}, want at most {max_pictures}; raise it")
+    if every:
+        patch_channels = every[0].patches.shape[1]
+    elif not max_pictures or patch_channels is None:
+        return None
+    largest = max((len(picture.patches) for picture in every), default=0)
+    size = bucket(largest, patch_buckets, name="patches of a picture")
+    shape = (len(rows), max_pictures, size)
+    pictures = Pictures(
+        patches=np.zeros((*shape, patch_channels), np.float32),
+        valid=np.zeros(shape, bool),
+        interp_index=np.zeros((*shape, 4), np.int32),
+        interp_weight=np.zeros((*shape, 4), np.float32),
+        coords=np.zeros((*shape, 2), np.int32),
+        slots=np.full((len(rows), length), -1, np.int32),
+    )
+    for b, row in enumerate(rows):
+        for m, picture in enumerate(row.pictures):
+            count, unit = len(picture.patches), picture.merge_size**2
+            if size % unit:
+                raise ValueError(f"patch bucket: got {size}, want a multiple of merge^2 = {unit}")
+            pictures.patches[b, m, :count] = picture.patches
+            pictures.valid[b, m, :count] = True
+            pictures.interp_index[b, m, :count] = picture.where.index
+            pictures.interp_weight[b, m, :count] = picture.where.weight
+            pictures.coords[b, m, :count] = picture.where.coords
+            merged, start = count // unit, offsets[b] + picture.start
+            first = m * (size // unit)
+            pictures.slots[b, start : start + merged] = np.arange(first, first + merged)
+    return pictures

@@ -1,0 +1,147 @@
+"""Pictures to patches, by a checkpoint's picture settings.
+
+Axes: P patches, C = 3 * temporal_patch_size * patch_size^2 patch channels.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mgsd_jax.data import files
+from mgsd_jax.data.positions import Grid
+
+# What transformers' Qwen2VLImageProcessor does where its file says nothing.
+DEFAULT_RESCALE = 1 / 255
+DEFAULT_RESAMPLE = Image.Resampling.BICUBIC
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSettings:
+    """How pictures become patches (preprocessor_config.json)."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float
+    resample: int  # a PIL.Image.Resampling
+
+    @property
+    def channels(self) -> int:
+        """C, the numbers in a patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size nearest to a picture's with sides of a multiple of `factor` and pixels in range.
+
+    Raises ValueError for a picture more than 200 times as long as wide. Source: transformers
+    `smart_resize`; the range is tested on the rounded sides, scaled from the exact ones.
+    """
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise ValueError(f"picture: got {height}x{width}, want an aspect ratio of at most 200")
+    rows, columns = (round(side / factor) * factor for side in (height, width))
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, columns = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def cut_patches(pixels: np.ndarray, settings: PictureSettings) -> tuple[np.ndarray, Grid]:
+    """Patches [P, C] float32 of a picture, uint8 [height, width, 3], and its grid.
+
+    C runs over (colour, frame, row, column); the one frame of a picture is repeated in time.
+    Raises ValueError for any other array. Equal to transformers' Qwen2VLImageProcessorPil bit for
+    bit.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"picture: got {pixels.dtype} {pixels.shape}, want uint8 [H, W, 3]")
+    size, merge = settings.patch_size, settings.merge_size
+    height, width = smart_resize(
+        pixels.shape[0],
+        pixels.shape[1],
+        factor=size * merge,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+    )
+    if (height, width) != pixels.shape[:2]:
+        picture = Image.fromarray(pixels)
+        pixels = np.asarray(picture.resize((width, height), Image.Resampling(settings.resample)))
+    rows, columns = height // size, width // size
+    # Bytes are put in order before they grow to floats, and looked up rather than computed.
+    cells = pixels.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+    cells = np.ascontiguousarray(cells.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(3, -1, size * size)
+    patches = np.empty((rows * columns, 3, settings.temporal_patch_size, size * size), np.float32)
+    table = _pixel_table(settings)
+    for colour in range(3):
+        patches[:, colour, 0] = np.take(table[colour], cells[colour], mode="clip")
+    patches[:, :, 1:] = patches[:, :, :1]
+    return patches.reshape(rows * columns, -1), (1, rows, columns)
+
+
+def load_picture_settings(folder: Path) -> PictureSettings:
+    """Settings of a checkpoint folder; ValueError naming file and field, got and want."""
+    # transformers 5 saves a processor as one nested file, and prefers it where both exist.
+    path, settings = folder / "processor_config.json", None
+    if path.exists():
+        settings = files.read_json(path).get("image_processor")
+    if settings is None:
+        path = folder / "preprocessor_config.json"
+        settings = files.read_json(path)
+    for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if switch in settings and settings[switch] is not True:
+            raise ValueError(f"{path}: {switch}: got {settings[switch]!r}, want true or absent")
+    limits = {}
+    for ours, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        # A bare min_pixels or max_pixels overrides the size, as in transformers.
+        bare = settings.get(ours) is not None
+        limits[ours] = files.field(settings, ours if bare else f"size.{edge}", int, path)
+    whole = {
+        name: files.field(settings, name, int, path)
+        for name in ("patch_size", "temporal_patch_size", "merge_size")
+    }
+    for name, value in (limits | whole).items():
+        if value < 1:
+            raise ValueError(f"{path}: {name}: got {value}, want at least 1")
+    rescale, resample = settings.get("rescale_factor"), settings.get("resample")
+    return PictureSettings(
+        **whole,
+        **limits,
+        mean=_three(settings, "image_mean", path),
+        std=_three(settings, "image_std", path),
+        rescale=DEFAULT_RESCALE if rescale is None else float(rescale),
+        resample=DEFAULT_RESAMPLE if resample is None else Image.Resampling(resample),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _pixel_table(settings: PictureSettings) -> np.ndarray:
+    """[3, 256] float32, the normalised value of each byte of each colour."""
+    # The roundings of transformers: product in float64, then float32 for mean and deviation.
+    values = (np.arange(256, dtype=np.float64) * settings.rescale).astype(np.float32)
+    mean, std = (np.array(x, np.float32)[:, None] for x in (settings.mean, settings.std))
+    return (values - mean) / std
+
+
+def _three(settings: Mapping[str, Any], name: str, path: Path) -> tuple[float, float, float]:
+    values = files.field(settings, name, list, path)
+    if len(values) != 3 or not all(isinstance(x, int | float) for x in values):
+        raise ValueError(f"{path}: {name}: got {values!r}, want three numbers")
+    red, green, blue = (float(x) for x in values)
+    return red, green, blue

@@ -1,0 +1,296 @@
+"""Messages to model inputs, by a checkpoint's own tokenizer, chat template and picture settings.
+
+Axes: T tokens, R tokens of an answer, P patches, C patch channels.
+Token ids and patches equal those of transformers' Qwen3VLProcessor with its PIL picture processor,
+bit for bit; the tests compare them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mgsd_jax.data.files import field, read_json
+from mgsd_jax.data.pictures import PictureSettings, cut_patches, load_picture_settings
+from mgsd_jax.data.positions import Grid, Interpolation, find_pictures, interpolation, token_count
+
+Message = Mapping[str, Any]  # {'role': str, 'content': str | list of parts}, as chat templates read
+
+
+class PicturePatches(NamedTuple):
+    """One picture of a sequence, cut into patches."""
+
+    patches: np.ndarray  # [P, C] float32, normalised pixels, merge-block order
+    grid: Grid  # (1, rows, columns) in patches
+    start: int  # index of its first image token in the sequence
+    merge_size: int
+    where: Interpolation  # of each patch
+
+
+class Encoded(NamedTuple):
+    """One unpadded sequence and its pictures, in order."""
+
+    tokens: np.ndarray  # [T] int32
+    pictures: tuple[PicturePatches, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """Everything between messages and model inputs that belongs to a checkpoint."""
+
+    tokenizer: PreTrainedTokenizerFast
+    chat_template: str
+    pictures: PictureSettings
+    table_side: int  # the learned position table is table_side x table_side
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    eos_ids: tuple[int, ...]  # any of them ends a response
+    pad_id: int
+    end_of_turn: str  # what the template writes after an answer, one token, e.g. <|im_end|>
+
+    @property
+    def pad_ids(self) -> tuple[int, ...]:
+        """Placeholders of pictures and videos, which have no meaning in a response."""
+        return self.image_token_id, self.video_token_id
+
+
+def load_processor(folder: str | Path) -> Processor:
+    """Read a checkpoint folder's tokenizer, template, picture settings and token ids.
+
+    Raises ValueError naming the file and field, got and want, where one is missing or broken.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    tokenizer = _load_tokenizer(folder)
+    template = _load_template(folder, tokenizer)
+    eos_ids = _load_eos_ids(folder, config, tokenizer)
+    return Processor(
+        tokenizer=tokenizer,
+        chat_template=template,
+        pictures=load_picture_settings(folder),
+        table_side=_load_table_side(folder, config),
+        eos_ids=eos_ids,
+        pad_id=_load_pad_id(folder, tokenizer),
+        end_of_turn=_find_end_of_turn(tokenizer, template, eos_ids, folder),
+        **{
+            name: _load_token_id(folder, config, tokenizer, name, text)
+            for name, text in (
+                ("image_token_id", "<|image_pad|>"),
+                ("video_token_id", "<|video_pad|>"),
+                ("vision_start_token_id", "<|vision_start|>"),
+                ("vision_end_token_id", "<|vision_end|>"),
+            )
+        },
+    )
+
+
+def encode(
+    processor: Processor, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> Encoded:
+    """Tokens of a conversation under the checkpoint's chat template, and its pictures.
+
+    A message's content is a string or a list of {'type': 'text', 'text': str} and
+    {'type': 'image', 'image': uint8 [height, width, 3]}. Raises ValueError for any other part, and
+    where the rendered text has an image or video token that no picture of the messages stands for.
+    """
+    rendered, arrays = _without_pixels(messages)
+    text = processor.tokenizer.apply_chat_template(
+        rendered,
+        chat_template=processor.chat_template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    tokens = _tokenise(processor, text)
+    if (tokens == processor.video_token_id).any():
+        raise ValueError("messages: got a video token, want text and pictures only")
+    where = np.flatnonzero(tokens == processor.image_token_id)
+    if len(where) != len(arrays):
+        raise ValueError(f"rendered messages: got {len(where)} image tokens, want {len(arrays)}")
+    if not arrays:
+        return Encoded(tokens, ())
+
+    # The template writes one image token a picture; the model reads one a merged patch.
+    settings = processor.pictures
+    cut = [cut_patches(array, settings) for array in arrays]
+    grids = [grid for _, grid in cut]
+    repeats = np.ones(len(tokens), np.int64)
+    repeats[where] = [token_count(grid, settings.merge_size) for grid in grids]
+    tokens = np.repeat(tokens, repeats)
+    starts = find_pictures(
+        tokens, grids, image_token_id=processor.image_token_id, merge_size=settings.merge_size
+    )
+    return Encoded(
+        tokens,
+        tuple(
+            PicturePatches(
+                patches,
+                grid,
+                start,
+                settings.merge_size,
+                interpolation(
+                    grid, merge_size=settings.merge_size, table_side=processor.table_side
+                ),
+            )
+            for (patches, grid), start in zip(cut, starts, strict=True)
+        ),
+    )
+
+
+def encode_answer(processor: Processor, answer: str) -> np.ndarray:
+    """Tokens [R] int32 of an answer and the end of its turn, as a model would sample them."""
+    return _tokenise(processor, answer + processor.end_of_turn)
+
+
+def encode_example(
+    processor: Processor, prompt_messages: Sequence[Message], answer: str
+) -> tuple[Encoded, int]:
+    """A prompt with its generation prefix and then the answer's tokens; and the prompt's length.
+
+    The answer is tokenised by itself, so it cannot merge with the prefix: a rollout could not.
+    """
+    prompt = encode(processor, prompt_messages, add_generation_prompt=True)
+    tokens = np.concatenate([prompt.tokens, encode_answer(processor, answer)])
+    return Encoded(tokens, prompt.pictures), len(prompt.tokens)
+
+
+def decode(processor: Processor, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of tokens, without special ones; ids beyond the tokenizer's own are left out."""
+    return processor.tokenizer.backend_tokenizer.decode(
+        np.asarray(tokens).tolist(), skip_special_tokens=True
+    )
+
+
+def _tokenise(processor: Processor, text: str) -> np.ndarray:
+    backend = processor.tokenizer.backend_tokenizer
+    return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+
+def _without_pixels(
+    messages: Sequence[Message],
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """The messages as a template reads them, and the pictures taken out of them in order."""
+    rendered, arrays = [], []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                if part["type"] == "image":
+                    arrays.append(part["image"])
+                    parts.append({"type": "image"})
+                elif part["type"] == "text":
+                    parts.append({"type": "text", "text": part["text"]})
+                else:
+                    raise ValueError(f"content part: got type {part['type']!r}, want text or image")
+            content = parts
+        rendered.append({"role": message["role"], "content": content})
+    return rendered, arrays
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").exists() or not (folder / "vocab.json").exists():
+        field(read_json(folder / "tokenizer.json"), "model", dict, folder / "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: tokenizer: got {type(tokenizer).__name__}, want a fast one")
+    # A saved file may ask for either, and then long prompts would lose tokens in silence.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _load_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template, from the first of the places in the order of transformers' processor."""
+    legacy, plain = folder / "chat_template.json", folder / "chat_template.jinja"
+    if legacy.exists():
+        return field(read_json(legacy), "chat_template", str, legacy)
+    if plain.exists():
+        return plain.read_text(encoding="utf-8")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{folder}: chat template: got none, want chat_template.jinja, chat_template.json "
+            "or chat_template in tokenizer_config.json"
+        )
+    return template
+
+
+def _load_eos_ids(
+    folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    """Ids that end a response: the generation file's, else the config's, else the tokenizer's."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    text_config = config.get("text_config") or {}
+    for source in (generation, config, text_config):
+        if source.get("eos_token_id") is not None:
+            found = source["eos_token_id"]
+            break
+    else:
+        found = tokenizer.eos_token_id
+    ids = tuple(found) if isinstance(found, list) else (found,)
+    if not ids or not all(type(i) is int for i in ids):
+        raise ValueError(f"{path}: eos_token_id: got {found!r}, want a token id or a list of them")
+    return ids
+
+
+def _load_pad_id(folder: Path, tokenizer: PreTrainedTokenizerFast) -> int:
+    if not isinstance(tokenizer.pad_token_id, int):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: pad_token: got {tokenizer.pad_token!r}, "
+            "want a token of the vocabulary"
+        )
+    return tokenizer.pad_token_id
+
+
+def _find_end_of_turn(
+    tokenizer: PreTrainedTokenizerFast, template: str, eos_ids: tuple[int, ...], folder: Path
+) -> str:
+    """The token that the template writes right after an assistant's answer."""
+    answer = "An answer of the assistant"
+    chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    after = str(text).rpartition(answer)[2]
+    ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
+    if not ids or ids[0] not in eos_ids:
+        raise ValueError(
+            f"{folder}: chat template: got {after!r} after an answer, "
+            f"want it to begin with a token that ends a response, one of {eos_ids}"
+        )
+    return str(tokenizer.convert_ids_to_tokens(ids[0]))
+
+
+def _load_table_side(folder: Path, config: Mapping[str, Any]) -> int:
+    path, name = folder / "config.json", "vision_config.num_position_embeddings"
+    rows = field(config, name, int, path)
+    side = math.isqrt(max(rows, 0))
+    if rows < 1 or side**2 != rows:
+        raise ValueError(f"{path}: {name}: got {rows}, want a positive square")
+    return side
+
+
+def _load_token_id(
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    text: str,
+) -> int:
+    # Twice in a row, since image tokens are repeated after tokenising rather than before.
+    ids = tokenizer.backend_tokenizer.encode(text + text, add_special_tokens=False).ids
+    if len(ids) != 2 or ids[0] != ids[1]:
+        raise ValueError(f"{folder}: tokenizer: {text}: got ids {ids} for two, want one id twice")
+    if name in config and config[name] != ids[0]:
+        raise ValueError(
+            f"{folder / 'config.json'}: {name}: got {config[name]}, want the tokenizer's {ids[0]}"
+        )
+    return ids[0]

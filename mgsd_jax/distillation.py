@@ -1,0 +1,199 @@
+"""Stage 2, distillation: the student answers from the picture, and moves to what the teacher, who
+reads the same board as text, would have said at every one of the student's own tokens.
+
+Axes: B rollouts, R response tokens, D width, V vocabulary.
+"""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgsd_jax import evaluate, loading, losses, optimizer, sampler, stage, trainable, tree
+from mgsd_jax import config as config_lib
+from mgsd_jax.batch import Inputs
+from mgsd_jax.config import Config, DistillationConfig
+from mgsd_jax.data import sources
+from mgsd_jax.data.batching import PromptBatch
+from mgsd_jax.metrics import Mean
+from mgsd_jax.model import qwen3vl
+from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.sampler import Rollout
+from mgsd_jax.token_stats import TokenStats
+
+
+class DistillationBatch(NamedTuple):
+    """Prompts of both readers, and the student's responses."""
+
+    student: Inputs
+    teacher: Inputs
+    tokens: jax.Array  # [B, R] int32
+    mask: jax.Array  # [B, R] float32, 1 through the first end token
+
+
+BATCH_AXES = DistillationBatch(stage.INPUT_AXES, stage.INPUT_AXES, tokens=0, mask=0)
+
+
+def loss_config(settings: DistillationConfig) -> losses.DistillLossConfig:
+    """The settings of the loss; 'sampled_reverse_kl' has its own function and no divergence."""
+    is_jsd = settings.objective == "jsd"
+    return losses.DistillLossConfig(
+        objective="reverse_kl"
+        if settings.objective == "sampled_reverse_kl"
+        else settings.objective,
+        jsd_teacher_weight=settings.jsd_teacher_weight if is_jsd else None,
+        forward_kl_mix=settings.forward_kl_mix,
+        token_chunk=settings.token_chunk,
+        token_kl_cap=settings.token_kl_cap or None,
+    )
+
+
+def response_hidden(
+    model: Qwen3VL, variables: Any, prompt: Inputs, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Hidden states [B * R, D] that predict each response token after this prompt."""
+    inputs = qwen3vl.append_response(prompt, tokens, mask > 0)
+    hidden = model.apply(variables, inputs, method="hidden")
+    hidden = losses.response_hidden(hidden, prompt.tokens.shape[1], tokens.shape[1])
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def loss_fn(
+    trained: Any,
+    frozen: Any,
+    teacher_params: Any,
+    batch: DistillationBatch,
+    *,
+    student: Qwen3VL,
+    teacher: Qwen3VL,
+    settings: DistillationConfig,
+    vocab_mask: jax.Array,
+) -> tuple[jax.Array, jax.Array, TokenStats]:
+    """Summed divergence over the response tokens in nats, their number, and statistics [B, R]."""
+    variables = tree.combine(trained, frozen)
+    students = response_hidden(student, variables, batch.student, batch.tokens, batch.mask)
+    teachers = jax.lax.stop_gradient(
+        response_hidden(
+            teacher, {"params": teacher_params}, batch.teacher, batch.tokens, batch.mask
+        )
+    )
+    weights = batch.mask.reshape(-1)
+    is_sampled = settings.objective == "sampled_reverse_kl"
+    divergence = losses.sampled_reverse_kl if is_sampled else losses.reverse_kl
+    loss, stats = divergence(
+        students,
+        qwen3vl.head(variables["params"]),
+        teachers,
+        qwen3vl.head(teacher_params),
+        weights,
+        config=loss_config(settings),
+        targets=batch.tokens.reshape(-1),
+        vocab_mask=vocab_mask,
+    )
+    return loss, weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats)
+
+
+def run(config: Config, workdir: str) -> None:
+    """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
+    settings = config.distillation
+    folder = pathlib.Path(workdir) / "distillation"
+    stage.claim(folder, config, ("model", "data", "distillation", "seed"))
+
+    # The student, the part of it that learns, and the frozen teacher.
+    student = loading.load(settings.student, config, workdir)
+    teacher = loading.load(settings.teacher, config, workdir)
+    trained, frozen = trainable.split(
+        student.params, settings.optim, settings.lora, jax.random.key(config.seed)
+    )
+    loading.write_source(
+        folder,
+        student,
+        weights=config_lib.resolve(settings.student, config, workdir),
+        lora_config=settings.lora,
+        is_complete=not frozen,
+        metric="val/success",
+    )
+
+    # Prompts of the training boards; a fixed set of validation boards to plan on.
+    encoder = stage.encoder(config, student.processor)
+    loader = sources.prompt_loader(
+        stage.boards(config, workdir, "train"),
+        encoder,
+        context=settings.teacher_context,
+        batch_size=settings.batch_size,
+        rollouts=settings.rollouts,
+        seed=config.seed,
+    )
+    held_out = evaluate.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
+
+    # Two programs a step: sample; then teacher, student, gradient and update in one.
+    banned = student.processor.pad_ids
+    rollout = sampler.make_rollout(
+        student.model,
+        sampler.Sampling(**config_lib.to_dict(settings.sampling)),
+        eos_ids=student.processor.eos_ids,
+        banned_ids=banned,
+        pad_id=student.processor.pad_id,
+    )
+    answer = evaluate.make_answerer(student.model, encoder, config.evaluate)
+    vocab = student.model.config.text.vocab_size
+    vocab_mask = ~np.isin(np.arange(vocab), banned)
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+
+    def update(
+        state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
+    ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
+        def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
+            return loss_fn(
+                trained,
+                frozen,
+                teacher_params,
+                batch,
+                student=student.model,
+                teacher=teacher.model,
+                settings=settings,
+                vocab_mask=vocab_mask,
+            )
+
+        grads, loss, stats = optimizer.accumulate(
+            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+        )
+        state, norms = optimizer.update(state, grads, tx)
+        return state, {"loss": loss, **norms}, stats
+
+    update = jax.jit(update, donate_argnums=0)
+    rng = jax.random.key(config.seed)
+    state = optimizer.init(trained, tx)
+
+    with stage.opened(
+        folder, config, state, loader, metric="val/success", steps=settings.steps
+    ) as session:
+        state = session.state
+        for step in range(session.start, settings.steps):
+            with session.timers.phase("data"):
+                prompts = next(loader)
+            with session.timers.phase("rollout"):
+                variables = tree.combine(state.params, frozen)
+                sampled = rollout(
+                    variables,
+                    prompts.batch.student,
+                    jax.random.fold_in(rng, step),
+                    prompts.batch.row_ids,
+                )
+                tokens, mask = jax.device_get((sampled.tokens, sampled.mask))
+            batch = DistillationBatch(
+                prompts.batch.student, prompts.batch.teacher, sampled.tokens, sampled.mask
+            )
+            state, measured, stats = update(state, frozen, teacher.params, batch)
+            # The host scores the rollouts while the device works on the update.
+            responses = evaluate.decode_rows(student.processor, tokens, mask)
+            measured |= evaluate.rollout_metrics(prompts.boards, responses, sampled)
+            measured |= evaluate.token_metrics(student.processor, tokens, mask, stats)
+            if stage.is_due(step + 1, settings.eval_every, settings.steps):
+                with session.timers.phase("validation"):
+                    rows = answer(tree.combine(state.params, frozen), held_out, "picture")
+                    measured |= evaluate.validation_metrics(rows)
+            session.finish_step(step + 1, state, measured)

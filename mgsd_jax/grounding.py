@@ -1,0 +1,105 @@
+"""Stage 1, grounding: supervised records teach the model to read a board off its picture.
+
+Axes: B batch, T tokens, D width.
+"""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgsd_jax import checkpoint, loading, losses, metrics, optimizer, stage, trainable, tree
+from mgsd_jax import config as config_lib
+from mgsd_jax.config import Config
+from mgsd_jax.data import sources
+from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.metrics import Mean
+from mgsd_jax.model import qwen3vl
+from mgsd_jax.model.qwen3vl import Qwen3VL
+
+BATCH_AXES = stage.batch_axes(GroundingBatch)
+
+
+def loss_fn(
+    trained: Any, frozen: Any, batch: GroundingBatch, *, model: Qwen3VL, token_chunk: int
+) -> tuple[jax.Array, jax.Array, dict[str, Mean]]:
+    """Summed cross-entropy of the answers' tokens in nats, their number, and summed metrics."""
+    variables = tree.combine(trained, frozen)
+    hidden = model.apply(variables, batch.inputs, method="hidden")
+    weights = batch.loss_mask.reshape(-1)
+    loss, stats = losses.token_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        qwen3vl.head(variables["params"]),
+        batch.targets.reshape(-1),
+        weights,
+        token_chunk=token_chunk,
+    )
+    count = weights.sum()
+    return loss, count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)}
+
+
+def run(config: Config, workdir: str) -> None:
+    """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
+    settings = config.grounding
+    folder = pathlib.Path(workdir) / "grounding"
+    is_main = jax.process_index() == 0
+    stage.claim(folder, config, ("model", "data", "grounding", "seed"), is_main=is_main)
+
+    # The model, and which part of it learns.
+    student = loading.load(settings.student, config, workdir)
+    trained, frozen = trainable.split(
+        student.params, settings.optim, settings.lora, jax.random.key(config.seed)
+    )
+    loading.write_source(
+        folder,
+        student,
+        weights=config_lib.resolve(settings.student, config, workdir),
+        lora_config=settings.lora,
+        is_complete=not frozen,
+        metric="val/loss",
+    )
+
+    # Records from the training boards, and fixed ones from the validation boards.
+    encoder = stage.encoder(config, student.processor)
+    options = {"mixture": settings.mixture, "batch_size": settings.batch_size}
+    loader = sources.grounding_loader(
+        stage.boards(config, workdir, "train"), encoder, seed=config.seed, **options
+    )
+    validation = sources.grounding_loader(
+        stage.boards(config, workdir, "val"), encoder, seed=config.seed + 1, **options
+    )
+    held_out = [next(validation) for _ in range(settings.eval_batches)]
+
+    # One jitted update, its state donated.
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+    loss_of = stage.partial(loss_fn, model=student.model, token_chunk=1024)
+
+    def update(
+        state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
+    ) -> tuple[optimizer.TrainState, dict[str, Any]]:
+        def microbatch_loss(trained: Any, batch: GroundingBatch) -> Any:
+            return loss_of(trained, frozen, batch)
+
+        grads, loss, sums = optimizer.accumulate(
+            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+        )
+        state, norms = optimizer.update(state, grads, tx)
+        return state, {"loss": loss, **sums, **norms}
+
+    update = jax.jit(update, donate_argnums=0)
+    validate = jax.jit(loss_of)
+    state = optimizer.init(trained, tx)
+
+    with stage.opened(folder, config, state, loader, "val/loss", settings.steps) as session:
+        state = session.state
+        for step in range(session.start, settings.steps):
+            with session.timers.phase("data"):
+                batch = next(loader)
+            state, measured = update(state, frozen, batch)
+            if stage.is_due(step + 1, settings.eval_every, settings.steps):
+                sums = [validate(state.params, frozen, b)[:2] for b in held_out]
+                measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, w in sums))
+            session.finish_step(step + 1, state, measured)

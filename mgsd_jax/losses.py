@@ -1,0 +1,441 @@
+"""Losses of both stages, fused with the output head: no array of [N, V] is ever held.
+
+Axes: B batch, S sequence, R response tokens, N tokens of all rows together, V vocabulary,
+D model width (`Dt` the teacher's). Tokens are packed (those not counted are left out, so padding
+costs no head matmul), taken `token_chunk` at a time, and their gradient is formed in the same pass
+as their loss: four head matmuls instead of six, and no logits kept for the backward pass. Hence
+`weights` must already hold every factor of the loss, its normaliser included: after the gradient
+of the head is summed over tokens no token can be reweighted.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mgsd_jax import token_stats as tokens_math
+from mgsd_jax.token_stats import Distribution, TargetStats, TokenStats
+
+# (config, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
+ChunkLoss = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillLossConfig:
+    """Which divergence of student p and teacher q is minimised, and how it is computed."""
+
+    objective: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    jsd_teacher_weight: float | None = None  # in (0, 1): the teacher's share of the mixture
+    forward_kl_mix: float = 0.0  # in [0, 1): (1 - mix) reverse + mix forward
+    loss_temperature: float = 1.0  # divides both logits; no factor of its square
+    token_chunk: int = 1024  # tokens whose logits are held at once
+    token_kl_cap: float | None = None  # nats; above it a token's gradient is scaled by cap / loss
+    train_head: bool = True  # False: the student's head gets no gradient
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("reverse_kl", "forward_kl", "jsd"):
+            raise ValueError(f"objective: got {self.objective!r}, want reverse_kl|forward_kl|jsd")
+        weight = self.jsd_teacher_weight
+        if self.objective == "jsd" and (weight is None or not 0.0 < weight < 1.0):
+            # The ends are no KL: the divergence vanishes there (so did TRL's and EasyDeL's betas).
+            raise ValueError(f"jsd_teacher_weight: got {weight}, want inside (0, 1), ends excluded")
+        if self.objective != "jsd" and weight is not None:
+            raise ValueError(f"jsd_teacher_weight: got {weight}, want None for {self.objective}")
+        if not 0.0 <= self.forward_kl_mix < 1.0:
+            raise ValueError(f"forward_kl_mix: got {self.forward_kl_mix}, want inside [0, 1)")
+        if self.forward_kl_mix > 0.0 and self.objective != "reverse_kl":
+            raise ValueError(f"forward_kl_mix: got objective {self.objective}, want reverse_kl")
+        if self.loss_temperature <= 0.0:
+            raise ValueError(f"loss_temperature: got {self.loss_temperature}, want > 0")
+        if self.token_chunk < 1:
+            raise ValueError(f"token_chunk: got {self.token_chunk}, want >= 1")
+        if self.token_kl_cap is not None and self.token_kl_cap <= 0.0:
+            raise ValueError(f"token_kl_cap: got {self.token_kl_cap}, want None or > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyClip:
+    """PPO's clip with a dual bound; defaults as upstream (`workers/actor/config.py`)."""
+
+    low: float = 0.2
+    high: float = 0.3
+    dual: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.low < 1.0 and self.high >= 0.0 and self.dual > 1.0):
+            raise ValueError(f"clip: got {self}, want 0 <= low < 1, high >= 0, dual > 1")
+
+
+def token_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    token_chunk: int,
+) -> tuple[jax.Array, TargetStats]:
+    """sum_t w_t * -log p(target_t) as a float32 scalar, and statistics [N] of every target.
+
+    hidden [N, D], head [V, D], targets [N] int32, weights [N] float32. Gradients go to hidden and
+    head only; the head's is skipped where it is not asked for. Rows of weight 0 are not read:
+    their hidden may be NaN and their target anything. Raises ValueError where shapes disagree.
+    """
+    _check_rows(hidden.shape[0], targets=targets, weights=weights)
+    _check_head("head", hidden, head)
+    if token_chunk < 1:
+        raise ValueError(f"token_chunk: got {token_chunk}, want >= 1")
+    spec = _FusedSpec(_cross_entropy_chunk, None, token_chunk, True)
+    loss, stats = _fused(spec, hidden, head, weights, weights != 0, targets, None)
+    return loss, jax.tree.map(jax.lax.stop_gradient, stats)
+
+
+def reverse_kl(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    weights: jax.Array,
+    *,
+    config: DistillLossConfig,
+    targets: jax.Array,
+    vocab_mask: jax.Array | None = None,
+    valid: jax.Array | None = None,
+) -> tuple[jax.Array, TokenStats]:
+    """sum_t w_t L_t over the whole vocabulary (float32 scalar), and statistics [N] of every token.
+
+    L_t is KL(student || teacher) or what `config.objective` names. student_hidden [N, D],
+    student_head [V, D], teacher_hidden [N, Dt], teacher_head [V, Dt], weights [N] float32 with the
+    global normaliser inside, targets [N] int32 (the sampled tokens, for statistics alone),
+    vocab_mask [V] True where a token may be chosen at all (applied to both distributions), valid
+    [N] True where statistics are wanted although the weight is 0 (default: weights != 0; other
+    rows are not read, so they may be NaN, and report 0). Gradients go to the student only. Raises
+    ValueError where shapes disagree, the two vocabularies' sizes above all.
+    """
+    return _distill(
+        _divergence_chunk,
+        config,
+        config,
+        (student_hidden, student_head, teacher_hidden, teacher_head, weights),
+        {"targets": targets},
+        vocab_mask,
+        valid,
+    )
+
+
+def sampled_reverse_kl(
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    weights: jax.Array,
+    *,
+    config: DistillLossConfig,
+    targets: jax.Array,
+    vocab_mask: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    clip: PolicyClip | None = None,
+    advantage_clip: float | None = None,
+    old_logprobs: jax.Array | None = None,
+) -> tuple[jax.Array, TokenStats]:
+    """Reverse KL of the sampled token alone, as a policy gradient: upstream's objective.
+
+    With A = log q(y) - log p(y), not differentiated, the loss is -A * p(y)/p_old(y): its gradient
+    at p = p_old is that of `reverse_kl` in expectation over y ~ p. advantage_clip bounds |A| in
+    nats; clip bounds the ratio, and acts only where old_logprobs [N] (of the weights that sampled;
+    default: the current ones) differ from the current. Source: upstream `core_algos.py`
+    compute_policy_loss, `ray_trainer.py` advantage. Everything else is as in `reverse_kl`.
+    """
+    if config.objective != "reverse_kl" or config.forward_kl_mix or config.token_kl_cap is not None:
+        raise ValueError(f"config: got {config}, want objective reverse_kl without mix or cap")
+    if advantage_clip is not None and advantage_clip <= 0.0:
+        raise ValueError(f"advantage_clip: got {advantage_clip}, want None or > 0")
+    rows = {"targets": targets}
+    if old_logprobs is not None:
+        rows["old_logprobs"] = jax.lax.stop_gradient(old_logprobs)
+    return _distill(
+        _sampled_chunk,
+        (config, clip, advantage_clip),
+        config,
+        (student_hidden, student_head, teacher_hidden, teacher_head, weights),
+        rows,
+        vocab_mask,
+        valid,
+    )
+
+
+def response_hidden(hidden: jax.Array, prompt_length: int, response_length: int) -> jax.Array:
+    """The hidden states [B, R, D] that predict the response, out of hidden [B, S, D].
+
+    The state at position t predicts token t + 1, so row 0 is the last prompt token's and the last
+    response token's is left out. Prompts are left-padded to prompt_length.
+    """
+    first, last = prompt_length - 1, prompt_length - 1 + response_length
+    if first < 0 or last > hidden.shape[1]:
+        raise ValueError(
+            f"response: got prompt_length {prompt_length} and response_length {response_length}, "
+            f"want positions {first}..{last - 1} inside a sequence of {hidden.shape[1]}"
+        )
+    return hidden[:, first:last]
+
+
+# ------------------------------------------------------------------------------- one chunk's loss
+
+
+def _cross_entropy_chunk(
+    _: None, logits: jax.Array, targets: jax.Array, __: None
+) -> tuple[jax.Array, TargetStats, jax.Array]:
+    return tokens_math.cross_entropy_tokens(logits, targets)
+
+
+def _divergence_chunk(
+    config: DistillLossConfig, logits: jax.Array, rows: dict[str, jax.Array], shared: Any
+) -> tuple[jax.Array, TokenStats, jax.Array]:
+    p, q = _distributions(config, logits, rows, shared)
+    stats = tokens_math.token_stats(p, q, rows["targets"])
+    if config.objective == "jsd":
+        assert config.jsd_teacher_weight is not None
+        loss, gradient = tokens_math.jsd_tokens(p, q, config.jsd_teacher_weight)
+    elif config.objective == "forward_kl":
+        loss, gradient = tokens_math.forward_kl_tokens(p, q)
+    else:
+        loss, gradient = tokens_math.reverse_kl_tokens(p, q)
+    if config.forward_kl_mix > 0.0:
+        forward, forward_gradient = tokens_math.forward_kl_tokens(p, q)
+        mix = config.forward_kl_mix
+        loss = (1.0 - mix) * loss + mix * forward
+        gradient = (1.0 - mix) * gradient + mix * forward_gradient
+    if config.token_kl_cap is not None:
+        over = loss > config.token_kl_cap
+        scale = jnp.where(over, config.token_kl_cap / jnp.where(over, loss, 1.0), 1.0)
+        loss, gradient = loss * scale, gradient * scale[:, None]
+        stats = stats._replace(clipped=over.astype(jnp.float32))
+    return loss, stats, gradient / config.loss_temperature
+
+
+def _sampled_chunk(
+    settings: tuple[DistillLossConfig, PolicyClip | None, float | None],
+    logits: jax.Array,
+    rows: dict[str, jax.Array],
+    shared: Any,
+) -> tuple[jax.Array, TokenStats, jax.Array]:
+    config, clip, advantage_clip = settings
+    p, q = _distributions(config, logits, rows, shared)
+    stats = tokens_math.token_stats(p, q, rows["targets"])
+    advantage = stats.teacher_logprob - stats.student_logprob
+    clipped = jnp.zeros_like(advantage, dtype=bool)
+    if advantage_clip is not None:
+        clipped = jnp.abs(advantage) > advantage_clip
+        advantage = jnp.clip(advantage, -advantage_clip, advantage_clip)
+    ratio = jnp.ones_like(advantage)
+    if "old_logprobs" in rows:
+        ratio = jnp.exp(stats.student_logprob - rows["old_logprobs"])
+    loss, slope = -advantage * ratio, -advantage * ratio  # slope: d loss / d log p(y)
+    if clip is not None:
+        bounded = -advantage * jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
+        stopped = bounded > loss
+        loss = jnp.maximum(loss, bounded)
+        ceiling = -advantage * clip.dual
+        over = (advantage < 0.0) & (ceiling < loss)
+        loss = jnp.where(over, ceiling, loss)
+        slope = jnp.where(stopped | over, 0.0, slope)
+        clipped = clipped | stopped | over
+    gradient = slope[:, None] * tokens_math.logprob_gradient(p, rows["targets"])
+    stats = stats._replace(clipped=clipped.astype(jnp.float32))
+    return loss, stats, gradient / config.loss_temperature
+
+
+def _distributions(
+    config: DistillLossConfig, logits: jax.Array, rows: dict[str, jax.Array], shared: Any
+) -> tuple[Distribution, Distribution]:
+    teacher_head, vocab_mask = shared
+    teacher_logits = _logits(rows["teacher_hidden"], teacher_head)
+    scale = 1.0 / config.loss_temperature
+    p = tokens_math.distribution(logits * scale, vocab_mask)
+    return p, tokens_math.distribution(teacher_logits * scale, vocab_mask)
+
+
+# ------------------------------------------------------------------ the fused, chunked custom VJP
+
+
+@dataclasses.dataclass(frozen=True)
+class _FusedSpec:
+    """The static half of a fused loss."""
+
+    chunk_loss: ChunkLoss
+    settings: Any  # handed to chunk_loss
+    token_chunk: int
+    train_head: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    spec: _FusedSpec,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    counted: jax.Array,
+    rows: Any,
+    shared: Any,
+) -> tuple[jax.Array, Any]:
+    """(sum_t w_t L_t, statistics); without differentiation no gradient matmul is done."""
+    loss, stats, _, _ = _run(spec, hidden, head, weights, counted, rows, shared, False, False)
+    return loss, stats
+
+
+def _fused_forward(
+    spec: _FusedSpec, hidden: Any, head: Any, weights: Any, counted: Any, rows: Any, shared: Any
+) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
+    train_head = spec.train_head and head.perturbed
+    value = partial(jax.tree.map, lambda x: x.value, is_leaf=lambda x: hasattr(x, "perturbed"))
+    hidden, head, weights, counted, rows, shared = map(
+        value, (hidden, head, weights, counted, rows, shared)
+    )
+    loss, stats, d_hidden, d_head = _run(
+        spec, hidden, head, weights, counted, rows, shared, True, train_head
+    )
+    # The head itself rides along for its dtype only where a gradient is due.
+    d_head = None if d_head is None else d_head.astype(head.dtype)
+    return (loss, stats), (d_hidden, d_head)
+
+
+def _fused_backward(_: _FusedSpec, residuals: tuple[Any, Any], cotangents: Any) -> tuple:
+    d_hidden, d_head = residuals
+    scale = cotangents[0]  # the statistics carry no gradient
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        return (None,) * 6
+    d_head = None if d_head is None else (d_head * scale).astype(d_head.dtype)
+    return ((d_hidden * scale).astype(d_hidden.dtype), d_head, None, None, None, None)
+
+
+_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
+
+
+def _run(
+    spec: _FusedSpec,
+    hidden: jax.Array,
+    head: jax.Array,
+    weights: jax.Array,
+    counted: jax.Array,
+    rows: Any,
+    shared: Any,
+    train_hidden: bool,
+    train_head: bool,
+) -> tuple[jax.Array, Any, jax.Array | None, jax.Array | None]:
+    """(loss, statistics, d_hidden [N, D] or None, d_head [V, D] float32 or None)."""
+    kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
+
+    def step(d_head: jax.Array | None, picked: Any) -> tuple[jax.Array | None, Any]:
+        chunk_hidden, chunk_weights, chunk_rows = picked
+        loss, stats, d_logits = spec.chunk_loss(
+            spec.settings, _logits(chunk_hidden, kernel), chunk_rows, shared
+        )
+        # A select and not a product: a row counted for its statistics alone may hold a NaN.
+        live = (chunk_weights != 0)[:, None]
+        loss = jnp.where(live[:, 0], loss * chunk_weights, 0.0)
+        if not train_hidden:
+            return None, (loss, stats, None)
+        d_logits = jnp.where(live, d_logits * chunk_weights[:, None], 0.0).astype(hidden.dtype)
+        d_hidden = jnp.einsum("NV,VD->ND", d_logits, kernel, preferred_element_type=jnp.float32)
+        if d_head is not None:
+            chunk_hidden = jnp.where(live, chunk_hidden, 0)
+            d_head = d_head + jnp.einsum(
+                "NV,ND->VD", d_logits, chunk_hidden, preferred_element_type=jnp.float32
+            )
+        return d_head, (loss, stats, d_hidden.astype(hidden.dtype))
+
+    d_head = jnp.zeros(head.shape, jnp.float32) if train_head else None
+    d_head, (losses, stats, d_hidden) = _over_packed_chunks(
+        step, d_head, (hidden, weights.astype(jnp.float32), rows), counted, spec.token_chunk
+    )
+    return jnp.sum(losses), stats, d_hidden, d_head
+
+
+def _over_packed_chunks(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    rows: Any,
+    counted: jax.Array,
+    token_chunk: int,
+) -> tuple[Any, Any]:
+    """Calls step(carry, chunk of rows) for the counted [N] rows alone; outputs are [N] again.
+
+    Rows are gathered by the index of the counted ones, so the loop is as short as their number,
+    not N, asks for, and a row that is not counted is never read: step sees zeros past the last
+    counted row, and outputs are 0 where nothing was counted.
+    """
+    total = counted.shape[0]
+    chunk = min(token_chunk, total)
+    slots = -(-total // chunk) * chunk
+    counted_rows = jnp.nonzero(counted, size=slots, fill_value=total)[0]
+
+    def pick(start: jax.Array) -> Any:
+        index = jax.lax.dynamic_slice_in_dim(counted_rows, start, chunk)
+        return jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
+
+    def body(i: jax.Array, state: Any) -> Any:
+        carry, packed = state
+        carry, outputs = step(carry, pick(i * chunk))
+        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        return carry, jax.tree.map(update, packed, outputs)
+
+    _, shapes = jax.eval_shape(lambda c: step(c, pick(jnp.int32(0))), carry)
+    packed = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape[1:]), s.dtype), shapes)
+    trips = (jnp.sum(counted) + chunk - 1) // chunk
+    carry, packed = jax.lax.fori_loop(0, trips, body, (carry, packed))
+    place = jnp.where(counted, jnp.cumsum(counted) - 1, slots)
+    return carry, jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), packed)
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[N, V] float32: the accumulator itself, not rounded to the inputs' dtype."""
+    return jnp.einsum("ND,VD->NV", hidden, head, preferred_element_type=jnp.float32)
+
+
+# ------------------------------------------------------------------------------------- boundaries
+
+
+def _distill(
+    chunk_loss: ChunkLoss,
+    settings: Any,
+    config: DistillLossConfig,
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
+    rows: dict[str, jax.Array],
+    vocab_mask: jax.Array | None,
+    valid: jax.Array | None,
+) -> tuple[jax.Array, TokenStats]:
+    hidden, head, teacher_hidden, teacher_head, weights = arrays
+    _check_rows(hidden.shape[0], teacher_hidden=teacher_hidden, weights=weights, **rows)
+    _check_head("student_head", hidden, head)
+    _check_head("teacher_head", teacher_hidden, teacher_head)
+    if head.shape[0] != teacher_head.shape[0]:
+        raise ValueError(
+            f"vocabulary: got {head.shape[0]} student and {teacher_head.shape[0]} teacher tokens, "
+            "want the same tokens in both heads"
+        )
+    if vocab_mask is not None and vocab_mask.shape != head.shape[:1]:
+        raise ValueError(f"vocab_mask: got shape {vocab_mask.shape}, want {head.shape[:1]}")
+    counted = weights != 0
+    if valid is not None:
+        _check_rows(hidden.shape[0], valid=valid)
+        counted = counted | valid
+    rows = {**rows, "teacher_hidden": jax.lax.stop_gradient(teacher_hidden)}
+    teacher = jax.lax.stop_gradient(teacher_head).astype(teacher_hidden.dtype)
+    spec = _FusedSpec(chunk_loss, settings, config.token_chunk, config.train_head)
+    loss, stats = _fused(spec, hidden, head, weights, counted, rows, (teacher, vocab_mask))
+    return loss, jax.tree.map(jax.lax.stop_gradient, stats)
+
+
+def _check_rows(count: int, **rows: jax.Array) -> None:
+    for name, values in rows.items():
+        if values.shape[0] != count or count == 0:
+            raise ValueError(f"{name}: got shape {values.shape}, want {count} >= 1 tokens first")
+
+
+def _check_head(name: str, hidden: jax.Array, head: jax.Array) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"{name}: got hidden {hidden.shape} and head {head.shape}, want [N, D] and [V, D]"
+        )

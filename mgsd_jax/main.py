@@ -1,0 +1,100 @@
+"""The program: flags pick one stage, a config file and a workdir.
+
+  python -m mgsd_jax.main --stage=grounding --config=configs/nano.py --workdir=runs/nano \
+      --set grounding.optim.lr=1e-3
+
+Stages, in the order of a whole run:
+  init          write a nano model with random weights (config.nano)
+  generate      draw boards, write the train, val and test splits with a manifest
+  grounding     stage 1: learn to read the state of a board off its picture
+  distillation  stage 2: learn to plan from pictures, from the text-reading teacher
+  evaluate      answer the test boards with every model of config.evaluate
+  export        write a Hugging Face folder that transformers loads
+  report        one HTML page: curves, tables, boards with the planned routes
+  score         score the rows of --input (JSON lines: rules, task, task_text, response)
+"""
+
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from mgsd_jax import (
+    config as config_lib,
+)
+from mgsd_jax import (
+    distillation,
+    evaluate,
+    export,
+    generate,
+    grounding,
+    nano,
+    report,
+    score,
+)
+
+STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
+    "init": nano.run,
+    "generate": generate.run,
+    "grounding": grounding.run,
+    "distillation": distillation.run,
+    "evaluate": evaluate.run,
+    "export": export.run,
+    "report": report.run,
+}
+
+_STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "score"], "What to do.", required=True)
+_CONFIG = flags.DEFINE_string("config", None, "Python file that defines get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything that it writes.")
+_SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value. Repeatable.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as data.prompts.")
+_INPUT = flags.DEFINE_string("input", None, "score: the JSON lines file to read.")
+_OUTPUT = flags.DEFINE_string("output", None, "score: where to write the scored rows.")
+
+
+def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
+    """The checked config of a file, with `--set` assignments applied; raises ValueError."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--config: got {path!r}, want an existing Python file")
+    names = runpy.run_path(path)
+    if "get_config" not in names:
+        raise ValueError(f"--config {path}: got no get_config(), want a function of that name")
+    config = names["get_config"]()
+    if not isinstance(config, config_lib.Config):
+        raise ValueError(
+            f"--config {path}: got {type(config).__name__} from get_config(), want a Config"
+        )
+    return config_lib.check(config_lib.override(config, assignments))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one stage; returns the exit code. A bad input is one line on stderr and code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"got stray arguments {argv[1:]}, want flags only")
+    logging.set_verbosity(logging.INFO)
+    try:
+        if _STAGE.value == "score":
+            if not _INPUT.value:
+                raise ValueError("--input: got nothing, want a JSON lines file to score")
+            return score.run(_INPUT.value, _OUTPUT.value)
+        for flag in (_CONFIG, _WORKDIR):
+            if not flag.value:
+                raise ValueError(f"--{flag.name}: got nothing, want it for --stage={_STAGE.value}")
+        prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
+        config = load_config(_CONFIG.value, [*_SET.value, *prompts])
+        STAGES[_STAGE.value](config, _WORKDIR.value)
+    except ValueError as error:
+        logging.error("%s", error, exc_info=logging.vlog_is_on(1))
+        return 2
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

@@ -1,0 +1,316 @@
+"""Metrics of a run: weighted means, phase timers, the writer, the progress bar, the run's record.
+
+A run directory holds `config.json` (the config), `runs.jsonl` (one line for each start: commit
+and versions), `metrics.jsonl` (one line for each write) and `tensorboard/` (event files).
+Needs the packages `tensorboardX` (event files without TensorFlow) and `tqdm`.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TextIO
+
+import tensorboardX
+import tqdm
+from absl import logging
+
+Array = Any  # a float, np.ndarray or jax.Array
+Sink = Callable[[int, Mapping[str, float]], None]  # (step, values)
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
+RUNS_FILE = "runs.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+PACKAGES = ("mgsd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Mean(NamedTuple):
+    """A mean that is not divided yet, so microbatches and hosts add up exactly.
+
+    Source: the weighted metrics of google/tunix `tunix/sft/utils.py`.
+    """
+
+    sum: Array  # [] float32, sum of weight * value
+    weight: Array  # [] float32, sum of the weights
+
+    @property
+    def value(self) -> Array:
+        """`sum / weight`, and `sum` (0) at weight 0; traceable, its gradient stays finite."""
+        return self.sum / (self.weight + (self.weight == 0))
+
+    def __add__(self, other: "Mean") -> "Mean":  # type: ignore[override]  # not a tuple's concat
+        if not isinstance(other, Mean):
+            return NotImplemented
+        return Mean(self.sum + other.sum, self.weight + other.weight)
+
+
+def means_to_floats(metrics: Mapping[str, Mean | Array]) -> dict[str, float]:
+    """Return every metric as a Python float: a Mean is divided, a scalar is taken as it is.
+
+    Waits for the device; fetch the whole dict with one `jax.device_get` before the call. Raises
+    ValueError naming the metric that is not one number.
+    """
+    floats = {}
+    for name, metric in metrics.items():
+        value = metric.value if isinstance(metric, Mean) else metric
+        size = getattr(value, "size", 1)
+        if size != 1:
+            raise ValueError(f"metric {name!r}: got shape {value.shape}, want one number")
+        floats[name] = float(value.reshape(()) if hasattr(value, "reshape") else value)
+    return floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Timers:
+    """Wall seconds by phase since the last `take`.
+
+    jax returns before its work is done: a phase that should own the device time of its call has
+    to wait for it (`jax.block_until_ready`) before it ends.
+    """
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall seconds of the `with` block to `name`, also where the block raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Return {phase: seconds} and start the next step at zero."""
+        taken = dict(self.seconds)
+        self.seconds.clear()
+        return taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Writes the metrics of a step to every sink; has none on processes other than 0."""
+
+    sinks: tuple[Sink, ...]
+    resources: contextlib.ExitStack
+
+    def write(self, step: int, metrics: Mapping[str, Mean | Array]) -> None:
+        """Write one record; train and evaluation metrics of a step may come in two writes."""
+        if not self.sinks:
+            return
+        values = means_to_floats(metrics)
+        for sink in self.sinks:
+            sink(step, values)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.resources.close()
+
+
+def open_writer(
+    workdir: str | os.PathLike[str],
+    *,
+    is_main: bool,
+    resume_step: int | None = None,
+    tensorboard: bool = True,
+    extra_sinks: tuple[Sink, ...] = (),
+) -> Writer:
+    """Return a Writer of `metrics.jsonl` and TensorBoard events under the local path `workdir`.
+
+    A run restored at `resume_step` repeats the steps after it: their lines go first, in one
+    atomic replacement. Without a `resume_step` the run starts over and every old line goes.
+    """
+    resources = contextlib.ExitStack()
+    if not is_main:
+        return Writer((), resources)
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_until = -1 if resume_step is None else resume_step
+    _drop_lines_after(folder / METRICS_FILE, keep_until)
+    lines = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+    resources.callback(lines.close)
+    sinks: list[Sink] = [_jsonl_sink(lines)]
+    if tensorboard:
+        events = tensorboardX.SummaryWriter(
+            str(folder / TENSORBOARD_FOLDER), purge_step=keep_until + 1
+        )
+        resources.callback(events.close)
+        sinks.append(_tensorboard_sink(events))
+    return Writer((*sinks, *extra_sinks), resources)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the records of a `metrics.jsonl`, non-finite values as floats again.
+
+    A last line without its newline (the process was killed while writing) is left out; any other
+    line that is not a record raises ValueError naming file and line.
+    """
+    *lines, _ = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: got {line!r}, want a record") from error
+        if not isinstance(step, int):
+            raise ValueError(f"{path}, line {number}: got step {step!r}, want an integer")
+        records.append({name: _from_json(value) for name, value in record.items()})
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Shows step, total, loss, step time and ETA on process 0.
+
+    A bar where `stream` is a terminal, else a log line every `every` steps.
+    """
+
+    total: int
+    every: int
+    is_main: bool
+    bar: tqdm.tqdm | None
+
+    def update(self, step: int, loss: float, step_seconds: float) -> None:
+        """Report that `step` steps of `total` are done, the last one in `step_seconds`."""
+        if not self.is_main:
+            return
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4g}, {step_seconds:.3g} s/step", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step % self.every == 0 or step == self.total:
+            left = tqdm.tqdm.format_interval((self.total - step) * step_seconds)
+            text = "step %d/%d  loss %.4g  %.3g s/step  %s left"
+            logging.info(text, step, self.total, loss, step_seconds, left)
+
+    def close(self) -> None:
+        """End the bar, so that later lines start on their own line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def open_progress(
+    total: int,
+    *,
+    start: int = 0,
+    is_main: bool,
+    every: int = 10,
+    stream: TextIO | None = None,
+) -> Progress:
+    """Return a Progress over `total` steps of which `start` are done; `stream` is sys.stderr."""
+    if every < 1:
+        raise ValueError(f"every: got {every}, want at least 1")
+    target = sys.stderr if stream is None else stream
+    bar = None
+    if is_main and target.isatty():
+        bar = tqdm.tqdm(total=total, initial=start, file=target, unit="step", dynamic_ncols=True)
+    return Progress(total, every, is_main, bar)
+
+
+def write_run_info(
+    workdir: str | os.PathLike[str], config: Mapping[str, Any], *, is_main: bool = True
+) -> None:
+    """Write `config.json`, and add this start's commit and versions to `runs.jsonl`.
+
+    `config` is a dict of JSON values (`dataclasses.asdict` of a config). A resumed run adds a
+    line, so that a change of code or versions in between can be seen.
+    """
+    if not is_main:
+        return
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    _replace(folder / CONFIG_FILE, text + "\n")
+    commit, is_dirty = _git_commit()
+    info = {
+        "time": time.time(),
+        "commit": commit,
+        "is_dirty": is_dirty,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+    with (folder / RUNS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(info) + "\n")
+
+
+def _jsonl_sink(lines: TextIO) -> Sink:
+    def write(step: int, values: Mapping[str, float]) -> None:
+        record = {"step": step, "time": time.time()}
+        taken = sorted(record.keys() & values.keys())
+        if taken:
+            raise ValueError(f"metric names: got {taken}, want others than the record's own")
+        record |= {name: _to_json(value) for name, value in values.items()}
+        lines.write(json.dumps(record, allow_nan=False) + "\n")
+
+    return write
+
+
+def _tensorboard_sink(events: tensorboardX.SummaryWriter) -> Sink:
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            events.add_scalar(name, value, step)
+
+    return write
+
+
+def _to_json(value: float) -> float | str:
+    """JSON has no non-finite numbers: they become 'nan', 'inf' and '-inf', which float() reads."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _from_json(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = read_metrics(path)
+    kept = [line for line, record in zip(lines, records, strict=False) if record["step"] <= step]
+    dropped = len(records) - len(kept)
+    if dropped or lines[-1]:
+        logging.info("%s: dropped %d records after step %d", path, dropped, step)
+        _replace(path, "".join(line + "\n" for line in kept))
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Write `text` to `path` such that a reader, or a kill, sees the old or the new file whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _git_commit() -> tuple[str | None, bool | None]:
+    """(commit, whether tracked files differ from it); None where this file is in no git tree."""
+    folder = pathlib.Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(folder), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed copy may lie inside an unrelated repository, whose commit says nothing.
+        git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

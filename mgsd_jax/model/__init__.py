@@ -1,0 +1,1 @@
+"""Qwen3-VL as Flax linen modules over plain nested dicts."""

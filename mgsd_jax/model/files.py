@@ -1,0 +1,164 @@
+"""Safetensors files read with checks and written as a stream, and folders that appear at once.
+
+The writer puts the header first and then one tensor at a time, so that the host never holds more
+than the tensor in hand; `safetensors.numpy.save_file` wants all of a file's tensors at once.
+Format: https://huggingface.co/docs/safetensors, "Format": 8 bytes little-endian header length,
+a JSON header padded with spaces to 8 bytes, then the tensors without holes.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+FloatType = Literal["float32", "bfloat16"]
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+READABLE = ("F32", "BF16", "F16", "F64")  # float8 would need scales that nothing here knows
+METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
+SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a safetensors file before its values are there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: FloatType
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def problem_list(what: str, problems: Sequence[str]) -> ValueError:
+    """Return the one ValueError that lists every problem, a line each."""
+    noun = "problem" if len(problems) == 1 else "problems"
+    return ValueError("\n  ".join([f"{what}, {len(problems)} {noun}:", *problems]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; ValueError where it is missing, no JSON or no object."""
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, want a JSON file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got no valid JSON ({error}), want a JSON object") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {type(value).__name__}, want a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as indented JSON with a final newline."""
+    _write(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
+
+
+def open_tensors(path: Path) -> Any:
+    """Return the open safetensors file (a lazy, memory-mapped `safe_open`).
+
+    Raises ValueError where the file is missing, empty, truncated or has a corrupt header: the
+    library checks that the header's offsets cover the file exactly.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, want a safetensors file")
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path}: got a corrupt or truncated file of {size} bytes ({error}), "
+            "want a whole safetensors file"
+        ) from error
+
+
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray], metadata: dict[str, str]
+) -> None:
+    """Write one safetensors file, `values` in the order of `specs`, one in memory at a time.
+
+    The file is complete or absent: it is written beside and renamed. Raises ValueError where a
+    value is not what its spec says, OSError naming the file where the disk refuses.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": SAFETENSORS_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    _write(path, _file_parts(len(text).to_bytes(8, "little") + text, specs, values))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
+    """Yield a folder to fill that becomes `folder` in one rename once the block has ended well.
+
+    A crash leaves at most a `.<name>.partial` beside it, which the next call clears away.
+    Raises ValueError where `folder` is there and not empty, OSError where its disk has less than
+    `nbytes` free.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: got an existing file or folder, want an absent or empty one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < nbytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"no space left to write {folder}: got {free} bytes free, want {nbytes}",
+        )
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _file_parts(
+    header: bytes, specs: Sequence[TensorSpec], values: Iterable[np.ndarray]
+) -> Iterator[bytes | memoryview]:
+    yield header
+    for spec, value in zip(specs, values, strict=True):
+        if value.shape != spec.shape or value.dtype != DTYPES[spec.dtype]:
+            raise ValueError(
+                f"{spec.name}: got {value.dtype}{list(value.shape)}, "
+                f"want {spec.dtype}{list(spec.shape)}"
+            )
+        # bfloat16 has no buffer protocol, its bytes have
+        yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,348 @@
+"""Qwen3-VL weights streamed from and to Hugging Face folders; names and shapes are in `table`."""
+
+import collections
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgsd_jax import tree
+from mgsd_jax.model import files
+from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.model.files import DTYPES, FloatType, TensorSpec
+from mgsd_jax.model.table import EMBEDDING, LM_HEAD, Layout, Leaf, Tree, leaves, put
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+STRIP = 128  # rows a time: a strip stays in cache, 3x faster than one big numpy transpose
+
+Bounds = tuple[tuple[int, int], ...]
+Handles = dict[str, Any]  # tensor name -> open safetensors file
+
+
+class Tensor(NamedTuple):
+    """A tensor to export, and where it is in our tree."""
+
+    spec: TensorSpec
+    leaf: Leaf
+    layer: int
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Return the `config.json` of a Hugging Face folder; ValueError where missing or malformed."""
+    path = Path(folder) / "config.json"
+    return ModelConfig.from_hf(files.read_json(path), source=str(path))
+
+
+def load_params(
+    folder: str | Path, config: ModelConfig, *, dtype: FloatType, shardings: Tree | None = None
+) -> Tree:
+    """Return the parameters in `folder` as `dtype`, each read straight onto its sharding.
+
+    `shardings` has the structure of the parameters and a `jax.sharding.Sharding` at each leaf;
+    None puts all on the first device. Every process reads only the slices of its own devices,
+    and the host holds about the largest leaf at a time. `model.safetensors` goes before an index,
+    as in transformers. A tied model's `lm_head.weight` may be there if it equals the embedding.
+
+    Raises one ValueError that lists every missing, unknown, mis-shaped or wrongly typed tensor
+    and every missing or corrupt file.
+    """
+    handles = _open_checked(Path(folder), config)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params: Tree = {}
+    for leaf in leaves(config):
+        sharding = device if shardings is None else tree.get(shardings, leaf.path)
+        # cached: devices that hold the same part share one read
+        read = functools.cache(functools.partial(_read, leaf, handles, DTYPES[dtype]))
+        array = jax.make_array_from_callback(
+            leaf.shape,
+            sharding,
+            lambda index, read=read, shape=leaf.shape: read(_bounds(index or (), shape)),
+        )
+        # without the wait, copies of many leaves would queue up in host memory
+        put(params, leaf.path, jax.block_until_ready(array))
+    return params
+
+
+def save_params(
+    params: Tree,
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    dtype: FloatType = "bfloat16",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write `config.json` and the weights as a new Hugging Face folder, all of it or nothing.
+
+    Raises ValueError where the folder exists or the parameters do not fit the config (all of
+    them listed), OSError naming the file where the disk is full.
+    """
+    with writer_folder(folder, config, dtype) as partial:
+        write_weights(params, config, partial, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        if partial is not None:
+            write_config(config, partial, dtype=dtype)
+
+
+def writer_folder(
+    folder: str | Path, config: ModelConfig, dtype: FloatType
+) -> contextlib.AbstractContextManager[Path | None]:
+    """Return `files.new_folder` for the weights of `config`; it gives None where not process 0."""
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return files.new_folder(Path(folder), nbytes=weight_bytes(config, dtype))
+
+
+def write_config(config: ModelConfig, folder: Path, *, dtype: FloatType) -> None:
+    """Write `config.json`, which says what the weights beside it are stored as."""
+    files.write_json(folder / "config.json", config.to_hf() | {"dtype": dtype})
+
+
+def weight_bytes(config: ModelConfig, dtype: FloatType) -> int:
+    """Return the bytes of all weights of `config` stored as `dtype`."""
+    return sum(spec.nbytes for spec, _, _ in _tensors(config, dtype))
+
+
+def write_weights(
+    params: Tree,
+    config: ModelConfig,
+    folder: Path | None,
+    *,
+    dtype: FloatType,
+    max_shard_bytes: float,
+) -> None:
+    """Write the weights into an existing folder, one tensor in host memory at a time.
+
+    One file `model.safetensors` where it fits `max_shard_bytes`, else numbered shards and an
+    index, written last. A tensor above the limit gets a shard of its own. On every process but
+    the first, `folder` is None: it takes part in the gathers and writes nothing.
+    """
+    if not max_shard_bytes > 0:
+        raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, want more than 0")
+    _check_params(params, config)
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in _tensors(config, dtype):
+        if shards[-1] and size + tensor.spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.spec.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        values = _hf_values(params, shard)
+        if folder is None:
+            collections.deque(values, maxlen=0)
+            continue
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        specs = [tensor.spec for tensor in shard]
+        file = folder / (name if len(shards) > 1 else SINGLE_FILE)
+        files.write_tensors(file, specs, values, files.METADATA)
+        weight_map |= {spec.name: name for spec in specs}
+    if folder is not None and len(shards) > 1:
+        total = {"total_size": weight_bytes(config, dtype)}
+        files.write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+
+
+def _open_checked(folder: Path, config: ModelConfig) -> Handles:
+    """Return the open file of every tensor that the config wants, once all of them are right."""
+    problems: list[str] = []
+    found: dict[str, Any] = {}
+    for file, named in _weight_files(folder, problems).items():
+        try:
+            handle = files.open_tensors(folder / file)
+        except ValueError as error:
+            problems.append(str(error))
+            found |= dict.fromkeys(named or (), None)  # told once, not once more for each tensor
+            continue
+        there = set(handle.keys())
+        for name in sorted(there - named if named is not None else ()):
+            problems.append(f"{file}: {name}: got a tensor that {INDEX_FILE} does not place there")
+        for name in sorted(named - there if named is not None else ()):
+            problems.append(f"{file}: {name}: got no such tensor, want it as {INDEX_FILE} says")
+            found[name] = None
+        found |= dict.fromkeys(there & named if named is not None else there, handle)
+    problems += _tensor_problems(found, config, folder)
+    if problems:
+        raise files.problem_list(f"weights in {folder} do not fit the config", problems)
+    return found
+
+
+def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | None]:
+    """Return each weight file with the tensors that the index places there (None: no index)."""
+    if (folder / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: None}
+    if not (folder / INDEX_FILE).is_file():
+        problems.append(f"{folder}: got neither {SINGLE_FILE} nor {INDEX_FILE}, want one of them")
+        return {}
+    try:
+        index = files.read_json(folder / INDEX_FILE)
+    except ValueError as error:
+        problems.append(str(error))
+        return {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        problems.append(f"{folder / INDEX_FILE}: weight_map: got {weight_map!r}, want file names")
+        return {}
+    placed: dict[str, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            problems.append(
+                f"{INDEX_FILE}: {name}: got {file!r}, want the name of a file beside it"
+            )
+            continue
+        there = placed.setdefault(file, set())
+        assert there is not None
+        there.add(name)
+    return placed
+
+
+def _tensor_problems(found: dict[str, Any], config: ModelConfig, folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the tensors: missing, of another shape or type, or unknown.
+
+    A tensor found as None is known to be unreadable already.
+    """
+    if not found:
+        return
+    wanted = {name: leaf.hf_shape for leaf in leaves(config) for name in leaf.names}
+    is_tied_head = config.tie_word_embeddings and LM_HEAD in found
+    if is_tied_head:
+        wanted[LM_HEAD] = wanted[EMBEDDING]
+    sound = True
+    for name, shape in wanted.items():
+        if name not in found:
+            yield f"{name}: got no such tensor, want float{list(shape)}"
+            continue
+        if found[name] is None:
+            continue
+        part = found[name].get_slice(name)
+        got_shape, got_dtype = part.get_shape(), part.get_dtype()
+        if got_shape != list(shape) or got_dtype not in files.READABLE:
+            sound = sound and name not in (EMBEDDING, LM_HEAD)
+            yield f"{name}: got {got_dtype}{got_shape}, want {'|'.join(files.READABLE)}{list(shape)}"
+    for name in sorted(set(found) - set(wanted)):
+        yield f"{name}: got a tensor that the config has no place for, want it absent"
+    if is_tied_head and sound and found[LM_HEAD] and found.get(EMBEDDING):
+        yield from _tied_problems(found)
+
+
+def _tied_problems(found: Handles) -> Iterator[str]:
+    head, table = (found[name].get_slice(name) for name in (LM_HEAD, EMBEDDING))
+    for start in range(0, head.get_shape()[0], 8192):
+        rows = slice(start, start + 8192)
+        if not np.array_equal(head[rows], table[rows]):
+            yield f"{LM_HEAD}: got other values than {EMBEDDING}, want equal ones: the config ties"
+            return
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _read(leaf: Leaf, handles: Handles, dtype: np.dtype, bounds: Bounds) -> np.ndarray:
+    """Return the part of a leaf within `bounds` (start, stop a dimension), layer by layer."""
+    first, last = bounds[0] if leaf.is_stacked else (0, 1)
+    inner = bounds[1:] if leaf.is_stacked else bounds
+    names = leaf.names[first:last]
+    out = np.empty((len(names), *(stop - start for start, stop in inner)), dtype)
+
+    def fill(row: int) -> None:
+        part = handles[names[row]].get_slice(names[row])
+        _fill_block(out[row], part, leaf.layout, tuple(slice(*bound) for bound in inner))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(names))) as pool:
+        list(pool.map(fill, range(len(names))))  # list: an exception in a thread is raised here
+    return out if leaf.is_stacked else out[0]
+
+
+def _fill_block(out: np.ndarray, part: Any, layout: Layout, index: tuple[slice, ...]) -> None:
+    """Copy the values at our `index` of one tensor into `out`, in our layout."""
+    if layout == "same":
+        np.copyto(out, part[index], casting="unsafe")
+        return
+    rows = part[index[1], index[0]] if layout == "transpose" else part[index[1]]
+    if layout == "conv":  # [Dv, c, t, p, p]: its channels flatten in the order of the patches
+        rows = rows.reshape(rows.shape[0], -1)[:, index[0]]
+    # numpy copies bfloat16 element by element under the interpreter's lock, but integers not
+    bits = np.dtype(f"u{out.itemsize}")
+    for start in range(0, rows.shape[0], STRIP):
+        strip = rows[start : start + STRIP].astype(out.dtype, copy=False)
+        out.view(bits)[:, start : start + STRIP] = strip.view(bits).T
+
+
+def _check_params(params: Tree, config: ModelConfig) -> None:
+    want = {leaf.path: leaf.shape for leaf in leaves(config)}
+    got = dict(tree.named_leaves(params))
+    problems = [
+        f"{path}: got no such leaf, want float{list(want[path])}" for path in want.keys() - got
+    ]
+    problems += [
+        f"{path}: got a leaf that the config has no place for" for path in got.keys() - want
+    ]
+    problems += [
+        f"{path}: got {got[path].dtype}{list(got[path].shape)}, want float{list(shape)}"
+        for path, shape in want.items()
+        if path in got
+        and (got[path].shape != shape or not jnp.issubdtype(got[path].dtype, jnp.floating))
+    ]
+    if problems:
+        raise files.problem_list("parameters do not fit the config", sorted(problems))
+
+
+def _tensors(config: ModelConfig, dtype: FloatType) -> Iterator[Tensor]:
+    for leaf in leaves(config):
+        for layer, name in enumerate(leaf.names):
+            yield Tensor(TensorSpec(name, leaf.hf_shape, dtype), leaf, layer)
+
+
+def _hf_values(params: Tree, tensors: list[Tensor]) -> Iterator[np.ndarray]:
+    """Yield the tensors as Hugging Face has them, the next one on its way meanwhile."""
+    ready: jax.Array | None = None
+    for spec, leaf, layer in tensors:
+        values = jnp.asarray(tree.get(params, leaf.path))
+        sharding = values.sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            # every process gets the whole tensor: another's shards cannot be fetched
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        value = _to_hf(
+            values,
+            layer,
+            is_stacked=leaf.is_stacked,
+            layout=leaf.layout,
+            hf_shape=leaf.hf_shape,
+            dtype=spec.dtype,
+            sharding=sharding,
+        )
+        value.copy_to_host_async()
+        if ready is not None:
+            yield np.asarray(ready)
+        ready = value
+    if ready is not None:
+        yield np.asarray(ready)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("is_stacked", "layout", "hf_shape", "dtype", "sharding")
+)
+def _to_hf(
+    values: jax.Array,
+    layer: jax.Array | int,
+    *,
+    is_stacked: bool,
+    layout: Layout,
+    hf_shape: tuple[int, ...],
+    dtype: FloatType,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    if is_stacked:
+        values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+    if layout != "same":
+        values = values.T
+    values = values.reshape(hf_shape).astype(DTYPES[dtype])
+    return jax.lax.with_sharding_constraint(values, sharding)

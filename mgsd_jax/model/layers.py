@@ -1,0 +1,86 @@
+"""The small layers: Linear (with an optional low-rank adapter), norms, SwiGLU, Embedding.
+
+Parameters may be stored in any float dtype; every layer casts them to its compute `dtype`.
+Norms work in float32 and cast where transformers does, so that bfloat16 runs agree with it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+INIT = nn.initializers.normal(0.02)  # transformers' initializer_range
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias) (+ (x @ a) @ b * scale where collection 'adapters' has this path)."""
+
+    features: int
+    use_bias: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if self.has_variable("adapters", "a"):
+            a, b, scale = (self.get_variable("adapters", name) for name in ("a", "b", "scale"))
+            low = x @ a.astype(self.dtype)
+            y += (low @ b.astype(self.dtype)) * scale.astype(self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table [rows, features]; calling it gathers rows."""
+
+    rows: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, index: jax.Array) -> jax.Array:
+        table = self.param("embedding", INIT, (self.rows, self.features))
+        return table[index].astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale; the scale multiplies after the cast back to x's dtype, as in HF."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return scale.astype(x.dtype) * wide.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance over the last axis in float32, as torch's layer_norm; affine."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = Linear(self.features, dtype=self.dtype, name="gate_proj")(x)
+        up = Linear(self.features, dtype=self.dtype, name="up_proj")(x)
+        return Linear(x.shape[-1], dtype=self.dtype, name="down_proj")(nn.silu(gate) * up)

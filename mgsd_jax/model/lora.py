@@ -1,0 +1,301 @@
+"""Low-rank adapters beside the stacked kernels, and PEFT's folders of them.
+
+An adapter stands at the path of its Linear, as the model's collection 'adapters' wants it:
+`a` [L, in, rank], `b` [L, rank, out], `scale` [L] = alpha / rank; no L where nothing is stacked.
+`scale` is no state: `trainable` drops it, so that an optimizer neither sees nor decays it, and
+`with_scale` puts it back on the way into the model.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgsd_jax import tree
+from mgsd_jax.model import files
+from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.model.files import DTYPES, FloatType, TensorSpec
+from mgsd_jax.model.table import TABLE, Leaf, Tree, leaves, put
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+# what a PEFT config may say that changes the mathematics, and the only value written here
+PEFT_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
+_CONVOLUTIONS = {row.path.removesuffix("/kernel") for row in TABLE if row.layout == "conv"}
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which Linears get an adapter, and its size; `targets` is searched for in their paths."""
+
+    rank: int
+    alpha: float
+    targets: str
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora rank: got {self.rank}, want at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora alpha: got {self.alpha}, want a number above 0")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(
+                f"lora targets: got {self.targets!r} ({error}), want a regex"
+            ) from None
+
+
+def linear_paths(params: Tree) -> tuple[str, ...]:
+    """Return the paths that can carry an adapter, such as 'language/layers/mlp/up_proj'."""
+    names = (path for path, _ in tree.named_leaves(params))
+    kernels = (path.removesuffix("/kernel") for path in names if path.endswith("/kernel"))
+    return tuple(path for path in kernels if path not in _CONVOLUTIONS)
+
+
+def init_adapters(params: Tree, spec: LoraSpec, rng: jax.Array) -> Tree:
+    """Return fresh float32 adapters for every Linear that `spec.targets` is found in.
+
+    `a` is uniform within 1 / sqrt(in), `b` is zero: an exact no-op. The draw depends on the path
+    and `rng` alone, so more targets leave the others as they were. `params` may be abstract.
+    Source: PEFT `LoraLayer.reset_lora_parameters`, kaiming uniform with a = sqrt(5).
+    Raises ValueError, listing the candidates, where the regex is found in none.
+    """
+    candidates = linear_paths(params)
+    targets = [path for path in candidates if re.search(spec.targets, path)]
+    if not targets:
+        listed = ", ".join(candidates)
+        raise ValueError(
+            f"lora targets: got {spec.targets!r}, want a regex found in one of {listed}"
+        )
+    adapters: Tree = {}
+    for path in targets:
+        *stack, inner, outer = tree.get(params, path)["kernel"].shape
+        key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+        bound = 1 / math.sqrt(inner)
+        a = jax.random.uniform(key, (*stack, inner, spec.rank), jnp.float32, -bound, bound)
+        put(adapters, f"{path}/a", a)
+        put(adapters, f"{path}/b", jnp.zeros((*stack, spec.rank, outer), jnp.float32))
+    return with_scale(adapters, spec)
+
+
+def trainable(adapters: Tree) -> Tree:
+    """Return the adapters without their scales: what is optimized and checkpointed."""
+    return tree.partition(adapters, lambda path, _: not path.endswith("/scale"))[0]
+
+
+def with_scale(adapters: Tree, spec: LoraSpec) -> Tree:
+    """Return `trainable` adapters with the scale alpha / rank of `spec` at each."""
+    scaled: Tree = {}
+    for path, leaf in tree.named_leaves(adapters):
+        put(scaled, path, leaf)
+        if path.endswith("/a"):
+            scale = jnp.full(leaf.shape[:-2], spec.alpha / spec.rank, jnp.float32)
+            put(scaled, f"{path.removesuffix('/a')}/scale", scale)
+    return scaled
+
+
+def merge(params: Tree, adapters: Tree) -> Tree:
+    """Return parameters with a @ b * scale added to the kernels, in float32, kept in their dtype.
+
+    Raises ValueError where an adapter has no kernel or not its kernel's shape.
+    """
+    pairs = dict(_adapter_nodes(adapters))
+    for path, node in pairs.items():
+        kernel = tree.get(params, f"{path}/kernel")
+        want = (*node["a"].shape[:-1], node["b"].shape[-1])
+        if kernel.shape != want or node["a"].shape[-1] != node["b"].shape[-2]:
+            shapes = {name: list(leaf.shape) for name, leaf in sorted(node.items())}
+            raise ValueError(
+                f"adapter {path}: got {shapes}, want to fit a kernel {list(kernel.shape)}"
+            )
+
+    def merged(path: str, leaf: jax.Array) -> jax.Array:
+        node = pairs.get(path.removesuffix("/kernel")) if path.endswith("/kernel") else None
+        return leaf if node is None else _merge_kernel(leaf, node["a"], node["b"], node["scale"])
+
+    return tree.map_named(merged, params)
+
+
+@jax.jit
+def _merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * scale[..., None, None]
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+
+def save_peft(
+    adapters: Tree,
+    spec: LoraSpec,
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    base_model: str,
+    dtype: FloatType = "float32",
+) -> None:
+    """Write the adapters as a new folder that PEFT, vLLM and SGLang load, all of it or nothing.
+
+    `base_model` is what the folder names as the model that it adapts. Adapters are fetched whole:
+    they are small. Every process takes part where they are sharded, the first one writes.
+    """
+    specs: list[TensorSpec] = []
+    values: list[np.ndarray] = []
+    modules: list[str] = []
+    for path, node in _adapter_nodes(adapters):
+        leaf = _kernel_leaf(config, path)
+        for name, part in (("lora_A", _fetch(node["a"])), ("lora_B", _fetch(node["b"]))):
+            stack = part if leaf.is_stacked else part[None]
+            for hf_name, value in zip(leaf.names, stack, strict=True):
+                module = hf_name.removesuffix(".weight")
+                key = f"{PEFT_PREFIX}{module}.{name}.weight"
+                specs.append(TensorSpec(key, value.shape[::-1], dtype))
+                values.append(value.T.astype(DTYPES[dtype]))
+                modules += [module] if name == "lora_A" else []
+    if jax.process_index() != 0:
+        return
+    settings = {
+        **PEFT_PLAIN,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "target_modules": _target_modules(modules, config),
+    }
+    with files.new_folder(Path(folder), nbytes=sum(tensor.nbytes for tensor in specs)) as partial:
+        files.write_tensors(partial / PEFT_WEIGHTS, specs, values, files.METADATA)
+        files.write_json(partial / PEFT_CONFIG, settings)
+
+
+def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Tree, LoraSpec]:
+    """Return the adapters in a PEFT folder as float32, and the spec that describes them.
+
+    Raises one ValueError that lists every tensor missing, unknown or of a wrong shape; a stack
+    must be adapted in all of its layers. Settings with other mathematics (DoRA, a rank for each
+    module, biases, saved modules) raise too; rank-stabilised scaling is read as its alpha.
+    """
+    folder = Path(folder)
+    settings = files.read_json(folder / PEFT_CONFIG)
+    rank, alpha = _peft_size(settings, folder / PEFT_CONFIG)
+    handle = files.open_tensors(folder / PEFT_WEIGHTS)
+    unread = set(handle.keys())
+    problems: list[str] = []
+    adapters: Tree = {}
+    for leaf in leaves(config):
+        if leaf.layout != "transpose":
+            continue
+        keys = {
+            name: [
+                f"{PEFT_PREFIX}{hf_name.removesuffix('.weight')}.{name}.weight"
+                for hf_name in leaf.names
+            ]
+            for name in ("lora_A", "lora_B")
+        }
+        if not unread & {key for names in keys.values() for key in names}:
+            continue
+        outer, inner = leaf.hf_shape
+        path = leaf.path.removesuffix("/kernel")
+        for ours, name, shape in (("a", "lora_A", (rank, inner)), ("b", "lora_B", (outer, rank))):
+            found = [_peft_tensor(handle, key, shape, problems) for key in keys[name]]
+            unread -= set(keys[name])
+            if not problems:
+                stack = np.stack([value.T for value in found if value is not None])
+                put(adapters, f"{path}/{ours}", jnp.asarray(stack if leaf.is_stacked else stack[0]))
+    problems += [f"{key}: got a tensor that has no Linear to adapt" for key in sorted(unread)]
+    if not problems and not adapters:
+        problems.append("got no adapters at all, want at least one")
+    if problems:
+        raise files.problem_list(f"adapters in {folder} do not fit the config", problems)
+    paths = sorted({path.rpartition("/")[0] for path, _ in tree.named_leaves(adapters)})
+    spec = LoraSpec(rank, alpha, f"^({'|'.join(re.escape(path) for path in paths)})$")
+    return with_scale(adapters, spec), spec
+
+
+def _adapter_nodes(adapters: Tree) -> Iterator[tuple[str, Tree]]:
+    """Yield (path of the Linear, {'a', 'b', 'scale'}); ValueError where a node is not that."""
+    nodes: dict[str, Tree] = {}
+    for path, leaf in tree.named_leaves(adapters):
+        linear, _, name = path.rpartition("/")
+        nodes.setdefault(linear, {})[name] = leaf
+    for path, node in nodes.items():
+        if node.keys() != {"a", "b", "scale"}:
+            raise ValueError(f"adapter {path}: got {sorted(node)}, want ['a', 'b', 'scale']")
+        yield path, node
+
+
+def _kernel_leaf(config: ModelConfig, path: str) -> Leaf:
+    for leaf in leaves(config):
+        if leaf.path == f"{path}/kernel" and leaf.layout == "transpose":
+            return leaf
+    raise ValueError(f"adapter {path}: got a path that is no Linear of the config")
+
+
+def _fetch(value: jax.Array) -> np.ndarray:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        mesh = value.sharding.mesh  # type: ignore[attr-defined]
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        value = jax.jit(lambda x: x, out_shardings=whole)(value)
+    return np.asarray(value)
+
+
+def _target_modules(modules: list[str], config: ModelConfig) -> list[str]:
+    """Return the adapted modules as PEFT matches them: by last name where that names no other."""
+    weights = [name for leaf in leaves(config) for name in leaf.names if name.endswith(".weight")]
+    others = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name in weights
+        if name.removesuffix(".weight") not in set(modules)
+    }
+    last_names = ((module, module.rpartition(".")[2]) for module in modules)
+    return sorted({module if last in others else last for module, last in last_names})
+
+
+def _peft_size(settings: dict[str, Any], source: Path) -> tuple[int, float]:
+    problems = [
+        f"{key}: got {settings[key]!r}, want {plain!r}"
+        for key, plain in PEFT_PLAIN.items()
+        if key in settings and settings[key] != plain and (settings[key] or plain)
+    ]
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        problems.append(f"r: got {rank!r}, want a whole number of at least 1")
+    if not isinstance(alpha, int | float):
+        problems.append(f"lora_alpha: got {alpha!r}, want a number")
+    if problems:
+        raise files.problem_list(str(source), problems)
+    assert isinstance(rank, int) and isinstance(alpha, int | float)
+    if settings.get("use_rslora"):  # alpha / sqrt(r) in place of alpha / r
+        alpha *= math.sqrt(rank)
+    return rank, float(alpha)
+
+
+def _peft_tensor(
+    handle: Any, key: str, shape: tuple[int, ...], problems: list[str]
+) -> np.ndarray | None:
+    if key not in handle.keys():  # noqa: SIM118 (an open file is no dict)
+        problems.append(f"{key}: got no such tensor, want float{list(shape)}")
+        return None
+    part = handle.get_slice(key)
+    if tuple(part.get_shape()) != shape or part.get_dtype() not in files.READABLE:
+        got = f"{part.get_dtype()}{part.get_shape()}"
+        problems.append(f"{key}: got {got}, want {'|'.join(files.READABLE)}{list(shape)}")
+        return None
+    return part[:].astype(np.float32)

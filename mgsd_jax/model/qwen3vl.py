@@ -1,0 +1,171 @@
+"""Qwen3-VL: pictures and tokens to hidden states; prefill and decode over a key/value cache.
+
+Axes: B batch, T tokens, S cache slots, R response tokens, D width, V vocabulary, M pictures a row,
+Q merged visual tokens a picture.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.model.layers import Embedding
+from mgsd_jax.model.text import Decoder, KVCache
+from mgsd_jax.model.vision import Remat, VisionTower
+
+Params = dict[str, Any]
+
+
+class Qwen3VL(nn.Module):
+    """The model, called inside jit: `model.apply({'params': p}, inputs, method='hidden')`.
+
+    `dtype` is what it computes in, whatever the parameters are stored in. A low-rank adapter is
+    read from the optional collection 'adapters'.
+    """
+
+    config: ModelConfig
+    dtype: Dtype = jnp.float32
+    remat: Remat = "none"
+
+    def setup(self) -> None:
+        config = self.config
+        self.visual = VisionTower(config.vision, self.dtype, self.remat)
+        self.language = Decoder(config.text, config.num_deepstack, self.dtype, self.remat)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size, self.dtype)
+
+    def hidden(self, inputs: Inputs) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm; padding may be on either side."""
+        x, deep = self._embed(inputs)
+        return self.language(x, inputs.positions, inputs.valid, deep, None)[0]
+
+    def prefill(self, inputs: Inputs, cache_length: int) -> tuple[jax.Array, KVCache]:
+        """The last hidden state [B, D] of left-padded prompts, and a cache of `cache_length` slots.
+
+        Slot t holds token t; the slots from T on are for `decode`.
+        """
+        batch, length = inputs.tokens.shape
+        if cache_length < length:
+            raise ValueError(f"cache_length: got {cache_length}, want at least {length} (T)")
+        text = self.config.text
+        shape = (
+            text.num_hidden_layers,
+            batch,
+            cache_length,
+            text.num_key_value_heads,
+            text.head_dim,
+        )
+        cache = KVCache(
+            k=jnp.zeros(shape, self.dtype),
+            v=jnp.zeros(shape, self.dtype),
+            valid=jnp.pad(inputs.valid, ((0, 0), (0, cache_length - length))),
+            length=jnp.int32(0),
+        )
+        x, deep = self._embed(inputs)
+        x, cache = self.language(x, inputs.positions, inputs.valid, deep, cache)
+        return x[:, -1], cache.replace(length=jnp.int32(length))
+
+    def decode(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B]."""
+        cache = cache.replace(valid=cache.valid.at[:, cache.length].set(True))
+        x = self.language.embed(tokens[:, None])
+        positions = jnp.broadcast_to(positions[None, :, None], (3, *x.shape[:2]))
+        x, cache = self.language(x, positions, cache.valid, None, cache, decoding=True)
+        return x[:, 0], cache.replace(length=cache.length + 1)
+
+    def touch(self, inputs: Inputs) -> None:
+        """Visits every parameter once, for initialisation."""
+        self.hidden(inputs)
+        if not self.config.tie_word_embeddings:
+            self.lm_head(inputs.tokens)
+
+    def _embed(self, inputs: Inputs) -> tuple[jax.Array, jax.Array | None]:
+        """Embeddings [B, T, D] with visual features in place; deepstack features [n_ds, B, T, D].
+
+        A batch without pictures has no deepstack features: None, and nothing is added.
+        """
+        x = self.language.embed(inputs.tokens)
+        if inputs.pictures is None:
+            return x, None
+        merged, deep = self.visual(inputs.pictures)
+        slots = inputs.pictures.slots
+        visual = (slots >= 0)[..., None]
+        index = jnp.maximum(slots, 0)[..., None]
+        x = jnp.where(visual, jnp.take_along_axis(merged, index, axis=1), x)
+        return x, jnp.where(visual, jnp.take_along_axis(deep, index[None], axis=2), 0)
+
+
+def head(params: Params) -> jax.Array:
+    """The output table [V, D]: `lm_head`, or the input embedding of a model that ties the two."""
+    module = params["lm_head"] if "lm_head" in params else params["language"]["embed_tokens"]
+    return module["embedding"]
+
+
+def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of `hidden` [..., D] under `head` [V, D]."""
+    return jnp.einsum(
+        "...D,VD->...V", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def append_response(
+    inputs: Inputs, response: jax.Array, response_valid: jax.Array
+) -> Inputs:
+    """Left-padded prompts [B, T] with responses [B, R] after them: Inputs of T + R tokens.
+
+    A response continues at the prompt's `next_position`; its tokens are text, whatever their ids.
+    `response_valid` [B, R] must be a run of True from the left.
+    """
+    width = response.shape[1]
+    steps = jnp.arange(width, dtype=jnp.int32)
+    positions = jnp.broadcast_to(
+        inputs.next_position[:, None] + steps, (3, *response.shape)
+    )
+    valid = response_valid.astype(bool)
+    pictures = inputs.pictures
+    if pictures is not None:
+        slots = jnp.pad(pictures.slots, ((0, 0), (0, width)), constant_values=-1)
+        pictures = pictures._replace(slots=slots)
+    return Inputs(
+        tokens=jnp.concatenate([inputs.tokens, response.astype(inputs.tokens.dtype)], axis=1),
+        positions=jnp.concatenate([inputs.positions, positions], axis=2),
+        valid=jnp.concatenate([inputs.valid, valid], axis=1),
+        next_position=inputs.next_position + valid.sum(axis=1, dtype=jnp.int32),
+        pictures=pictures,
+    )
+
+
+def init_params(config: ModelConfig, rng: jax.Array, dtype: Dtype = jnp.float32) -> Params:
+    """Random parameters as a nested dict (normal 0.02, norms 1, biases 0).
+
+    Call under jit with out_shardings to make them where they will live.
+    """
+    params = Qwen3VL(config).init(rng, _smallest_inputs(config), method="touch")["params"]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _smallest_inputs(config: ModelConfig) -> Inputs:
+    """One token, which is the one visual token of one picture: enough to shape every parameter."""
+    patches = config.vision.merge_unit
+    lead = (1, 1, patches)
+    token = jnp.zeros((1, 1), jnp.int32)
+    return Inputs(
+        tokens=token,
+        positions=jnp.zeros((3, 1, 1), jnp.int32),
+        valid=jnp.ones((1, 1), bool),
+        next_position=jnp.ones((1,), jnp.int32),
+        pictures=Pictures(
+            patches=jnp.zeros((*lead, config.vision.patch_channels)),
+            valid=jnp.ones(lead, bool),
+            interp_index=jnp.zeros((*lead, 4), jnp.int32),
+            interp_weight=jnp.zeros((*lead, 4)),
+            coords=jnp.zeros((*lead, 2), jnp.int32),
+            slots=token,
+        ),
+    )

@@ -1,0 +1,55 @@
+"""Rotary position tables: interleaved M-RoPE for text, 2-D RoPE for the vision tower.
+
+Axes: B batch, T tokens, P patches, H head width. Angles are float32 throughout.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tables = tuple[jax.Array, jax.Array]
+
+
+def mrope_tables(
+    positions: jax.Array,  # [3, B, T] int32: temporal, height, width
+    *,
+    head_dim: int,
+    theta: float,
+    section: tuple[int, int, int],
+    dtype: jnp.dtype,
+) -> Tables:
+    """cos and sin [B, T, 1, H] of Qwen3-VL's interleaved M-RoPE, cast to `dtype` as in HF.
+
+    Frequency i turns with the height where i % 3 == 1 and i < 3 * section[1], with the width where
+    i % 3 == 2 and i < 3 * section[2], with time otherwise (HF Qwen3VLTextRotaryEmbedding).
+    """
+    frequency = np.arange(head_dim // 2)
+    height = (frequency % 3 == 1) & (frequency < 3 * section[1])
+    width = (frequency % 3 == 2) & (frequency < 3 * section[2])
+    t, h, w = (axis[..., None] for axis in positions.astype(jnp.float32))
+    turns = jnp.where(height, h, jnp.where(width, w, t))
+    return _tables(turns * _inverse_frequencies(head_dim, theta), dtype)
+
+
+def vision_tables(coords: jax.Array, *, head_dim: int, theta: float) -> Tables:
+    """cos and sin [B, P, 1, H] float32 of 2-D RoPE for `coords` [B, P, 2] (row, column)."""
+    inverse = _inverse_frequencies(head_dim // 2, theta)
+    angles = coords.astype(jnp.float32)[..., None] * inverse  # [B, P, 2, H / 4]
+    return _tables(angles.reshape(*coords.shape[:-1], head_dim // 2), jnp.dtype(jnp.float32))
+
+
+def rotate(x: jax.Array, tables: Tables) -> jax.Array:
+    """`x` [B, T, heads, H] turned by its tables, in the wider of the two dtypes."""
+    cos, sin = tables
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def _inverse_frequencies(width: int, theta: float) -> np.ndarray:
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
+
+
+def _tables(angles: jax.Array, dtype: jnp.dtype) -> Tables:
+    angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)

@@ -1,0 +1,214 @@
+"""A nano Qwen3-VL with its own small tokenizer: a Hugging Face folder with random weights.
+
+The tokenizer knows every constant line of our prompts, every cell and every list of directions as
+one token each, so that a planning prompt is some fifty tokens; any other text falls to bytes.
+`run` is `--stage=init`, the first step of making the nano base.
+"""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import prompts as prompts_lib
+from mgsd_jax.config import Config, NanoConfig
+from mgsd_jax.envs import ENVS
+from mgsd_jax.model import hf
+from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.model.qwen3vl import init_params
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- part.text -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+_WORDS = (
+    *("Map size:", "Player:", "Goal:", "Holes:", "Map:\n", "Open directions:\n", "Agent:"),
+    *("Printer:", "Table:", "Next to printer:", "Next to table:", " none", " none\n"),
+    *("I go through", ", pick up, go through", ", and drop.", "<answer>", "</answer>"),
+    *("PICK", "DROP", "One shortest plan: ", "All shortest plans: ", " or "),
+    *("user\n", "assistant\n"),
+)
+
+
+def run(config: Config, workdir: str) -> None:
+    """Writes the nano folder named by `config.nano.folder`; the weights come from `config.seed`."""
+    if config.nano is None:
+        raise ValueError("config.nano: got None, want the shape of the model to write")
+    folder = pathlib.Path(config_lib.resolve(config.nano.folder, config, workdir))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = write_tokenizer(folder, config.nano)
+    written = hf_config(config.nano, tokenizer)
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    model_config = ModelConfig.from_hf(written, source=str(folder / "config.json"))
+    params = init_params(model_config, jax.random.key(config.seed))
+    hf.save_params(params, model_config, folder, dtype="float32")
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    logging.info("%s: %d parameters, %d tokens", folder, count, len(tokenizer))
+
+
+def constant_lines() -> list[str]:
+    """Every line of the built-in prompts and questions that no board changes, with its newline."""
+    rng = np.random.default_rng(0)
+    lines: dict[str, None] = {}
+    for task, env in ENVS.items():
+        state = env.generate(rng, max(4, env.MIN_LEVEL))
+        built_in = prompts_lib.BUILT_IN
+        for template in (built_in.student, built_in.teacher, built_in.grounding):
+            text = template[task].replace("<questions>", "").replace("<picture>", "")
+            text = text.replace("<state>", "")
+            lines.update(dict.fromkeys(line + "\n" for line in text.split("\n") if line))
+        lines.update(dict.fromkeys(q.text for q in env.questions(state)))
+    return list(lines)
+
+
+def board_tokens(max_level: int) -> Iterator[str]:
+    """Cells, sizes, numbers of answers and lists of directions up to a board size."""
+    for row, column in itertools.product(range(max_level), repeat=2):
+        cell = f"({row},{column})"
+        yield from (cell, " " + cell, cell + ":")
+    for size in range(2, max_level + 1):
+        yield f" {size}x{size}"
+    for number in range(1, 10):
+        yield from (f"{number}.", f"{number}. ")
+    words = ("up", "down", "left", "right")
+    for count in range(1, 5):
+        for chosen in itertools.combinations(words, count):
+            listed = " " + ", ".join(chosen)
+            yield from (listed, listed + "\n")
+
+
+def write_tokenizer(folder: pathlib.Path, nano: NanoConfig) -> PreTrainedTokenizerFast:
+    """Writes tokenizer, chat template, processor and generation files; returns the tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    pieces = dict.fromkeys((*_WORDS, *board_tokens(nano.max_level), *constant_lines()))
+    core.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+        },
+    )
+    tokenizer.save_pretrained(folder)
+    side = nano.patch * 2
+    picture = {
+        "size": {"shortest_edge": 4 * side * side, "longest_edge": 64 * 64 * side},
+        "patch_size": nano.patch,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen3VLProcessor",
+    }
+    ids = tokenizer.convert_tokens_to_ids
+    generation = {"eos_token_id": [ids("<|im_end|>"), ids("<|endoftext|>")]}
+    generation["pad_token_id"] = ids("<|endoftext|>")
+    for name, value in (
+        ("preprocessor_config.json", picture),
+        ("video_preprocessor_config.json", {**picture, "video_processor_type": _VIDEO}),
+        ("generation_config.json", generation),
+    ):
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    return tokenizer
+
+
+_VIDEO = "Qwen3VLVideoProcessor"
+
+
+def hf_config(nano: NanoConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The config.json of the nano model, in the terms of transformers' Qwen3-VL."""
+    ids = tokenizer.convert_tokens_to_ids
+    sixth = nano.head_width // 2 // 6
+    height = width = 2 * sixth
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [nano.head_width // 2 - height - width, height, width],
+        "mrope_interleaved": True,
+    }
+    text = {
+        "model_type": "qwen3_vl_text",
+        "vocab_size": -(-len(tokenizer) // 32) * 32,
+        "hidden_size": nano.width,
+        "intermediate_size": nano.mlp,
+        "num_hidden_layers": nano.layers,
+        "num_attention_heads": nano.heads,
+        "num_key_value_heads": nano.kv_heads,
+        "head_dim": nano.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": rope,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "eos_token_id": ids("<|im_end|>"),
+        "pad_token_id": ids("<|endoftext|>"),
+    }
+    vision = {
+        "model_type": "qwen3_vl",
+        "depth": nano.vision_layers,
+        "hidden_size": nano.vision_width,
+        "intermediate_size": nano.vision_mlp,
+        "num_heads": nano.vision_heads,
+        "in_channels": 3,
+        "patch_size": nano.patch,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": nano.width,
+        "num_position_embeddings": (2 * nano.max_level) ** 2,
+        "deepstack_visual_indexes": list(nano.deepstack),
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.02,
+    }
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": ids("<|image_pad|>"),
+        "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }

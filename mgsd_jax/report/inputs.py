@@ -1,0 +1,125 @@
+"""What a report is made of: the rows and summary of an evaluation, the curves of the stages."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from mgsd_jax import metrics
+from mgsd_jax.summary import Row, check_rows
+
+ROWS_FILE = "rows.jsonl"
+SUMMARY_FILE = "summary.json"
+STAGES = ("grounding", "distillation")
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation folder, its two files checked against each other."""
+
+    rows: tuple[Row, ...]
+    summary: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One metric over the steps of a stage; points that are not finite are only counted."""
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    not_finite: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The curves of a stage, or why there are none."""
+
+    name: str
+    curves: tuple[Curve, ...]
+    missing: str | None
+
+
+def read_evaluation(folder: PathLike) -> Evaluation:
+    """Return the rows and the summary of an evaluation folder.
+
+    Raises ValueError naming the file, got and want where one is absent, empty or no JSON, or where
+    the two are not of one evaluation (a model, a mode or a number of rows that differs).
+    """
+    rows_path, summary_path = pathlib.Path(folder) / ROWS_FILE, pathlib.Path(folder) / SUMMARY_FILE
+    rows = tuple(
+        _parse(line, f"{rows_path}, line {number}")
+        for number, line in enumerate(_read(rows_path).splitlines(), start=1)
+        if line.strip()
+    )
+    check_rows(rows, source=str(rows_path))
+    summary = _parse(_read(summary_path), str(summary_path))
+    if "models" not in summary:
+        raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want 'models' among them")
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row["model"] not in summary["models"]:
+            raise ValueError(
+                f"{rows_path}: got model {row['model']!r} (row {row['id']}), want one of "
+                f"{sorted(summary['models'])}, the models of {summary_path}"
+            )
+        counts[row["model"], row["mode"]] = counts.get((row["model"], row["mode"]), 0) + 1
+    stated = {
+        (model, mode): part["n"]
+        for model, modes in summary["models"].items()
+        for mode, part in modes.items()
+    }
+    if stated != counts:
+        raise ValueError(
+            f"{summary_path}: got rows by model and mode {stated}, want {counts} as in {rows_path}"
+        )
+    return Evaluation(rows, summary)
+
+
+def read_stage(name: str, folder: PathLike | None) -> Stage:
+    """Return the curves in a stage's `metrics.jsonl`; an absent file or folder is said in words.
+
+    Raises ValueError naming file and line where a line is no record.
+    """
+    if folder is None:
+        return Stage(name, (), f"no {name} run was given to this report")
+    path = pathlib.Path(folder) / metrics.METRICS_FILE
+    if not path.is_file():
+        return Stage(name, (), f"{path.parent.name}/{path.name} of the {name} run was not found")
+    points: dict[str, dict[int, float]] = {}
+    for record in metrics.read_metrics(path):
+        for key, value in record.items():
+            if key not in ("step", "time") and isinstance(value, int | float):
+                points.setdefault(key, {})[record["step"]] = float(value)
+    if not points:
+        return Stage(name, (), f"{path.parent.name}/{path.name} of the {name} run holds no values")
+    return Stage(name, tuple(_curve(key, points[key]) for key in sorted(points)), None)
+
+
+def _curve(name: str, points: Mapping[int, float]) -> Curve:
+    finite = sorted((step, value) for step, value in points.items() if math.isfinite(value))
+    steps, values = zip(*finite, strict=True) if finite else ((), ())
+    return Curve(name, steps, values, len(points) - len(finite))
+
+
+def _read(path: pathlib.Path) -> str:
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: got no such file, want an evaluation folder with {ROWS_FILE} and "
+            f"{SUMMARY_FILE}"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: got {text[:80]!r}, want JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: got {type(record).__name__}, want a JSON object")
+    return record

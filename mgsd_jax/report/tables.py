@@ -1,0 +1,267 @@
+"""The tables of a report, made once and written as HTML and as markdown."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from mgsd_jax.report.words import (
+    DASH,
+    ERRORS,
+    MODES,
+    REASONS,
+    TASKS,
+    interval,
+    model_label,
+    percent,
+)
+from mgsd_jax.summary import Measure
+
+_PLANNING = ("picture", "text", "blind")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A number, its interval below it, and the share that its data bar shows."""
+
+    text: str
+    detail: str = ""
+    share: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A titled table; the first `labels` columns of `head` name the row, `rows` start with them."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    labels: int = 1
+
+
+def overall(summary: Mapping[str, Any]) -> Table:
+    """Success, and what lies behind it, of each model and mode over all tasks."""
+    rows = []
+    for model, mode, part in _parts(summary):
+        lengths = part["response_tokens"]
+        rows.append(
+            (
+                *_names(model, mode),
+                _cell(part["macro"]),
+                Cell(percent(part["macro_upstream"])),
+                *(_cell(part[name]) for name in ("optimal", "parsed", "legal", "progress")),
+                _cell(part["truncated"]),
+                Cell(f"{lengths['mean']:.0f}", f"median {lengths['median']:.0f}"),
+                Cell(str(part["n"])),
+            )
+        )
+    head = ("model", "reads", "success", "success, task mean", "shortest", "parsed", "legal")
+    return Table(
+        "All tasks",
+        (*head, "progress", "truncated", "tokens", "n"),
+        tuple(rows),
+        "Success is the mean over tasks of the mean over levels; 'task mean' does not balance the "
+        "levels, as the public scorer. Intervals: 95 %. Progress is the share of the shortest way "
+        "that was covered.",
+        labels=2,
+    )
+
+
+def by_level(summary: Mapping[str, Any], task: str) -> Table:
+    """Success of each model and mode on each level of one task."""
+    parts = [(m, mode, p["tasks"][task]) for m, mode, p in _parts(summary) if task in p["tasks"]]
+    levels = sorted({int(level) for _, _, part in parts for level in part["levels"]})
+    rows = []
+    for model, mode, part in parts:
+        cells = [
+            _cell(part["levels"][str(level)]["success"], count=True)
+            if str(level) in part["levels"]
+            else Cell(DASH)
+            for level in levels
+        ]
+        success, optimal = _cell(part["success"], count=True), _cell(part["optimal"])
+        rows.append((*_names(model, mode), success, optimal, *cells))
+    head = ("model", "reads", "success", "shortest", *(f"level {level}" for level in levels))
+    return Table(TASKS[task], head, tuple(rows), "Wilson 95 % intervals, n boards.", labels=2)
+
+
+def diagnostics(summary: Mapping[str, Any]) -> Table:
+    """Where a model fails: reading the state or planning over it."""
+    names = ("state_f1", "state_exact", "plan_on_gt", "e2e", "plan_given_own_state")
+    rows = [
+        (Cell(model_label(model)), *(_cell(part[name], count=True) for name in names))
+        for model, part in summary["diagnostics"].items()
+    ]
+    head = ("model", "State F1", "state exact", "Plan on GT", "E2E", "plan given own state")
+    return Table(
+        "Reading the state, and planning over it",
+        head,
+        tuple(rows),
+        "State F1: the state facts that a response to the picture states, against the true ones. "
+        "Plan on GT: success when the true state is given as text. E2E: success from the picture. "
+        "Plan given own state: success on the board that the response itself describes.",
+    )
+
+
+def comparisons(summary: Mapping[str, Any]) -> Table:
+    """Paired differences between models, the gap to text input and how much of it is closed."""
+    rows = []
+    for name, measure in summary["differences"].items():
+        label = " − ".join(model_label(part) for part in name.split(" - "))
+        rows.append((Cell(f"{label}, picture"), *_points(measure)))
+    for name, measure in summary["modality_gap"].items():
+        rows.append((Cell(f"{model_label(name)}: text − picture"), *_points(measure)))
+    for name, measure in summary["gap_closed_by"].items():
+        label = Cell(f"base model's gap closed by {model_label(name)}")
+        rows.append((label, _bare(measure), Cell(interval(measure)), Cell(_count(measure))))
+    return Table(
+        "Differences on the same boards",
+        ("compared", "points", "95 % interval", "boards"),
+        tuple(rows),
+        "In points of the level-balanced success; the two sides are paired board by board. "
+        "Gap closed: (model from picture − base from picture) / (base from text − base from "
+        "picture).",
+    )
+
+
+def errors(summary: Mapping[str, Any]) -> Table:
+    """How the answers of each model and mode ended; every row adds up to its n."""
+    rows = []
+    for model, mode, part in _parts(summary):
+        counts = part["errors"]
+        cells = [
+            Cell(str(counts[name]), percent(counts[name] / part["n"]), counts[name] / part["n"])
+            for name in ERRORS
+        ]
+        rows.append((*_names(model, mode), *cells, Cell(str(part["n"]))))
+    return Table(
+        "How answers end",
+        ("model", "reads", *ERRORS.values(), "n"),
+        tuple(rows),
+        "Each answer counts once: solved, else cut off, else without a plan, else by its state "
+        "and plan. An answer whose state was not measured is judged by its plan alone.",
+        labels=2,
+    )
+
+
+def reasons(summary: Mapping[str, Any]) -> Table:
+    """Why the simulator stopped, by model and mode."""
+    parts = list(_parts(summary))
+    found = {reason for _, _, part in parts for reason in part["reasons"]}
+    names = [name for name in REASONS if name in found] + sorted(found - REASONS.keys())
+    rows = []
+    for model, mode, part in parts:
+        counts = [part["reasons"][name] if name in part["reasons"] else 0 for name in names]
+        cells = [Cell(str(count), "", count / part["n"]) for count in counts]
+        rows.append((*_names(model, mode), *cells))
+    head = ("model", "reads", *(reason_label(name) for name in names))
+    return Table("What the simulator said", head, tuple(rows), labels=2)
+
+
+def perception(summary: Mapping[str, Any], task: str) -> Table:
+    """Share of right answers to each question about the picture, by model."""
+    parts = {
+        model: modes["perception"]["tasks"][task]
+        for model, modes in summary["models"].items()
+        if "perception" in modes and task in modes["perception"]["tasks"]
+    }
+    names = dict.fromkeys(name for part in parts.values() for name in part["questions"])
+    rows = [
+        (
+            Cell(name.replace("_", " ")),
+            *(
+                _cell(part["questions"][name], count=True)
+                if name in part["questions"]
+                else Cell(DASH)
+                for part in parts.values()
+            ),
+        )
+        for name in names
+    ]
+    rows.append(
+        (Cell("all of them"), *(_cell(p["all_right"], count=True) for p in parts.values()))
+    )
+    return Table(TASKS[task], ("question", *map(model_label, parts)), tuple(rows))
+
+
+def reason_label(reason: str) -> str:
+    """Return a reason of `Outcome` in words."""
+    return REASONS[reason] if reason in REASONS else reason.replace("_", " ")
+
+
+def to_html(table: Table) -> str:
+    """Return the table as HTML that scrolls sideways on its own where the screen is narrow."""
+    labels = table.labels
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.head)
+    body, last = [], ""
+    for row in table.rows:
+        name = row[0].text
+        group = ' class="group"' if labels > 1 and last not in ("", name) else ""
+        cells = "".join(_html_cell(cell, i < labels) for i, cell in enumerate(row))
+        body.append(f"<tr{group}>{cells}</tr>")
+        last = name
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    title = escape(table.title)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {title}"><table>'
+        f"<caption>{title}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>{note}"
+    )
+
+
+def to_markdown(table: Table) -> str:
+    """Return the table as GitHub markdown."""
+    lines = [f"### {table.title}", "", _line(table.head)]
+    lines.append(_line(["---"] * table.labels + ["---:"] * (len(table.head) - table.labels)))
+    for row in table.rows:
+        lines.append(_line(f"{c.text} ({c.detail})" if c.detail else c.text for c in row))
+    return "\n".join([*lines, "", *([table.note, ""] if table.note else [])])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _html_cell(cell: Cell, is_label: bool) -> str:
+    text = escape(cell.text)
+    if cell.detail:
+        text += f"<small>{escape(cell.detail)}</small>"
+    if is_label:
+        return f'<th scope="row">{text}</th>'
+    if cell.share is None:
+        return f"<td>{text}</td>"
+    return f'<td class="bar" style="--share:{100 * cell.share:.1f}%">{text}</td>'
+
+
+def _parts(summary: Mapping[str, Any]) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
+    for model, modes in summary["models"].items():
+        for mode in _PLANNING:
+            if mode in modes:
+                yield model, mode, modes[mode]
+
+
+def _names(model: str, mode: str) -> tuple[Cell, Cell]:
+    return Cell(model_label(model)), Cell(MODES[mode])
+
+
+def _cell(measure: Measure | None, *, count: bool = False) -> Cell:
+    if measure is None or measure["value"] is None:
+        return Cell(DASH)
+    detail = interval(measure) + (f", n {measure['n']}" if count else "")
+    return Cell(percent(measure["value"]), detail, min(1.0, max(0.0, measure["value"])))
+
+
+def _bare(measure: Measure | None) -> Cell:
+    return Cell(percent(measure["value"]) if measure is not None else DASH)
+
+
+def _points(measure: Measure | None) -> tuple[Cell, Cell, Cell]:
+    if measure is None or measure["value"] is None:
+        return Cell(DASH), Cell("not measured"), Cell(_count(measure))
+    value = f"{100 * measure['value']:+.1f}"
+    return Cell(value), Cell(interval(measure)), Cell(_count(measure))
+
+
+def _count(measure: Measure | None) -> str:
+    return DASH if measure is None else str(measure["n"])

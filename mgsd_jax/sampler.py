@@ -1,0 +1,274 @@
+"""Rollouts: one jitted prefill, then one jitted decode loop that stops when every row has ended.
+
+Axes: B batch, T prompt tokens, R response tokens, S cache slots, D width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mgsd_jax.batch import Inputs
+from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
+from mgsd_jax.model.text import KVCache
+
+Variables = dict[str, Any]  # {'params': ..., optionally 'adapters': ...}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens; temperature 0 takes the most probable one."""
+
+    max_new_tokens: int  # R
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}, want 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, want a number in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: got {self.top_k}, want 0 (off) or more")
+
+
+@struct.dataclass
+class Rollout:
+    """Responses, padded to R with the pad id."""
+
+    tokens: jax.Array  # [B, R] int32
+    mask: jax.Array  # [B, R] bool, True through the first end token
+    logprobs: jax.Array  # [B, R] float32, of the distribution sampled from; 0 where mask is False
+    truncated: jax.Array  # [B] bool, True where R tokens went by without an end token
+
+
+RolloutFn = Callable[[Variables, Inputs, jax.Array, jax.Array], Rollout]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """All that selects a compiled program; temperature and top_p are arguments of it."""
+
+    model: Qwen3VL
+    max_new_tokens: int
+    greedy: bool
+    top_k: int
+    use_top_p: bool
+    eos_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    pad_id: int
+
+
+def make_rollout(
+    model: Qwen3VL,
+    sampling: Sampling,
+    *,
+    eos_ids: tuple[int, ...],
+    banned_ids: tuple[int, ...],
+    pad_id: int,
+) -> RolloutFn:
+    """A function `rollout(variables, inputs, rng, row_ids)` that samples one response a row.
+
+    Prompts are left-padded. A row's response depends on `rng`, its own `row_ids` [B] entry and its
+    own prompt, not on its neighbours or its place in the batch. `banned_ids` (picture pads) have
+    probability 0; `eos_ids` end a row and belong to it; after that it emits `pad_id`. Nothing is
+    read back to the host. Two calls of `make_rollout` that differ only in temperature or in a top_p
+    below 1 share one compiled program.
+
+    `logprobs` are float32, after bans, temperature, top-k and top-p. For greedy rollouts they are
+    those of the model at temperature 1.
+    """
+    vocabulary = model.config.text.vocab_size
+    for name, ids in (("eos_ids", eos_ids), ("banned_ids", banned_ids), ("pad_id", (pad_id,))):
+        if any(not 0 <= i < vocabulary for i in ids):
+            raise ValueError(f"{name}: got {ids}, want ids in [0, {vocabulary})")
+    if set(eos_ids) & set(banned_ids):
+        raise ValueError(f"banned_ids: got {banned_ids}, want none of eos_ids {eos_ids}")
+    static = _Static(
+        model=model,
+        max_new_tokens=sampling.max_new_tokens,
+        greedy=sampling.temperature == 0,
+        top_k=min(sampling.top_k, vocabulary),
+        use_top_p=sampling.top_p < 1,
+        eos_ids=tuple(eos_ids),
+        banned_ids=tuple(banned_ids),
+        pad_id=pad_id,
+    )
+
+    def rollout(
+        variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.Array
+    ) -> Rollout:
+        hidden, cache = _prefill(static, variables, inputs)
+        out, _ = _decode(
+            static,
+            variables,
+            hidden,
+            cache,
+            inputs.next_position,
+            rng,
+            row_ids,
+            sampling.temperature,
+            sampling.top_p,
+        )
+        return out
+
+    return rollout
+
+
+@jax.jit(static_argnums=0)
+def _prefill(
+    static: _Static, variables: Variables, inputs: Inputs
+) -> tuple[jax.Array, KVCache]:
+    slots = inputs.tokens.shape[1] + static.max_new_tokens
+    return static.model.apply(variables, inputs, slots, method="prefill")
+
+
+# The cache is returned, although no one reads it: XLA refuses to reuse a donated buffer that has
+# no output to go to, and would hold the cache twice.
+@jax.jit(static_argnums=0, donate_argnames="cache")
+def _decode(
+    static: _Static,
+    variables: Variables,
+    hidden: jax.Array,
+    cache: KVCache,
+    next_position: jax.Array,
+    rng: jax.Array,
+    row_ids: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> tuple[Rollout, KVCache]:
+    """Samples from the prompts' last hidden states [B, D], then decodes until all rows end."""
+    width = static.max_new_tokens
+    # Cast once, outside the loop, or every token would read the weights in their wider type.
+    variables = jax.tree.map(lambda leaf: leaf.astype(static.model.dtype), variables)
+    table = head(variables["params"])
+    eos = jnp.asarray(static.eos_ids, jnp.int32)
+    uniforms = _uniforms(rng, row_ids, width)
+
+    def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = _restrict(logits(hidden, table), static, temperature, top_p)
+        logprobs = jax.nn.log_softmax(scores, axis=-1)
+        if static.greedy:
+            tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        else:
+            tokens = invert_cdf(logprobs, uniforms[:, step])
+        return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+    def write(
+        out: Rollout, done: jax.Array, step: jax.Array, hidden: jax.Array
+    ) -> tuple[Rollout, jax.Array, jax.Array]:
+        tokens, logprobs = choose(hidden, step)
+        tokens = jnp.where(done, static.pad_id, tokens)
+        out = out.replace(
+            tokens=out.tokens.at[:, step].set(tokens),
+            mask=out.mask.at[:, step].set(~done),
+            logprobs=out.logprobs.at[:, step].set(jnp.where(done, 0.0, logprobs)),
+        )
+        return out, done | (tokens[:, None] == eos).any(axis=-1), tokens
+
+    def body(state: tuple) -> tuple:
+        step, out, done, tokens, cache = state
+        hidden, cache = static.model.apply(
+            variables, tokens, next_position + step - 1, cache, method="decode"
+        )
+        out, done, tokens = write(out, done, step, hidden)
+        return step + 1, out, done, tokens, cache
+
+    batch = hidden.shape[0]
+    empty = Rollout(
+        tokens=jnp.full((batch, width), static.pad_id, jnp.int32),
+        mask=jnp.zeros((batch, width), bool),
+        logprobs=jnp.zeros((batch, width), jnp.float32),
+        truncated=jnp.zeros(batch, bool),
+    )
+    out, done, tokens = write(empty, empty.truncated, jnp.int32(0), hidden)
+    state = (jnp.int32(1), out, done, tokens, cache)
+    state = jax.lax.while_loop(lambda state: (state[0] < width) & ~state[2].all(), body, state)
+    _, out, done, _, cache = state
+    return out.replace(truncated=~done), cache
+
+
+def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:
+    """[B, R] in [0, 1): one key a row, folded with the position in the response."""
+
+    def draw(row_id: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(rng, row_id)
+        return jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step)))(
+            jnp.arange(width)
+        )
+
+    return jax.vmap(draw)(row_ids)
+
+
+def _restrict(
+    scores: jax.Array, static: _Static, temperature: jax.Array, top_p: jax.Array
+) -> jax.Array:
+    """Logits [B, V] with bans, temperature, top-k and top-p applied, in transformers' order."""
+    if static.banned_ids:
+        scores = scores.at[:, jnp.asarray(static.banned_ids)].set(-jnp.inf)
+    if static.greedy:
+        return scores
+    scores = scores / temperature
+    if static.top_k:
+        least = jax.lax.top_k(scores, static.top_k)[0][:, -1:]
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+    if static.use_top_p:
+        scores = keep_nucleus(scores, top_p)
+    return scores
+
+
+def keep_nucleus(scores: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [B, V] with -inf outside the smallest set of tokens whose mass reaches `top_p`.
+
+    Tokens as probable as the least of the set are in it too. The least probability is found by
+    bisection over the bit patterns of the floats in [0, 1], which order as the floats do: 30
+    passes of compare-and-add instead of a sort of the vocabulary, and exact.
+    """
+    probabilities = jax.nn.softmax(scores, axis=-1)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # the mass at or above `low` reaches top_p, that above `high` does not
+        middle = low + (high - low) // 2
+        least = jax.lax.bitcast_convert_type(middle, jnp.float32)
+        mass = jnp.sum(jnp.where(probabilities >= least, probabilities, 0.0), -1, keepdims=True)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    rows = (*scores.shape[:-1], 1)
+    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
+    bounds = (jnp.zeros(rows, jnp.int32), jnp.full(rows, above_one))
+    low, _ = jax.lax.fori_loop(0, 30, halve, bounds)
+    least = jax.lax.bitcast_convert_type(low, jnp.float32)
+    return jnp.where(probabilities >= least, scores, -jnp.inf)
+
+
+def invert_cdf(logprobs: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """Tokens [B] int32 drawn from normalised `logprobs` [B, V] with one uniform [B] a row.
+
+    In two levels, blocks and tokens of a block: a cumulative sum over the whole vocabulary, or a
+    Gumbel number for every token of it, costs several times as much.
+    """
+    block = 128
+    batch, vocabulary = logprobs.shape
+    probabilities = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, -vocabulary % block)))
+    probabilities = probabilities.reshape(batch, -1, block)
+    blocks = jnp.cumsum(probabilities.sum(axis=-1), axis=-1)
+    target = uniforms * blocks[:, -1]
+    chosen = jnp.sum(blocks <= target[:, None], axis=-1)
+    chosen = jnp.minimum(chosen, blocks.shape[1] - 1)[:, None]
+    before = jnp.where(chosen > 0, jnp.take_along_axis(blocks, chosen - 1, axis=1), 0.0)
+    inside = jnp.take_along_axis(probabilities, chosen[..., None], axis=1)[:, 0]
+    offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= target[:, None] - before, axis=-1)
+    tokens = (chosen[:, 0] * block + offset).astype(jnp.int32)
+    # Rounding may step past a block's end, or onto a token of probability 0 (once in some 10^6):
+    # take the likeliest token then, never a banned one.
+    tokens = jnp.minimum(tokens, vocabulary - 1)
+    landed = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    fine = (offset < block) & (landed > -jnp.inf)
+    return jnp.where(fine, tokens, jnp.argmax(logprobs, axis=-1).astype(jnp.int32))

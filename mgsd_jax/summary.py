@@ -1,0 +1,324 @@
+"""The summary of an evaluation: rates, intervals, diagnostics and errors out of its rows.
+
+A row is one answered prompt (`check_rows` names its keys). A measure is {"value", "low", "high",
+"n"}: a mean with its 95 % interval over n rows, values None where n is 0. `macro` and every
+measure of a model and mode is level-balanced, the mean over tasks of the mean over levels; a
+measure of a task or a level is the plain rate with a Wilson interval. All of it is JSON: the
+levels are strings, nothing is NaN.
+"""
+
+import collections
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mgsd_jax.envs import ENVS
+
+Row = Mapping[str, Any]
+Measure = dict[str, Any]  # value, low, high: float | None; n: int
+Board = tuple[str, int, int]  # task, level, index: what pairs the rows of two models
+
+MODELS = ("base", "grounded", "distilled")  # the order of every listing; others follow
+MODES = ("picture", "text", "blind", "perception")
+# Every row of a planning mode is counted under exactly one, the first that holds.
+ERRORS = (
+    "success",
+    "not_optimal",
+    "truncated",
+    "unparsed",
+    "wrong_state",
+    "illegal_plan",
+    "not_successful",
+)
+_ROW_KEYS = ("id", "model", "mode", "task", "level", "index", "task_text", "response")
+_PLAN_KEYS = ("outcome", "plan", "truncated", "response_tokens", "state_f1", "state_exact")
+_OUTCOME_KEYS = ("success", "optimal", "parsed", "legal", "reason", "steps", "progress")
+
+
+def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
+    """Return all summary measures of `rows`, the content of `summary.json`.
+
+    Keys: `models` {model: {mode: measures}}, `diagnostics` {model: ...} (State F1, state exact,
+    plan on the true state = text mode, end to end = picture mode, plan given own state),
+    `modality_gap` {model: text - picture}, `differences` {"a - b": ...} in picture mode,
+    `gap_closed` (of the distilled model) and `gap_closed_by` {model: ...}. Differences are paired:
+    they compare the same boards. Raises ValueError on rows that are empty or contradict each other.
+    """
+    check_rows(rows, source=source)
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(row["model"], {}).setdefault(row["mode"], []).append(row)
+    models = {
+        name: {
+            mode: (_perception if mode == "perception" else _planning)(groups[name][mode])
+            for mode in MODES
+            if mode in groups[name]
+        }
+        for name in sort_models(groups)
+    }
+    closed = {name: _gap_closed(groups, name) for name in models if name != "base"}
+    return {
+        "n": len(rows),
+        "models": models,
+        "diagnostics": {name: _diagnostics(modes) for name, modes in models.items()},
+        "modality_gap": {
+            name: _difference(groups[name].get("text"), groups[name].get("picture"))
+            for name in models
+        },
+        "differences": {
+            f"{later} - {earlier}": _difference(
+                groups[later].get("picture"), groups[earlier].get("picture")
+            )
+            for i, later in enumerate(models)
+            for earlier in list(models)[:i]
+        },
+        "gap_closed": closed["distilled"] if "distilled" in closed else None,
+        "gap_closed_by": closed,
+    }
+
+
+def sort_models(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names as base, grounded, distilled, then the others by name."""
+    return tuple(sorted(names, key=lambda name: (name not in MODELS, _rank(name), name)))
+
+
+def error_of(row: Row) -> str:
+    """Return the one of ERRORS that a planning row counts under.
+
+    A row whose state was not measured (None) is judged by its plan alone.
+    """
+    outcome = row["outcome"]
+    if outcome["success"]:
+        return "success" if outcome["optimal"] else "not_optimal"
+    if row["truncated"]:
+        return "truncated"
+    if not outcome["parsed"]:
+        return "unparsed"
+    if row["state_exact"] is False:
+        return "wrong_state"
+    return "not_successful" if outcome["legal"] else "illegal_plan"
+
+
+def board_of(row: Row) -> Board:
+    """Return what names the board of a row, the same for every model and mode."""
+    return row["task"], row["level"], row["index"]
+
+
+def check_rows(rows: Sequence[Row], *, source: str) -> None:
+    """Raise ValueError naming `source`, the row, got and want, unless `rows` are of one evaluation.
+
+    Wanted: at least one row, every key of its mode, a known task and mode, one row for each model,
+    mode and board, and one text for each board.
+    """
+    if not rows:
+        raise ValueError(f"{source}: got no rows, want one for each answered prompt")
+    seen: set[tuple[str, str, Board]] = set()
+    texts: dict[Board, str] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        _want_keys(row, _ROW_KEYS, where)
+        where += f" ({row['id']})"
+        if row["mode"] not in MODES:
+            raise ValueError(f"{where}: got mode {row['mode']!r}, want one of {MODES}")
+        if row["task"] not in ENVS:
+            raise ValueError(f"{where}: got task {row['task']!r}, want one of {tuple(ENVS)}")
+        if row["mode"] == "perception":
+            _want_keys(row, ("perception",), where)
+        else:
+            _want_keys(row, _PLAN_KEYS, where)
+            _want_keys(row["outcome"], _OUTCOME_KEYS, f"{where}, outcome")
+        board = board_of(row)
+        if (row["model"], row["mode"], board) in seen:
+            raise ValueError(
+                f"{where}: got {board} of {row['model']} {row['mode']} twice, want it once"
+            )
+        seen.add((row["model"], row["mode"], board))
+        if texts.setdefault(board, row["task_text"]) != row["task_text"]:
+            raise ValueError(f"{where}: got two boards named {board}, want one text for each name")
+
+
+def _rank(name: str) -> int:
+    return MODELS.index(name) if name in MODELS else len(MODELS)
+
+
+def _want_keys(record: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise ValueError(f"{where}: got keys {sorted(record)}, want {missing} as well")
+
+
+# Measures of one model in one mode. A getter returns None for a row it does not apply to.
+
+Getter = Callable[[Row], float | bool | None]
+_RATES: dict[str, Getter] = {
+    "success": lambda row: row["outcome"]["success"],
+    "optimal": lambda row: row["outcome"]["optimal"],
+    "parsed": lambda row: row["outcome"]["parsed"],
+    "legal": lambda row: row["outcome"]["legal"],
+    "progress": lambda row: row["outcome"]["progress"],
+    "truncated": lambda row: row["truncated"],
+    "state_f1": lambda row: row["state_f1"],
+    "state_exact": lambda row: row["state_exact"],
+    "plan_given_own_state": lambda row: row.get("plan_given_own_state"),
+}
+
+
+def _planning(rows: Sequence[Row]) -> dict[str, Any]:
+    measures = {name: _balanced(rows, get) for name, get in _RATES.items()}
+    macro = measures.pop("success")
+    tasks = {
+        task: _planning_counts(part)
+        | {"level_mean": _balanced(part, _RATES["success"])}
+        | {"levels": {str(level): _planning_counts(some) for level, some in _by_level(part)}}
+        for task, part in _by_task(rows)
+    }
+    upstream = statistics.fmean(task["success"]["value"] for task in tasks.values())
+    return {
+        "n": len(rows),
+        "macro": macro,
+        "macro_upstream": upstream,
+        **measures,
+        **_counts(rows),
+        "tasks": tasks,
+    }
+
+
+def _planning_counts(rows: Sequence[Row]) -> dict[str, Any]:
+    rates = {name: _rate(rows, get) for name, get in _RATES.items()}
+    return {"n": len(rows), **rates, **_counts(rows)}
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, Any]:
+    lengths = [row["response_tokens"] for row in rows]
+    errors = collections.Counter(error_of(row) for row in rows)
+    reasons = collections.Counter(row["outcome"]["reason"] for row in rows)
+    return {
+        "response_tokens": {
+            "mean": statistics.fmean(lengths),
+            "median": float(statistics.median(lengths)),
+            "max": max(lengths),
+        },
+        "errors": {name: errors[name] for name in ERRORS},
+        "reasons": dict(sorted(reasons.items())),
+    }
+
+
+def _perception(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "n": len(rows),
+        "macro": _balanced(rows, _share_right),
+        "all_right": _balanced(rows, _all_right),
+        "tasks": {
+            task: _questions(part)
+            | {"levels": {str(level): _questions(some) for level, some in _by_level(part)}}
+            for task, part in _by_task(rows)
+        },
+    }
+
+
+def _questions(rows: Sequence[Row]) -> dict[str, Any]:
+    names = dict.fromkeys(name for row in rows for name in row["perception"])
+    return {
+        "n": len(rows),
+        "all_right": _rate(rows, _all_right),
+        "questions": {
+            name: _rate(rows, lambda row, name=name: row["perception"].get(name)) for name in names
+        },
+    }
+
+
+def _share_right(row: Row) -> float | None:
+    answers = row["perception"].values()
+    return sum(answers) / len(answers) if answers else None
+
+
+def _all_right(row: Row) -> bool:
+    return all(row["perception"].values())
+
+
+def _diagnostics(modes: Mapping[str, Any]) -> dict[str, Measure | None]:
+    picture = modes["picture"] if "picture" in modes else None
+    return {
+        "state_f1": picture and picture["state_f1"],
+        "state_exact": picture and picture["state_exact"],
+        "plan_on_gt": modes["text"]["macro"] if "text" in modes else None,
+        "e2e": picture and picture["macro"],
+        "plan_given_own_state": picture and picture["plan_given_own_state"],
+    }
+
+
+def _by_task(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    parts = {task: [row for row in rows if row["task"] == task] for task in ENVS}
+    return [(task, part) for task, part in parts.items() if part]
+
+
+def _by_level(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
+    levels = sorted({row["level"] for row in rows})
+    return [(level, [row for row in rows if row["level"] == level]) for level in levels]
+
+
+def _rate(rows: Sequence[Row], get: Getter) -> Measure:
+    values = [float(value) for value in map(get, rows) if value is not None]
+    if not values:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    low, high = _wilson(sum(values), len(values))
+    return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
+
+
+def _balanced(rows: Sequence[Row], get: Getter) -> Measure:
+    parts = [[_rate(some, get) for _, some in _by_level(part)] for _, part in _by_task(rows)]
+    cells = [[rate for rate in part if rate["n"]] for part in parts]
+    cells = [part for part in cells if part]
+    if not cells:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    flat = [(rate, 1 / len(cells) / len(part)) for part in cells for rate in part]
+    value = sum(rate["value"] * weight for rate, weight in flat)
+    low = value - sum((weight * (rate["value"] - rate["low"])) ** 2 for rate, weight in flat) ** 0.5
+    high = value + sum((weight * (rate["high"] - rate["value"])) ** 2 for rate, weight in flat) ** 0.5
+    return {"value": value, "low": low, "high": high, "n": sum(rate["n"] for rate, _ in flat)}
+
+
+def _wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _difference(rows: Sequence[Row] | None, others: Sequence[Row] | None) -> Measure | None:
+    return None if rows is None or others is None else _paired(
+        [rows, others], lambda means: means[0] - means[1]
+    )
+
+
+def _gap_closed(groups: Mapping[str, Mapping[str, Sequence[Row]]], name: str) -> Measure | None:
+    parts = [groups.get("base", {}).get("text"), groups.get("base", {}).get("picture")]
+    parts.append(groups[name].get("picture"))
+    if any(part is None for part in parts):
+        return None
+    return _paired(parts, lambda means: (means[2] - means[1]) / (means[0] - means[1]))
+
+
+def _paired(parts: Sequence[Sequence[Row]], combine: Callable[[np.ndarray], np.ndarray]) -> Measure:
+    tables = [{board_of(row): row["outcome"]["success"] for row in part} for part in parts]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    if not shared:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    values = np.array([[table[board] for board in shared] for table in tables], float)  # [k, n]
+    cells = collections.Counter((task, level) for task, level, _ in shared)
+    tasks = collections.Counter(task for task, _ in cells)
+    rng = np.random.default_rng(0)
+    point, draws = np.zeros(len(parts)), np.zeros((len(parts), 4000))
+    for cell, n in cells.items():
+        part = values[:, [board[:2] == cell for board in shared]]
+        weight = 1 / len(tasks) / tasks[cell[0]]
+        point += part.mean(1) * weight
+        draws += part @ rng.multinomial(n, np.full(n, 1 / n), 4000).T / n * weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, samples = combine(point), combine(draws)
+    if not np.isfinite(value):
+        return {"value": None, "low": None, "high": None, "n": len(shared)}
+    low, high = np.nanquantile(samples, [0.025, 0.975])
+    return {"value": float(value), "low": float(low), "high": float(high), "n": len(shared)}

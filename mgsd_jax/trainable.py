@@ -1,0 +1,33 @@
+"""Which part of a model is trained: adapters, or the parameters that a regex picks."""
+
+import re
+from typing import Any
+
+import jax
+
+from mgsd_jax import tree
+from mgsd_jax.config import LoraConfig, OptimConfig
+from mgsd_jax.model import lora
+
+Variables = dict[str, Any]
+
+
+def split(
+    params: dict[str, Any], optim: OptimConfig, lora_config: LoraConfig, rng: jax.Array
+) -> tuple[Variables, Variables]:
+    """(trainable, frozen) parts of the model's variables; `tree.combine` joins them again.
+
+    With a LoRA rank the adapters are trained and every parameter is frozen; else the parameters
+    whose path `optim.trainable` matches are trained. Raises ValueError if nothing would be.
+    """
+    if lora_config.rank:
+        spec = lora.LoraSpec(lora_config.rank, lora_config.alpha, lora_config.targets)
+        variables = {"params": params, "adapters": lora.init_adapters(params, spec, rng)}
+        return tree.partition(variables, lambda name, _: bool(re.search("^adapters/.*/[ab]$", name)))
+    pattern = re.compile(optim.trainable)
+    trainable, frozen = tree.partition(
+        {"params": params}, lambda name, _: bool(pattern.search(name.removeprefix("params/")))
+    )
+    if not trainable:
+        raise ValueError(f"optim.trainable: got {optim.trainable!r}, want a regex that some path matches")
+    return trainable, frozen

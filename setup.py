@@ -22,7 +22,7 @@ setup(
         "tokenizers>=0.22,<1",
         "jinja2>=3.1,<4",
         "pillow>=11,<14",
-        "gymnasium>=1.1,<2",
+        "gymnasium>=1.0,<1.4",
         "tensorboardX>=2.6,<3",
         "tqdm>=4.66,<5",
         "etils[epath]>=1.12,<2",

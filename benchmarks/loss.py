@@ -56,7 +56,7 @@ def compile_step(loss: Callable[..., jax.Array], arrays: Arrays, targets: jax.Ar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32768)

@@ -13,7 +13,7 @@ BASE = str(pathlib.Path(c.__file__).parent / "assets" / "nano_base")
 
 BOARDS = (
     c.LevelSet("frozenlake", levels=(3, 4), train=1000, val=48, test=100),
-    c.LevelSet("maze", levels=(3, 4), train=1000, val=48, test=100),
+    c.LevelSet("maze", levels=(3,), train=2000, val=96, test=200),
     c.LevelSet("minibehaviour", levels=(5,), train=1500, val=96, test=200),
 )
 
@@ -26,9 +26,9 @@ def get_config() -> c.Config:
             boards=BOARDS,
             picture_size=0,
             cell_pixels=32,
-            prompt_buckets=(64,),
-            teacher_buckets=(96,),
-            sequence_buckets=(128,),
+            prompt_buckets=(40,),
+            teacher_buckets=(44,),
+            sequence_buckets=(98,),
             patch_buckets=(100,),
         ),
         grounding=c.GroundingConfig(
@@ -41,7 +41,7 @@ def get_config() -> c.Config:
         distillation=c.DistillationConfig(
             optim=c.OptimConfig(lr=5e-4, warmup=0.05),
             teacher_context="state",
-            sampling=c.SamplingConfig(max_new_tokens=72),
+            sampling=c.SamplingConfig(max_new_tokens=62),
             token_chunk=1024,
             steps=150,
             batch_size=64,
@@ -54,7 +54,7 @@ def get_config() -> c.Config:
                 ("grounded", "{workdir}/grounding"),
                 ("distilled", "{workdir}/distillation"),
             ),
-            sampling=c.SamplingConfig(max_new_tokens=72, temperature=0.0),
+            sampling=c.SamplingConfig(max_new_tokens=62, temperature=0.0),
             batch_size=100,
         ),
         checkpoint=c.CheckpointConfig(every=50),

@@ -1,8 +1,11 @@
-"""Makes the nano base model: plans well from text, sees poorly.
+"""Makes the nano base model, which plans well from text and sees poorly, in two runs.
 
-Command:   bash launch/nano_base.sh
+Command:   bash launch/nano_base.sh WORKDIR
 Hardware:  2 CPU cores, about an hour.
 Expected:  see docs/nano.md.
+
+The first run teaches the decoder to plan from text. The second, short, adds pictures: enough to
+tie them to the words for what they show, too little to see well.
 """
 
 import dataclasses
@@ -15,23 +18,22 @@ _NANO = pathlib.Path(__file__).parent / "nano.py"
 
 
 def get_config() -> c.Config:
-    """Random weights, then supervised records: planning from text, and little sight."""
+    """The first run; launch/nano_base.sh overrides `grounding` for the second."""
     nano: c.Config = runpy.run_path(str(_NANO))["get_config"]()
-    boards = tuple(
-        dataclasses.replace(b, levels=levels)
-        for b, levels in zip(nano.data.boards, ((3, 4), (3, 4), (5,)), strict=True)
-    )
     return dataclasses.replace(
         nano,
         model=dataclasses.replace(nano.model, path="{workdir}/init"),
-        data=dataclasses.replace(nano.data, boards=boards, source="stream"),
+        data=dataclasses.replace(nano.data, source="stream"),
         nano=c.NanoConfig(folder="{workdir}/init", max_level=6),
         grounding=c.GroundingConfig(
-            optim=c.OptimConfig(lr=2e-3, schedule="cosine", warmup=0.02, weight_decay=0.01),
-            steps=3000,
+            optim=c.OptimConfig(
+                lr=2e-3, schedule="cosine", warmup=0.03, b2=0.99, trainable="^language"
+            ),
+            steps=2000,
             batch_size=64,
-            mixture=(("plan_from_text", 0.9), ("questions", 0.05), ("plan_from_picture", 0.05)),
-            eval_every=250,
+            mixture=(("plan_from_text", 1.0),),
+            eval_every=100,
         ),
         export=c.ExportConfig(source="{workdir}/grounding", folder="{workdir}/export"),
+        checkpoint=c.CheckpointConfig(every=100),
     )

@@ -4,24 +4,19 @@ reads the same board as text, would have said at every one of the student's own 
 Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
-import functools
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mgsd_jax import evaluate, loading, losses, optimizer, sampler, stage, trainable, tree
 from mgsd_jax import config as config_lib
+from mgsd_jax import evaluate, loading, losses, optimizer, sampler, stage, trainable, tree
 from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import sources
-from mgsd_jax.data.batching import PromptBatch
-from mgsd_jax.metrics import Mean
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.sampler import Rollout
 from mgsd_jax.token_stats import TokenStats
 
 
@@ -130,7 +125,7 @@ def run(config: Config, workdir: str) -> None:
     held_out = evaluate.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
 
     # Two programs a step: sample; then teacher, student, gradient and update in one.
-    banned = student.processor.pad_ids
+    banned = (student.processor.image_token_id, student.processor.video_token_id)
     rollout = sampler.make_rollout(
         student.model,
         sampler.Sampling(**config_lib.to_dict(settings.sampling)),
@@ -169,7 +164,7 @@ def run(config: Config, workdir: str) -> None:
     state = optimizer.init(trained, tx)
 
     with stage.opened(
-        folder, config, state, loader, metric="val/success", steps=settings.steps
+        folder, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
     ) as session:
         state = session.state
         for step in range(session.start, settings.steps):
@@ -183,14 +178,16 @@ def run(config: Config, workdir: str) -> None:
                     jax.random.fold_in(rng, step),
                     prompts.batch.row_ids,
                 )
-                tokens, mask = jax.device_get((sampled.tokens, sampled.mask))
+                tokens, mask, truncated = jax.device_get(
+                    (sampled.tokens, sampled.mask, sampled.truncated)
+                )
             batch = DistillationBatch(
                 prompts.batch.student, prompts.batch.teacher, sampled.tokens, sampled.mask
             )
             state, measured, stats = update(state, frozen, teacher.params, batch)
             # The host scores the rollouts while the device works on the update.
             responses = evaluate.decode_rows(student.processor, tokens, mask)
-            measured |= evaluate.rollout_metrics(prompts.boards, responses, sampled)
+            measured |= evaluate.rollout_metrics(prompts.boards, responses, truncated, mask)
             measured |= evaluate.token_metrics(student.processor, tokens, mask, stats)
             if stage.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):

@@ -14,18 +14,19 @@ import jax
 import numpy as np
 from absl import logging
 
-from mgsd_jax import loading, metrics, stage, summary
 from mgsd_jax import config as config_lib
+from mgsd_jax import loading, metrics, stage, summary
 from mgsd_jax import prompts as prompts_lib
+from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, EvaluateConfig, Mode
-from mgsd_jax.data import batching, sources
+from mgsd_jax.data import batching
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Encoded, Processor, decode, encode
 from mgsd_jax.data.sources import Encoder
 from mgsd_jax.envs import ENVS, facts, rules
 from mgsd_jax.metrics import Mean
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.sampler import Rollout, Sampling, make_rollout
+from mgsd_jax.sampler import Sampling, make_rollout
 from mgsd_jax.token_stats import TokenStats
 
 Row = dict[str, Any]
@@ -47,27 +48,17 @@ def make_answerer(
     rng = jax.random.key(seed)
 
     def answer(variables: Any, boards: Sequence[Board], mode: Mode) -> list[Row]:
+        # A blind student is asked about each board under the picture of another one.
+        shown = misleading(boards) if mode == "blind" else boards
         rows: list[Row] = []
         for start in range(0, len(boards), settings.batch_size):
-            chosen = boards[start : start + settings.batch_size]
-            padded, _ = batching.pad_rows(chosen, settings.batch_size)
-            encoded = [encode_prompt(encoder, board, mode) for board in padded]
-            if mode == "blind":
-                # Each board of a group is asked about under the next one's picture.
-                encoded = [encode_prompt(encoder, blind(boards, b), "picture") for b in padded]
-            buckets = encoder.data.teacher_buckets if mode == "text" else encoder.data.prompt_buckets
-            inputs = batching.to_inputs(
-                encoded,
-                length=sources.fit(encoded, buckets, f"{mode} prompt"),
-                side="left",
-                pad_id=processor.pad_id,
-                patch_buckets=encoder.data.patch_buckets,
-                max_pictures=1,
-            )
+            chosen = slice(start, start + settings.batch_size)
+            padded, _ = batching.pad_rows(shown[chosen], settings.batch_size)
+            inputs = _inputs(encoder, [encode_prompt(encoder, b, mode) for b in padded], mode)
             row_ids = np.arange(start, start + settings.batch_size, dtype=np.int32)
             sampled = jax.device_get(generate(variables, inputs, rng, row_ids))
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
-            for i, board in enumerate(chosen):
+            for i, board in enumerate(boards[chosen]):
                 row = score_row(board, mode, texts[i])
                 row["truncated"] = bool(sampled.truncated[i])
                 row["response_tokens"] = int(sampled.mask[i].sum())
@@ -75,6 +66,19 @@ def make_answerer(
         return rows
 
     return answer
+
+
+def _inputs(encoder: Encoder, encoded: Sequence[Encoded], mode: Mode) -> Inputs:
+    buckets = encoder.data.teacher_buckets if mode == "text" else encoder.data.prompt_buckets
+    longest = max(len(row.tokens) for row in encoded)
+    return batching.to_inputs(
+        encoded,
+        length=batching.bucket(longest, buckets, name=f"tokens of a {mode} prompt"),
+        side="left",
+        pad_id=encoder.processor.pad_id,
+        patch_buckets=encoder.data.patch_buckets,
+        max_pictures=1,
+    )
 
 
 def encode_prompt(encoder: Encoder, board: Board, mode: Mode) -> Encoded:
@@ -89,12 +93,18 @@ def encode_prompt(encoder: Encoder, board: Board, mode: Mode) -> Encoded:
     return encoder.student(board)
 
 
-def blind(boards: Sequence[Board], board: Board) -> Board:
-    """Another board of the same task and level (the next in order), whose picture misleads."""
-    group = [b for b in boards if (b.task, b.level) == (board.task, board.level)]
-    if len(group) < 2:
-        raise ValueError(f"blind: got one board of {board.task} level {board.level}, want two")
-    return group[(group.index(board) + 1) % len(group)]
+def misleading(boards: Sequence[Board]) -> list[Board]:
+    """For every board another one of its task and level: the next, the last one's is the first."""
+    groups: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
+    for i, board in enumerate(boards):
+        groups[board.task, board.level].append(i)
+    others = list(boards)
+    for (task, level), group in groups.items():
+        if len(group) < 2:
+            raise ValueError(f"blind: got one board of {task} level {level}, want two or more")
+        for i, other in zip(group, [*group[1:], group[0]], strict=True):
+            others[i] = boards[other]
+    return others
 
 
 def score_row(board: Board, mode: Mode, response: str) -> Row:
@@ -150,9 +160,7 @@ def read_numbered(response: str) -> dict[int, str]:
 
 def decode_rows(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """The text of each response [B, R], up to and without its end token."""
-    return [
-        decode(processor, row[m > 0]) for row, m in zip(tokens, mask, strict=True)
-    ]
+    return [decode(processor, row[m > 0]) for row, m in zip(tokens, mask, strict=True)]
 
 
 def rollout_metrics(

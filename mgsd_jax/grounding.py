@@ -3,16 +3,14 @@
 Axes: B batch, T tokens, D width.
 """
 
+import functools
 import pathlib
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from mgsd_jax import checkpoint, loading, losses, metrics, optimizer, stage, trainable, tree
 from mgsd_jax import config as config_lib
+from mgsd_jax import loading, losses, optimizer, stage, trainable, tree
 from mgsd_jax.config import Config
 from mgsd_jax.data import sources
 from mgsd_jax.data.batching import GroundingBatch
@@ -20,7 +18,7 @@ from mgsd_jax.metrics import Mean
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.qwen3vl import Qwen3VL
 
-BATCH_AXES = stage.batch_axes(GroundingBatch)
+BATCH_AXES = GroundingBatch(stage.INPUT_AXES, targets=0, loss_mask=0)
 
 
 def loss_fn(
@@ -45,8 +43,7 @@ def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
     settings = config.grounding
     folder = pathlib.Path(workdir) / "grounding"
-    is_main = jax.process_index() == 0
-    stage.claim(folder, config, ("model", "data", "grounding", "seed"), is_main=is_main)
+    stage.claim(folder, config, ("model", "data", "grounding", "seed"))
 
     # The model, and which part of it learns.
     student = loading.load(settings.student, config, workdir)
@@ -75,7 +72,7 @@ def run(config: Config, workdir: str) -> None:
 
     # One jitted update, its state donated.
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
-    loss_of = stage.partial(loss_fn, model=student.model, token_chunk=1024)
+    loss_of = functools.partial(loss_fn, model=student.model, token_chunk=1024)
 
     def update(
         state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
@@ -93,7 +90,9 @@ def run(config: Config, workdir: str) -> None:
     validate = jax.jit(loss_of)
     state = optimizer.init(trained, tx)
 
-    with stage.opened(folder, config, state, loader, "val/loss", settings.steps) as session:
+    with stage.opened(
+        folder, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
+    ) as session:
         state = session.state
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):

@@ -11,7 +11,6 @@ import pathlib
 import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mgsd_jax import checkpoint, tree
@@ -74,16 +73,10 @@ def load_params(
     base = load_params(pathlib.Path(source["weights"]), model_config, config, workdir)
     if adapters_spec.rank:
         spec = lora.LoraSpec(adapters_spec.rank, adapters_spec.alpha, adapters_spec.targets)
-        adapters = tree.combine(trained["adapters"], frozen_adapters(base, spec))
-        return lora.merge(base, adapters)
-    _, rest = tree.partition(base, lambda name, _: name in dict(tree.named_leaves(trained["params"])))
+        return lora.merge(base, lora.with_scale(trained["adapters"], spec))
+    names = {name for name, _ in tree.named_leaves(trained["params"])}
+    _, rest = tree.partition(base, lambda name, _: name in names)
     return tree.combine(trained["params"], rest)
-
-
-def frozen_adapters(params: Params, spec: lora.LoraSpec) -> Params:
-    """The part of an adapter tree that is not trained: its scales."""
-    adapters = lora.init_adapters(params, spec, jax.random.key(0))
-    return tree.partition(adapters, lambda name, _: name.endswith("/scale"))[0]
 
 
 def write_source(
@@ -108,5 +101,3 @@ def write_source(
         "metric": metric,
     }
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
-
-

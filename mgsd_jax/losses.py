@@ -1,26 +1,21 @@
-"""Losses of both stages, fused with the output head: no array of [N, V] is ever held.
+"""Losses of both stages, fused with the output head (`fused_head.py`): no [N, V] is ever held.
 
-Axes: B batch, S sequence, R response tokens, N tokens of all rows together, V vocabulary,
-D model width (`Dt` the teacher's). Tokens are packed (those not counted are left out, so padding
-costs no head matmul), taken `token_chunk` at a time, and their gradient is formed in the same pass
-as their loss: four head matmuls instead of six, and no logits kept for the backward pass. Hence
-`weights` must already hold every factor of the loss, its normaliser included: after the gradient
-of the head is summed over tokens no token can be reweighted.
+Axes: B batch, S sequence, R response tokens, N tokens of all rows together, C tokens of a chunk,
+V vocabulary, D model width (`Dt` the teacher's).
+
+Gradients are formed with the losses. Hence `weights` must hold every factor that differs from
+token to token; only one that is common to all, a normaliser, may also be applied to the result.
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from mgsd_jax import token_stats as tokens_math
+from mgsd_jax import token_stats
+from mgsd_jax.fused_head import ChunkLoss, FusedLoss, fused_loss, head_logits
 from mgsd_jax.token_stats import Distribution, TargetStats, TokenStats
-
-# (config, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
-ChunkLoss = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +82,8 @@ def token_cross_entropy(
     _check_head("head", hidden, head)
     if token_chunk < 1:
         raise ValueError(f"token_chunk: got {token_chunk}, want >= 1")
-    spec = _FusedSpec(_cross_entropy_chunk, None, token_chunk, True)
-    loss, stats = _fused(spec, hidden, head, weights, weights != 0, targets, None)
-    return loss, jax.tree.map(jax.lax.stop_gradient, stats)
+    spec = FusedLoss(_cross_entropy_chunk, None, token_chunk)
+    return fused_loss(spec, hidden, head, weights, weights != 0, targets, None)
 
 
 def reverse_kl(
@@ -187,23 +181,23 @@ def response_hidden(hidden: jax.Array, prompt_length: int, response_length: int)
 def _cross_entropy_chunk(
     _: None, logits: jax.Array, targets: jax.Array, __: None
 ) -> tuple[jax.Array, TargetStats, jax.Array]:
-    return tokens_math.cross_entropy_tokens(logits, targets)
+    return token_stats.cross_entropy_tokens(logits, targets)
 
 
 def _divergence_chunk(
     config: DistillLossConfig, logits: jax.Array, rows: dict[str, jax.Array], shared: Any
 ) -> tuple[jax.Array, TokenStats, jax.Array]:
     p, q = _distributions(config, logits, rows, shared)
-    stats = tokens_math.token_stats(p, q, rows["targets"])
+    stats = token_stats.measure(p, q, rows["targets"])
     if config.objective == "jsd":
         assert config.jsd_teacher_weight is not None
-        loss, gradient = tokens_math.jsd_tokens(p, q, config.jsd_teacher_weight)
+        loss, gradient = token_stats.jsd_tokens(p, q, config.jsd_teacher_weight)
     elif config.objective == "forward_kl":
-        loss, gradient = tokens_math.forward_kl_tokens(p, q)
+        loss, gradient = token_stats.forward_kl_tokens(p, q)
     else:
-        loss, gradient = tokens_math.reverse_kl_tokens(p, q)
+        loss, gradient = token_stats.reverse_kl_tokens(p, q)
     if config.forward_kl_mix > 0.0:
-        forward, forward_gradient = tokens_math.forward_kl_tokens(p, q)
+        forward, forward_gradient = token_stats.forward_kl_tokens(p, q)
         mix = config.forward_kl_mix
         loss = (1.0 - mix) * loss + mix * forward
         gradient = (1.0 - mix) * gradient + mix * forward_gradient
@@ -223,7 +217,7 @@ def _sampled_chunk(
 ) -> tuple[jax.Array, TokenStats, jax.Array]:
     config, clip, advantage_clip = settings
     p, q = _distributions(config, logits, rows, shared)
-    stats = tokens_math.token_stats(p, q, rows["targets"])
+    stats = token_stats.measure(p, q, rows["targets"])
     advantage = stats.teacher_logprob - stats.student_logprob
     clipped = jnp.zeros_like(advantage, dtype=bool)
     if advantage_clip is not None:
@@ -242,7 +236,7 @@ def _sampled_chunk(
         loss = jnp.where(over, ceiling, loss)
         slope = jnp.where(stopped | over, 0.0, slope)
         clipped = clipped | stopped | over
-    gradient = slope[:, None] * tokens_math.logprob_gradient(p, rows["targets"])
+    gradient = slope[:, None] * token_stats.logprob_gradient(p, rows["targets"])
     stats = stats._replace(clipped=clipped.astype(jnp.float32))
     return loss, stats, gradient / config.loss_temperature
 
@@ -251,147 +245,10 @@ def _distributions(
     config: DistillLossConfig, logits: jax.Array, rows: dict[str, jax.Array], shared: Any
 ) -> tuple[Distribution, Distribution]:
     teacher_head, vocab_mask = shared
-    teacher_logits = _logits(rows["teacher_hidden"], teacher_head)
+    teacher_logits = head_logits(rows["teacher_hidden"], teacher_head)
     scale = 1.0 / config.loss_temperature
-    p = tokens_math.distribution(logits * scale, vocab_mask)
-    return p, tokens_math.distribution(teacher_logits * scale, vocab_mask)
-
-
-# ------------------------------------------------------------------ the fused, chunked custom VJP
-
-
-@dataclasses.dataclass(frozen=True)
-class _FusedSpec:
-    """The static half of a fused loss."""
-
-    chunk_loss: ChunkLoss
-    settings: Any  # handed to chunk_loss
-    token_chunk: int
-    train_head: bool
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(
-    spec: _FusedSpec,
-    hidden: jax.Array,
-    head: jax.Array,
-    weights: jax.Array,
-    counted: jax.Array,
-    rows: Any,
-    shared: Any,
-) -> tuple[jax.Array, Any]:
-    """(sum_t w_t L_t, statistics); without differentiation no gradient matmul is done."""
-    loss, stats, _, _ = _run(spec, hidden, head, weights, counted, rows, shared, False, False)
-    return loss, stats
-
-
-def _fused_forward(
-    spec: _FusedSpec, hidden: Any, head: Any, weights: Any, counted: Any, rows: Any, shared: Any
-) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
-    train_head = spec.train_head and head.perturbed
-    value = partial(jax.tree.map, lambda x: x.value, is_leaf=lambda x: hasattr(x, "perturbed"))
-    hidden, head, weights, counted, rows, shared = map(
-        value, (hidden, head, weights, counted, rows, shared)
-    )
-    loss, stats, d_hidden, d_head = _run(
-        spec, hidden, head, weights, counted, rows, shared, True, train_head
-    )
-    # The head itself rides along for its dtype only where a gradient is due.
-    d_head = None if d_head is None else d_head.astype(head.dtype)
-    return (loss, stats), (d_hidden, d_head)
-
-
-def _fused_backward(_: _FusedSpec, residuals: tuple[Any, Any], cotangents: Any) -> tuple:
-    d_hidden, d_head = residuals
-    scale = cotangents[0]  # the statistics carry no gradient
-    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 6
-    d_head = None if d_head is None else (d_head * scale).astype(d_head.dtype)
-    return ((d_hidden * scale).astype(d_hidden.dtype), d_head, None, None, None, None)
-
-
-_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
-
-
-def _run(
-    spec: _FusedSpec,
-    hidden: jax.Array,
-    head: jax.Array,
-    weights: jax.Array,
-    counted: jax.Array,
-    rows: Any,
-    shared: Any,
-    train_hidden: bool,
-    train_head: bool,
-) -> tuple[jax.Array, Any, jax.Array | None, jax.Array | None]:
-    """(loss, statistics, d_hidden [N, D] or None, d_head [V, D] float32 or None)."""
-    kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
-
-    def step(d_head: jax.Array | None, picked: Any) -> tuple[jax.Array | None, Any]:
-        chunk_hidden, chunk_weights, chunk_rows = picked
-        loss, stats, d_logits = spec.chunk_loss(
-            spec.settings, _logits(chunk_hidden, kernel), chunk_rows, shared
-        )
-        # A select and not a product: a row counted for its statistics alone may hold a NaN.
-        live = (chunk_weights != 0)[:, None]
-        loss = jnp.where(live[:, 0], loss * chunk_weights, 0.0)
-        if not train_hidden:
-            return None, (loss, stats, None)
-        d_logits = jnp.where(live, d_logits * chunk_weights[:, None], 0.0).astype(hidden.dtype)
-        d_hidden = jnp.einsum("NV,VD->ND", d_logits, kernel, preferred_element_type=jnp.float32)
-        if d_head is not None:
-            chunk_hidden = jnp.where(live, chunk_hidden, 0)
-            d_head = d_head + jnp.einsum(
-                "NV,ND->VD", d_logits, chunk_hidden, preferred_element_type=jnp.float32
-            )
-        return d_head, (loss, stats, d_hidden.astype(hidden.dtype))
-
-    d_head = jnp.zeros(head.shape, jnp.float32) if train_head else None
-    d_head, (losses, stats, d_hidden) = _over_packed_chunks(
-        step, d_head, (hidden, weights.astype(jnp.float32), rows), counted, spec.token_chunk
-    )
-    return jnp.sum(losses), stats, d_hidden, d_head
-
-
-def _over_packed_chunks(
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    carry: Any,
-    rows: Any,
-    counted: jax.Array,
-    token_chunk: int,
-) -> tuple[Any, Any]:
-    """Calls step(carry, chunk of rows) for the counted [N] rows alone; outputs are [N] again.
-
-    Rows are gathered by the index of the counted ones, so the loop is as short as their number,
-    not N, asks for, and a row that is not counted is never read: step sees zeros past the last
-    counted row, and outputs are 0 where nothing was counted.
-    """
-    total = counted.shape[0]
-    chunk = min(token_chunk, total)
-    slots = -(-total // chunk) * chunk
-    counted_rows = jnp.nonzero(counted, size=slots, fill_value=total)[0]
-
-    def pick(start: jax.Array) -> Any:
-        index = jax.lax.dynamic_slice_in_dim(counted_rows, start, chunk)
-        return jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
-
-    def body(i: jax.Array, state: Any) -> Any:
-        carry, packed = state
-        carry, outputs = step(carry, pick(i * chunk))
-        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-        return carry, jax.tree.map(update, packed, outputs)
-
-    _, shapes = jax.eval_shape(lambda c: step(c, pick(jnp.int32(0))), carry)
-    packed = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape[1:]), s.dtype), shapes)
-    trips = (jnp.sum(counted) + chunk - 1) // chunk
-    carry, packed = jax.lax.fori_loop(0, trips, body, (carry, packed))
-    place = jnp.where(counted, jnp.cumsum(counted) - 1, slots)
-    return carry, jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), packed)
-
-
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """[N, V] float32: the accumulator itself, not rounded to the inputs' dtype."""
-    return jnp.einsum("ND,VD->NV", hidden, head, preferred_element_type=jnp.float32)
+    p = token_stats.distribution(logits * scale, vocab_mask)
+    return p, token_stats.distribution(teacher_logits * scale, vocab_mask)
 
 
 # ------------------------------------------------------------------------------------- boundaries
@@ -423,9 +280,8 @@ def _distill(
         counted = counted | valid
     rows = {**rows, "teacher_hidden": jax.lax.stop_gradient(teacher_hidden)}
     teacher = jax.lax.stop_gradient(teacher_head).astype(teacher_hidden.dtype)
-    spec = _FusedSpec(chunk_loss, settings, config.token_chunk, config.train_head)
-    loss, stats = _fused(spec, hidden, head, weights, counted, rows, (teacher, vocab_mask))
-    return loss, jax.tree.map(jax.lax.stop_gradient, stats)
+    spec = FusedLoss(chunk_loss, settings, config.token_chunk, config.train_head)
+    return fused_loss(spec, hidden, head, weights, counted, rows, (teacher, vocab_mask))
 
 
 def _check_rows(count: int, **rows: jax.Array) -> None:

@@ -119,21 +119,21 @@ def open_writer(
     workdir: str | os.PathLike[str],
     *,
     is_main: bool,
-    resume_step: int | None = None,
+    step: int = 0,
     tensorboard: bool = True,
     extra_sinks: tuple[Sink, ...] = (),
 ) -> Writer:
     """Return a Writer of `metrics.jsonl` and TensorBoard events under the local path `workdir`.
 
-    A run restored at `resume_step` repeats the steps after it: their lines go first, in one
-    atomic replacement. Without a `resume_step` the run starts over and every old line goes.
+    A run restored at `step` repeats the steps after it: their lines go first, in one atomic
+    replacement. At step 0 the run starts over and every old line goes.
     """
     resources = contextlib.ExitStack()
     if not is_main:
         return Writer((), resources)
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_until = -1 if resume_step is None else resume_step
+    keep_until = step if step > 0 else -1
     _drop_lines_after(folder / METRICS_FILE, keep_until)
     lines = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
     resources.callback(lines.close)

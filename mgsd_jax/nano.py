@@ -1,7 +1,7 @@
 """A nano Qwen3-VL with its own small tokenizer: a Hugging Face folder with random weights.
 
-The tokenizer knows every constant line of our prompts, every cell and every list of directions as
-one token each, so that a planning prompt is some fifty tokens; any other text falls to bytes.
+The tokenizer knows every constant passage of our prompts, every cell and every list of directions
+as one token each, so that a prompt is some forty tokens; any other text falls to bytes.
 `run` is `--stage=init`, the first step of making the nano base.
 """
 
@@ -48,9 +48,10 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 _WORDS = (
-    *("Map size:", "Player:", "Goal:", "Holes:", "Map:\n", "Open directions:\n", "Agent:"),
-    *("Printer:", "Table:", "Next to printer:", "Next to table:", " none", " none\n"),
-    *("I go through", ", pick up, go through", ", and drop.", "<answer>", "</answer>"),
+    *("Map size:", "\nPlayer:", "\nGoal:", "\nHoles:", "\nMap:\n", "\nOpen directions:\n"),
+    *("\nAgent:", "\nPrinter:", "\nTable:", "\nNext to printer:", "\nNext to table:"),
+    *(" none", " none\n", "I go through", "\nI go through", ", pick up, go through"),
+    *(".\n<answer>", ", and drop.\n<answer>", "<answer>", "</answer>"),
     *("PICK", "DROP", "One shortest plan: ", "All shortest plans: ", " or "),
     *("user\n", "assistant\n"),
 )
@@ -72,19 +73,17 @@ def run(config: Config, workdir: str) -> None:
     logging.info("%s: %d parameters, %d tokens", folder, count, len(tokenizer))
 
 
-def constant_lines() -> list[str]:
-    """Every line of the built-in prompts and questions that no board changes, with its newline."""
+def constant_text() -> list[str]:
+    """The passages of the built-in prompts and the questions: whatever no board changes."""
     rng = np.random.default_rng(0)
-    lines: dict[str, None] = {}
+    pieces: dict[str, None] = {}
     for task, env in ENVS.items():
+        pieces.update(dict.fromkeys(prompts_lib.passages(task).values()))
         state = env.generate(rng, max(4, env.MIN_LEVEL))
-        built_in = prompts_lib.BUILT_IN
-        for template in (built_in.student, built_in.teacher, built_in.grounding):
-            text = template[task].replace("<questions>", "").replace("<picture>", "")
-            text = text.replace("<state>", "")
-            lines.update(dict.fromkeys(line + "\n" for line in text.split("\n") if line))
-        lines.update(dict.fromkeys(q.text for q in env.questions(state)))
-    return list(lines)
+        for i, question in enumerate(env.questions(state), 1):
+            pieces[f"{i}. {question.text}\n"] = None
+            pieces[f"{i}. {question.text}"] = None
+    return list(pieces)
 
 
 def board_tokens(max_level: int) -> Iterator[str]:
@@ -95,7 +94,7 @@ def board_tokens(max_level: int) -> Iterator[str]:
     for size in range(2, max_level + 1):
         yield f" {size}x{size}"
     for number in range(1, 10):
-        yield from (f"{number}.", f"{number}. ")
+        yield from (f"{number}.", f"\n{number}.")
     words = ("up", "down", "left", "right")
     for count in range(1, 5):
         for chosen in itertools.combinations(words, count):
@@ -110,7 +109,7 @@ def write_tokenizer(folder: pathlib.Path, nano: NanoConfig) -> PreTrainedTokeniz
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    pieces = dict.fromkeys((*_WORDS, *board_tokens(nano.max_level), *constant_lines()))
+    pieces = dict.fromkeys((*_WORDS, *board_tokens(nano.max_level), *constant_text()))
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

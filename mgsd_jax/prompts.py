@@ -101,29 +101,31 @@ class Prompts:
     grounding: dict[str, str]
 
 
-def _student(task: str) -> str:
-    return "\n".join((*_RULES[task], _PICTURE, _LEGEND[task], *_format(task), "<picture>"))
-
-
-def _teacher(task: str) -> str:
-    return "\n".join((*_RULES[task], _TEXT, *_format(task), "<state>"))
-
-
-def _format(task: str) -> tuple[str, ...]:
-    return (
+def passages(task: str) -> dict[str, str]:
+    """The parts that no board changes, each ending in a newline, by name."""
+    form = (
         *(_STATE_FIRST, *_FORM[task]),
         *(_PLAN_NEXT, _ROUTE_FORM[task]),
         *(_ANSWER_LAST, _ANSWER_FORM[task]),
     )
+    lines = {
+        "rules": _RULES[task],
+        "picture": (_PICTURE, _LEGEND[task]),
+        "text": (_TEXT,),
+        "format": form,
+        "ask": (_ASK, _CELLS, _LEGEND[task]),
+    }
+    return {name: "".join(line + "\n" for line in part) for name, part in lines.items()}
+
+
+def _template(task: str, *parts: str) -> str:
+    return "".join(passages(task).get(part, part) for part in parts)
 
 
 BUILT_IN = Prompts(
-    student={task: _student(task) for task in _RULES},
-    teacher={task: _teacher(task) for task in _RULES},
-    grounding={
-        task: "\n".join(("<picture>" + _ASK, _CELLS, _LEGEND[task], "<questions>"))
-        for task in _RULES
-    },
+    student={t: _template(t, "rules", "picture", "format", "<picture>") for t in _RULES},
+    teacher={t: _template(t, "rules", "text", "format", "<state>") for t in _RULES},
+    grounding={t: _template(t, "<picture>", "ask", "<questions>") for t in _RULES},
 )
 _MARKS = {"student": "<picture>", "teacher": "<state>", "grounding": "<picture>"}
 
@@ -212,15 +214,16 @@ def route_sentence(task: str, state: Any, plan: Plan) -> str:
 
 
 SEGMENTS = ("state", "sentence", "plan", "format")
+Span = tuple[int, int, Literal["state", "sentence", "plan"]]  # first character, end, segment
 
 
-def segment_spans(response_text: str) -> list[tuple[int, int, Literal["state", "sentence", "plan"]]]:
+def segment_spans(response_text: str) -> list[Span]:
     """Character spans (start, end, segment) of a response; what no span covers is format.
 
     The state runs up to the route sentence (or the answer block); the plan is the inside of the
     answer blocks.
     """
-    spans: list[tuple[int, int, Literal["state", "sentence", "plan"]]] = []
+    spans: list[Span] = []
     answer = response_text.find("<answer>")
     body = len(response_text) if answer < 0 else answer
     sentence = response_text.find("I go through")

@@ -5,10 +5,11 @@ Axes: B batch, T prompt tokens, R response tokens, S cache slots, D width, V voc
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mgsd_jax.batch import Inputs
@@ -53,16 +54,23 @@ RolloutFn = Callable[[Variables, Inputs, jax.Array, jax.Array], Rollout]
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """All that selects a compiled program; temperature and top_p are arguments of it."""
+    """What selects a compiled program, besides shapes."""
 
     model: Qwen3VL
     max_new_tokens: int
     greedy: bool
     top_k: int
     use_top_p: bool
-    eos_ids: tuple[int, ...]
-    banned_ids: tuple[int, ...]
-    pad_id: int
+
+
+class _Choice(NamedTuple):
+    """What a compiled program takes as arguments."""
+
+    eos_ids: np.ndarray  # [number of end tokens] int32
+    banned_ids: np.ndarray  # [number of banned tokens] int32
+    pad_id: np.int32
+    temperature: np.float32
+    top_p: np.float32
 
 
 def make_rollout(
@@ -78,8 +86,8 @@ def make_rollout(
     Prompts are left-padded. A row's response depends on `rng`, its own `row_ids` [B] entry and its
     own prompt, not on its neighbours or its place in the batch. `banned_ids` (picture pads) have
     probability 0; `eos_ids` end a row and belong to it; after that it emits `pad_id`. Nothing is
-    read back to the host. Two calls of `make_rollout` that differ only in temperature or in a top_p
-    below 1 share one compiled program.
+    read back to the host. Calls of `make_rollout` that differ only in ids, in a temperature above
+    0 or in a top_p below 1 share one compiled program.
 
     `logprobs` are float32, after bans, temperature, top-k and top-p. For greedy rollouts they are
     those of the model at temperature 1.
@@ -96,35 +104,28 @@ def make_rollout(
         greedy=sampling.temperature == 0,
         top_k=min(sampling.top_k, vocabulary),
         use_top_p=sampling.top_p < 1,
-        eos_ids=tuple(eos_ids),
-        banned_ids=tuple(banned_ids),
-        pad_id=pad_id,
+    )
+    choice = _Choice(
+        eos_ids=np.asarray(eos_ids, np.int32),
+        banned_ids=np.asarray(banned_ids, np.int32),
+        pad_id=np.int32(pad_id),
+        temperature=np.float32(sampling.temperature),
+        top_p=np.float32(sampling.top_p),
     )
 
     def rollout(
         variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.Array
     ) -> Rollout:
         hidden, cache = _prefill(static, variables, inputs)
-        out, _ = _decode(
-            static,
-            variables,
-            hidden,
-            cache,
-            inputs.next_position,
-            rng,
-            row_ids,
-            sampling.temperature,
-            sampling.top_p,
-        )
-        return out
+        return _decode(
+            static, choice, variables, hidden, cache, inputs.next_position, rng, row_ids
+        )[0]
 
     return rollout
 
 
 @jax.jit(static_argnums=0)
-def _prefill(
-    static: _Static, variables: Variables, inputs: Inputs
-) -> tuple[jax.Array, KVCache]:
+def _prefill(static: _Static, variables: Variables, inputs: Inputs) -> tuple[jax.Array, KVCache]:
     slots = inputs.tokens.shape[1] + static.max_new_tokens
     return static.model.apply(variables, inputs, slots, method="prefill")
 
@@ -134,25 +135,23 @@ def _prefill(
 @jax.jit(static_argnums=0, donate_argnames="cache")
 def _decode(
     static: _Static,
+    choice: _Choice,
     variables: Variables,
     hidden: jax.Array,
     cache: KVCache,
     next_position: jax.Array,
     rng: jax.Array,
     row_ids: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
 ) -> tuple[Rollout, KVCache]:
     """Samples from the prompts' last hidden states [B, D], then decodes until all rows end."""
     width = static.max_new_tokens
     # Cast once, outside the loop, or every token would read the weights in their wider type.
     variables = jax.tree.map(lambda leaf: leaf.astype(static.model.dtype), variables)
     table = head(variables["params"])
-    eos = jnp.asarray(static.eos_ids, jnp.int32)
     uniforms = _uniforms(rng, row_ids, width)
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = _restrict(logits(hidden, table), static, temperature, top_p)
+        scores = _restrict(logits(hidden, table), static, choice)
         logprobs = jax.nn.log_softmax(scores, axis=-1)
         if static.greedy:
             tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -164,13 +163,13 @@ def _decode(
         out: Rollout, done: jax.Array, step: jax.Array, hidden: jax.Array
     ) -> tuple[Rollout, jax.Array, jax.Array]:
         tokens, logprobs = choose(hidden, step)
-        tokens = jnp.where(done, static.pad_id, tokens)
+        tokens = jnp.where(done, choice.pad_id, tokens)
         out = out.replace(
             tokens=out.tokens.at[:, step].set(tokens),
             mask=out.mask.at[:, step].set(~done),
             logprobs=out.logprobs.at[:, step].set(jnp.where(done, 0.0, logprobs)),
         )
-        return out, done | (tokens[:, None] == eos).any(axis=-1), tokens
+        return out, done | (tokens[:, None] == choice.eos_ids).any(axis=-1), tokens
 
     def body(state: tuple) -> tuple:
         step, out, done, tokens, cache = state
@@ -182,7 +181,7 @@ def _decode(
 
     batch = hidden.shape[0]
     empty = Rollout(
-        tokens=jnp.full((batch, width), static.pad_id, jnp.int32),
+        tokens=jnp.full((batch, width), choice.pad_id, jnp.int32),
         mask=jnp.zeros((batch, width), bool),
         logprobs=jnp.zeros((batch, width), jnp.float32),
         truncated=jnp.zeros(batch, bool),
@@ -206,20 +205,17 @@ def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:
     return jax.vmap(draw)(row_ids)
 
 
-def _restrict(
-    scores: jax.Array, static: _Static, temperature: jax.Array, top_p: jax.Array
-) -> jax.Array:
+def _restrict(scores: jax.Array, static: _Static, choice: _Choice) -> jax.Array:
     """Logits [B, V] with bans, temperature, top-k and top-p applied, in transformers' order."""
-    if static.banned_ids:
-        scores = scores.at[:, jnp.asarray(static.banned_ids)].set(-jnp.inf)
+    scores = scores.at[:, choice.banned_ids].set(-jnp.inf)
     if static.greedy:
         return scores
-    scores = scores / temperature
+    scores = scores / choice.temperature
     if static.top_k:
         least = jax.lax.top_k(scores, static.top_k)[0][:, -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     if static.use_top_p:
-        scores = keep_nucleus(scores, top_p)
+        scores = keep_nucleus(scores, choice.top_p)
     return scores
 
 

@@ -9,11 +9,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from absl import logging
 
-from mgsd_jax.envs.rules import score_text
+from mgsd_jax.envs.rules import Rules, score_text
 
 _TEXT_KEYS = ("rules", "task_text", "response")
 
@@ -29,7 +29,7 @@ def run(input_path: str, output_path: str | None = None) -> int:
     mismatches = 0
     for number, row in _read_rows(pathlib.Path(input_path)):
         got = _score(row)
-        expected = row["expected"] if "expected" in row else None
+        expected = row.get("expected")
         match = _matches(got, expected) if expected is not None else None
         if match is False or ("error" in got and not match):
             mismatches += 1
@@ -53,16 +53,16 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a JSON lines file with their line numbers from 1; blank lines are none."""
     if not path.is_file():
         raise ValueError(f"{path}: got no such file, want JSON lines")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield number, _read_row(f"{path}, line {number}", line)
+                yield number, _read_row(f"{path}, line {number}", line.strip())
 
 
-def _read_row(where: str, line: str) -> dict[str, Any]:
+def _read_row(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bad JSON or bad UTF-8
         raise ValueError(f"{where}: got {line[:60]!r}, want JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: got {line[:60]!r}, want a JSON object")
@@ -70,6 +70,8 @@ def _read_row(where: str, line: str) -> dict[str, Any]:
         if key not in row or not isinstance(row[key], str):
             got = repr(row[key]) if key in row else f"keys {sorted(row)}"
             raise ValueError(f"{where}: {key}: got {got}, want text")
+    if row["rules"] not in get_args(Rules):
+        raise ValueError(f"{where}: rules: got {row['rules']!r}, want one of {get_args(Rules)}")
     if "task" in row and not isinstance(row["task"], str | None):
         raise ValueError(f"{where}: task: got {row['task']!r}, want text or null")
     if "expected" in row and not isinstance(row["expected"], dict | None):
@@ -78,9 +80,9 @@ def _read_row(where: str, line: str) -> dict[str, Any]:
 
 
 def _score(row: Mapping[str, Any]) -> dict[str, Any]:
-    task = row["task"] if "task" in row else None
     try:
-        return {"score": score_text(row["rules"], task, row["task_text"], row["response"])}
+        score = score_text(row["rules"], row.get("task"), row["task_text"], row["response"])
+        return {"score": score}
     except ValueError as error:
         return {"error": str(error)}
 

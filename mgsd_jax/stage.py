@@ -6,7 +6,7 @@ import pathlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -22,7 +22,6 @@ from mgsd_jax.data.processor import Processor
 from mgsd_jax.data.sources import Encoder, StreamedBoards
 from mgsd_jax.envs.benchmarks import benchmark_keys
 from mgsd_jax.envs.splits import Split
-from mgsd_jax.metrics import Mean
 from mgsd_jax.optimizer import TrainState
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
@@ -79,7 +78,7 @@ class Session:
     last: deque[tuple[float, dict[str, float]]]  # (when the last step ended, its metrics)
 
     def finish_step(self, step: int, state: TrainState, measured: dict[str, Any]) -> None:
-        """Reports the metrics of update `step` (a Mean or a scalar each), and saves if it is due."""
+        """Reports the metrics of update `step`, a Mean or a scalar each, and saves if it is due."""
         with self.timers.phase("device"):
             values = metrics.means_to_floats(jax.device_get(measured))
         now = time.perf_counter()
@@ -107,6 +106,7 @@ def opened(
     loader: grain.DatasetIterator,
     *,
     metric: str,
+    best_mode: Literal["max", "min"],
     steps: int,
 ) -> Iterator[Session]:
     """A session that continues from the last readable checkpoint of `folder`, if there is one.
@@ -120,6 +120,7 @@ def opened(
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
         metric=metric,
+        best_mode=best_mode,
     )
     start = 0
     restored = checkpoint.restore_latest(checkpointer, state)
@@ -132,8 +133,17 @@ def opened(
     last = deque([(time.perf_counter(), {})], maxlen=1)
     try:
         yield Session(
-            state, start, steps, config.checkpoint, metric, metrics.Timers({}), loader,
-            checkpointer, writer, progress, last,
+            state,
+            start,
+            steps,
+            config.checkpoint,
+            metric,
+            metrics.Timers({}),
+            loader,
+            checkpointer,
+            writer,
+            progress,
+            last,
         )
     finally:
         progress.close()

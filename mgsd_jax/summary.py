@@ -32,6 +32,7 @@ ERRORS = (
     "illegal_plan",
     "not_successful",
 )
+_DRAWS, _TAIL = 4000, 0.025  # of the bootstrap
 _ROW_KEYS = ("id", "model", "mode", "task", "level", "index", "task_text", "response")
 _PLAN_KEYS = ("outcome", "plan", "truncated", "response_tokens", "state_f1", "state_exact")
 _OUTCOME_KEYS = ("success", "optimal", "parsed", "legal", "reason", "steps", "progress")
@@ -74,7 +75,7 @@ def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
             for i, later in enumerate(models)
             for earlier in list(models)[:i]
         },
-        "gap_closed": closed["distilled"] if "distilled" in closed else None,
+        "gap_closed": closed.get("distilled"),
         "gap_closed_by": closed,
     }
 
@@ -174,15 +175,19 @@ def _planning(rows: Sequence[Row]) -> dict[str, Any]:
         | {"levels": {str(level): _planning_counts(some) for level, some in _by_level(part)}}
         for task, part in _by_task(rows)
     }
-    upstream = statistics.fmean(task["success"]["value"] for task in tasks.values())
+    by_task = [_success_rate(part) for _, part in _by_task(rows)]
     return {
         "n": len(rows),
         "macro": macro,
-        "macro_upstream": upstream,
+        "macro_upstream": statistics.fmean(by_task),
         **measures,
         **_counts(rows),
         "tasks": tasks,
     }
+
+
+def _success_rate(rows: Sequence[Row]) -> float:
+    return statistics.fmean(row["outcome"]["success"] for row in rows)
 
 
 def _planning_counts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def _all_right(row: Row) -> bool:
 
 
 def _diagnostics(modes: Mapping[str, Any]) -> dict[str, Measure | None]:
-    picture = modes["picture"] if "picture" in modes else None
+    picture = modes.get("picture")
     return {
         "state_f1": picture and picture["state_f1"],
         "state_exact": picture and picture["state_exact"],
@@ -268,16 +273,20 @@ def _rate(rows: Sequence[Row], get: Getter) -> Measure:
 
 
 def _balanced(rows: Sequence[Row], get: Getter) -> Measure:
-    parts = [[_rate(some, get) for _, some in _by_level(part)] for _, part in _by_task(rows)]
-    cells = [[rate for rate in part if rate["n"]] for part in parts]
-    cells = [part for part in cells if part]
+    tasks = []
+    for _, part in _by_task(rows):
+        rates = [_rate(some, get) for _, some in _by_level(part)]
+        tasks.append([rate for rate in rates if rate["n"]])
+    tasks = [rates for rates in tasks if rates]
+    cells = [(rate, 1 / len(tasks) / len(rates)) for rates in tasks for rate in rates]
     if not cells:
         return {"value": None, "low": None, "high": None, "n": 0}
-    flat = [(rate, 1 / len(cells) / len(part)) for part in cells for rate in part]
-    value = sum(rate["value"] * weight for rate, weight in flat)
-    low = value - sum((weight * (rate["value"] - rate["low"])) ** 2 for rate, weight in flat) ** 0.5
-    high = value + sum((weight * (rate["high"] - rate["value"])) ** 2 for rate, weight in flat) ** 0.5
-    return {"value": value, "low": low, "high": high, "n": sum(rate["n"] for rate, _ in flat)}
+    # The intervals of independent cells add up in squares, each side on its own.
+    value = sum(weight * rate["value"] for rate, weight in cells)
+    below = sum((weight * (rate["value"] - rate["low"])) ** 2 for rate, weight in cells)
+    above = sum((weight * (rate["high"] - rate["value"])) ** 2 for rate, weight in cells)
+    n = sum(rate["n"] for rate, _ in cells)
+    return {"value": value, "low": value - below**0.5, "high": value + above**0.5, "n": n}
 
 
 def _wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -288,37 +297,53 @@ def _wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float
 
 
 def _difference(rows: Sequence[Row] | None, others: Sequence[Row] | None) -> Measure | None:
-    return None if rows is None or others is None else _paired(
-        [rows, others], lambda means: means[0] - means[1]
-    )
+    if rows is None or others is None:
+        return None
+    return _paired((rows, others), lambda mine, other: mine - other)
 
 
 def _gap_closed(groups: Mapping[str, Mapping[str, Sequence[Row]]], name: str) -> Measure | None:
-    parts = [groups.get("base", {}).get("text"), groups.get("base", {}).get("picture")]
-    parts.append(groups[name].get("picture"))
-    if any(part is None for part in parts):
+    """(model - base) / (text - base), of base from text, base and model from the picture."""
+    if "base" not in groups or not {"text", "picture"} <= groups["base"].keys():
         return None
-    return _paired(parts, lambda means: (means[2] - means[1]) / (means[0] - means[1]))
+    if "picture" not in groups[name]:
+        return None
+    parts = (groups["base"]["text"], groups["base"]["picture"], groups[name]["picture"])
+
+    def share(text: np.ndarray, base: np.ndarray, model: np.ndarray) -> np.ndarray:
+        gap = np.where(text > base, text - base, np.nan)
+        return (model - base) / gap
+
+    return _paired(parts, share)
 
 
-def _paired(parts: Sequence[Sequence[Row]], combine: Callable[[np.ndarray], np.ndarray]) -> Measure:
-    tables = [{board_of(row): row["outcome"]["success"] for row in part} for part in parts]
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
-    if not shared:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    values = np.array([[table[board] for board in shared] for table in tables], float)  # [k, n]
-    cells = collections.Counter((task, level) for task, level, _ in shared)
+def _paired(parts: Sequence[Sequence[Row]], combine: Callable[..., np.ndarray]) -> Measure:
+    """`combine` of the level-balanced success of k parts on the boards that all of them share.
+
+    The interval is of a bootstrap over the boards of each task and level, drawn for all parts
+    together. Where `combine` is not defined (NaN), so is the value, and where it is not for more
+    than the tail of the draws, so are the limits.
+    """
+    tables = [{board_of(row): bool(row["outcome"]["success"]) for row in part} for part in parts]
+    shared = set.intersection(*(set(table) for table in tables))
+    # Boards with the same outcomes are drawn together: there are at most 2^k kinds of them.
+    cells: dict[tuple[str, int], collections.Counter[tuple[bool, ...]]] = {}
+    for board in sorted(shared):
+        kinds = cells.setdefault(board[:2], collections.Counter())
+        kinds[tuple(table[board] for table in tables)] += 1
     tasks = collections.Counter(task for task, _ in cells)
     rng = np.random.default_rng(0)
-    point, draws = np.zeros(len(parts)), np.zeros((len(parts), 4000))
-    for cell, n in cells.items():
-        part = values[:, [board[:2] == cell for board in shared]]
-        weight = 1 / len(tasks) / tasks[cell[0]]
-        point += part.mean(1) * weight
-        draws += part @ rng.multinomial(n, np.full(n, 1 / n), 4000).T / n * weight
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value, samples = combine(point), combine(draws)
-    if not np.isfinite(value):
+    means, draws = np.full(len(parts), 0.0 if cells else np.nan), np.zeros((_DRAWS, len(parts)))
+    for (task, _), kinds in cells.items():
+        outcomes, counts = np.array(sorted(kinds), float), [kinds[kind] for kind in sorted(kinds)]
+        weight = 1 / len(tasks) / tasks[task]
+        shares = np.array(counts) / sum(counts)
+        means += weight * shares @ outcomes
+        draws += weight * rng.multinomial(sum(counts), shares, _DRAWS) / sum(counts) @ outcomes
+    value, samples = float(combine(*means)), combine(*draws.T)
+    if np.isnan(value):
         return {"value": None, "low": None, "high": None, "n": len(shared)}
-    low, high = np.nanquantile(samples, [0.025, 0.975])
-    return {"value": float(value), "low": float(low), "high": float(high), "n": len(shared)}
+    low = high = None
+    if np.isnan(samples).mean() <= _TAIL:
+        low, high = map(float, np.nanquantile(samples, [_TAIL, 1 - _TAIL]))
+    return {"value": value, "low": low, "high": high, "n": len(shared)}

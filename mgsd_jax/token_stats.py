@@ -93,7 +93,7 @@ def cross_entropy_tokens(
     return -logprob, TargetStats(logprob, is_top1), p.probs - _one_hot(targets, logits.shape[-1])
 
 
-def token_stats(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
+def measure(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
     """Statistics of one chunk, `clipped` 0 throughout."""
     p_probs, q_probs = p.probs, q.probs
     both_top = (p.logits == p.top) & (q.logits == q.top)
@@ -130,10 +130,12 @@ def jsd_tokens(p: Distribution, q: Distribution, beta: float) -> tuple[jax.Array
     """
     p_probs, q_probs, ratio = p.probs, q.probs, log_ratio(p, q)
     mix = (1.0 - beta) * p_probs + beta * q_probs
-    # log(p/m) without m, which underflows: below -80 nats m is beta * q and expm1 would overflow.
+    # log(p/m) and log(q/m) without m, which may underflow. Below -80 nats m is beta * q, expm1
+    # would overflow, and q's ratio as a difference would drown in the rounding of p's.
+    is_near = ratio > -80.0
     near = -jnp.log1p(beta * jnp.expm1(-jnp.maximum(ratio, -80.0)))
-    p_ratio = jnp.where(ratio > -80.0, near, ratio - math.log(beta))
-    q_ratio = p_ratio - ratio
+    p_ratio = jnp.where(is_near, near, ratio - math.log(beta))
+    q_ratio = jnp.where(is_near, near - ratio, -math.log(beta))
     terms = (1.0 - beta) * kl_terms(p_probs, mix, p_ratio)
     terms += beta * kl_terms(q_probs, mix, q_ratio)
     gradient = (1.0 - beta) * p_probs * (p_ratio - _sum(p_probs * p_ratio))

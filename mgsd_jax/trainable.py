@@ -12,6 +12,10 @@ from mgsd_jax.model import lora
 Variables = dict[str, Any]
 
 
+def _is_adapter(path: str) -> bool:
+    return path.startswith("adapters/") and path.endswith(("/a", "/b"))
+
+
 def split(
     params: dict[str, Any], optim: OptimConfig, lora_config: LoraConfig, rng: jax.Array
 ) -> tuple[Variables, Variables]:
@@ -23,11 +27,11 @@ def split(
     if lora_config.rank:
         spec = lora.LoraSpec(lora_config.rank, lora_config.alpha, lora_config.targets)
         variables = {"params": params, "adapters": lora.init_adapters(params, spec, rng)}
-        return tree.partition(variables, lambda name, _: bool(re.search("^adapters/.*/[ab]$", name)))
+        return tree.partition(variables, lambda path, _: _is_adapter(path))
     pattern = re.compile(optim.trainable)
     trainable, frozen = tree.partition(
         {"params": params}, lambda name, _: bool(pattern.search(name.removeprefix("params/")))
     )
     if not trainable:
-        raise ValueError(f"optim.trainable: got {optim.trainable!r}, want a regex that some path matches")
+        raise ValueError(f"optim.trainable: got {optim.trainable!r}, want a regex of some path")
     return trainable, frozen

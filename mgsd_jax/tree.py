@@ -6,7 +6,7 @@ sorted keys at every level, which is the order of `jax.tree.leaves`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 Tree = dict[str, Any]
@@ -21,6 +21,14 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     if not isinstance(tree, dict):
         raise ValueError(f"tree: got {type(tree).__name__}, want a dict of dicts and leaves")
     return list(_walk(tree, ""))
+
+
+def nest(named: Iterable[tuple[str, Any]]) -> Tree:
+    """Return the tree with these (path, leaf) pairs; the inverse of `named_leaves`."""
+    tree: Tree = {}
+    for path, leaf in named:
+        _insert(tree, path, leaf)
+    return tree
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
@@ -79,10 +87,7 @@ def combine(a: Tree, b: Tree) -> Tree:
     ]
     if collisions:
         raise ValueError(f"trees collide, want disjoint leaves, got {'; '.join(collisions)}")
-    combined: Tree = {}
-    for path, leaf in sorted({**leaves_a, **leaves_b}.items()):
-        _insert(combined, path, leaf)
-    return combined
+    return nest(sorted({**leaves_a, **leaves_b}.items()))
 
 
 def get(tree: Tree, path: str) -> Any:

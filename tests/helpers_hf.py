@@ -1,6 +1,7 @@
 """The same weights and batches for transformers: random Qwen3-VL models in torch, float32."""
 
 import re
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from helpers_model import Row
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from mgsd_jax.model import hf
 from mgsd_jax.model.config import ModelConfig
 
 
@@ -22,55 +24,11 @@ def make_model(config: ModelConfig, seed: int = 0) -> Qwen3VLForConditionalGener
 
 
 def to_params(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> dict[str, Any]:
-    """Our parameter tree of a torch model's weights."""
-    weights = {name: w.detach().numpy() for name, w in model.state_dict().items()}
-    tree: dict[str, Any] = {}
-
-    def put(path: str, value: np.ndarray) -> None:
-        *folders, leaf = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = value
-
-    def take(name: str) -> tuple[str, np.ndarray]:
-        module, kind = name.rsplit(".", 1)
-        value = weights[name]
-        if kind == "bias":
-            return f"{module.replace('.', '/')}/bias", value
-        if value.ndim == 1:
-            return f"{module.replace('.', '/')}/scale", value
-        if "embed" in module.rsplit(".", 1)[-1]:
-            return f"{module.replace('.', '/')}/embedding", value
-        return f"{module.replace('.', '/')}/kernel", value.T
-
-    stacks: dict[str, dict[int, np.ndarray]] = {}
-    for name in weights:
-        if name == "lm_head.weight":
-            if not config.tie_word_embeddings:
-                put("lm_head/embedding", weights[name])
-            continue
-        path, value = take(name)
-        path = path.removeprefix("model/").replace("language_model", "language")
-        path = path.replace("deepstack_merger_list", "deepstack_mergers")
-        if "patch_embed/proj" in path:
-            path = path.replace("patch_embed/proj", "patch_embed")
-            value = weights[name]
-            value = value.reshape(len(value), -1).T if value.ndim > 1 else value
-        parts = path.split("/")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if number is None:
-            put(path, value)
-            continue
-        index = int(parts.pop(number))
-        if parts[number - 1] == "layers" and index < config.num_deepstack:
-            parts[number - 1] = "layers_deepstack"
-        elif parts[number - 1] == "layers":
-            index -= config.num_deepstack
-        stacks.setdefault("/".join(parts), {})[index] = value
-    for path, layers in stacks.items():
-        put(path, np.stack([layers[i] for i in range(len(layers))]))
-    return tree
+    """Our parameters, float32, of a torch model's weights: by way of the folder it saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        assert hf.read_config(folder) == config
+        return hf.load_params(folder, config, dtype="float32")
 
 
 def to_torch(config: ModelConfig, rows: list[Row], *, side: str) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mgsd_jax.batch import Inputs, Pictures
@@ -31,9 +32,9 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        return (centre + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        return jnp.asarray(centre + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

@@ -98,7 +98,8 @@ def write_processor_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(vocab_size)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(chat_template)
     pixels = {

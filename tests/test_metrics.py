@@ -70,7 +70,7 @@ def test_timers_accumulate_by_phase_and_start_again(monkeypatch: pytest.MonkeyPa
     assert timers.take() == {}
 
 
-def write_steps(folder: pathlib.Path, steps: range, **options: int | None) -> None:
+def write_steps(folder: pathlib.Path, steps: range, **options: int) -> None:
     writer = metrics.open_writer(folder, is_main=True, **options)  # type: ignore[arg-type]
     for step in steps:
         writer.write(step, {"loss": Mean(float(step), 2.0)})
@@ -108,9 +108,9 @@ def test_non_finite_values_leave_the_json_valid_and_come_back(tmp_path: pathlib.
 
 def test_resume_drops_the_steps_that_will_be_repeated(tmp_path: pathlib.Path) -> None:
     write_steps(tmp_path, range(0, 8))
-    write_steps(tmp_path, range(5, 10), resume_step=4)
+    write_steps(tmp_path, range(5, 10), step=4)
     assert steps_of(tmp_path) == list(range(10))
-    write_steps(tmp_path, range(0, 2), resume_step=None)
+    write_steps(tmp_path, range(0, 2), step=0)
     assert steps_of(tmp_path) == [0, 1]
 
 
@@ -119,7 +119,7 @@ def test_a_half_written_last_line_is_dropped_on_resume(tmp_path: pathlib.Path) -
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     assert steps_of(tmp_path) == [0, 1, 2]
-    write_steps(tmp_path, range(3, 5), resume_step=3)
+    write_steps(tmp_path, range(3, 5), step=3)
     assert steps_of(tmp_path) == [0, 1, 2, 3, 4]
 
 
@@ -133,7 +133,7 @@ def test_a_kill_while_dropping_leaves_the_old_file(
 
     monkeypatch.setattr(metrics.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        metrics.open_writer(tmp_path, is_main=True, resume_step=1)
+        metrics.open_writer(tmp_path, is_main=True, step=1)
     assert steps_of(tmp_path) == [0, 1, 2, 3]
 
 

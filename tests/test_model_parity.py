@@ -26,8 +26,7 @@ MODELS = {
     "every_layer_deepstack": tiny(num_deepstack=3, num_key_value_heads=4),
 }
 BATCHES = {
-    "one_picture": [(3, (4, 4), 5), (2, (4, 4), 6)],
-    "several_sizes": [(2, (4, 4), 3, (6, 8), 1, (2, 4), 4), (5, (8, 4), 2), (11,)],
+    "pictures": [(2, (4, 4), 3, (6, 8), 1, (2, 4), 4), (5, (8, 4), 2), (11,)],
     "text_only": [(9,), (4,)],
 }
 
@@ -45,7 +44,9 @@ def our_logits(config: ModelConfig, params: dict, inputs: Inputs) -> jax.Array:
     return logits(hidden, head(params))
 
 
-def hf_logits(model: torch.nn.Module, config: ModelConfig, rows: list[Row], side: str) -> np.ndarray:
+def hf_logits(
+    model: torch.nn.Module, config: ModelConfig, rows: list[Row], side: str
+) -> np.ndarray:
     with torch.no_grad():
         return model(**helpers_hf.to_torch(config, rows, side=side)).logits.numpy()
 
@@ -95,7 +96,7 @@ def without_interpolation(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
 )
 def test_parity_fails_without_a_part_of_the_architecture(ablate: Callable) -> None:
     config, (model, params) = MODELS["tied_gqa"], build("tied_gqa")
-    rows = random_rows(config, BATCHES["several_sizes"])
+    rows = random_rows(config, BATCHES["pictures"])
     params, inputs = ablate(params, to_inputs(config, rows, side="left"))
     got = np.asarray(our_logits(config, params, inputs))
     want = hf_logits(model, config, rows, "left")
@@ -128,22 +129,25 @@ def decoded_logits(
 ) -> jax.Array:
     """[B, R + 1, V]: after the prompt, and after each response token, one token at a time."""
     model, variables = Qwen3VL(config), {"params": params}
-    width = responses.shape[1]
-    slots = prompts.tokens.shape[1] + width + 2  # more than needed: unwritten slots stay unseen
+    slots = (
+        prompts.tokens.shape[1] + responses.shape[1] + 2
+    )  # more than needed: unwritten slots stay unseen
     hidden, cache = model.apply(variables, prompts, slots, method="prefill")
-    steps = [hidden]
-    for r in range(width):
-        hidden, cache = model.apply(
-            variables, responses[:, r], prompts.next_position + r, cache, method="decode"
-        )
-        steps.append(hidden)
-    return logits(jnp.stack(steps, axis=1), head(params))
+
+    def step(carry: tuple, token: jax.Array) -> tuple:
+        positions, cache = carry
+        hidden, cache = model.apply(variables, token, positions, cache, method="decode")
+        return (positions + 1, cache), hidden
+
+    _, rest = jax.lax.scan(step, (prompts.next_position, cache), responses.T)
+    hidden = jnp.concatenate([hidden[None], rest]).swapaxes(0, 1)
+    return logits(hidden, head(params))
 
 
 def test_greedy_rollout_equals_generate_token_for_token() -> None:
-    """Pictures of several sizes, ragged prompts, rows that end at different tokens or not at all."""
+    """Pictures of several sizes, ragged prompts, rows that end at different places or never."""
     config, (model, params) = MODELS["untied_mqa"], build("untied_mqa")
-    rows = random_rows(config, BATCHES["several_sizes"], seed=3)
+    rows = random_rows(config, BATCHES["pictures"], seed=3)
     inputs = to_inputs(config, rows, side="left")
     banned = (config.image_token_id, config.video_token_id)
     free = generate(model, config, rows, eos=(), banned=banned)
@@ -151,9 +155,7 @@ def test_greedy_rollout_equals_generate_token_for_token() -> None:
     eos = (int(free[0, 7]), int(free[1, 2]))
     want = generate(model, config, rows, eos=eos, banned=banned)
     sampling = Sampling(max_new_tokens=free.shape[1], temperature=0.0)
-    rollout = make_rollout(
-        Qwen3VL(config), sampling, eos_ids=eos, banned_ids=banned, pad_id=PAD
-    )
+    rollout = make_rollout(Qwen3VL(config), sampling, eos_ids=eos, banned_ids=banned, pad_id=PAD)
     got = rollout({"params": params}, inputs, jax.random.key(0), np.arange(len(rows)))
     np.testing.assert_array_equal(got.tokens, want)
     ends = [next((i + 1 for i, t in enumerate(r) if t in eos), len(r)) for r in free.tolist()]

@@ -35,6 +35,7 @@ def test_leaves_come_in_the_order_of_jax_and_get_finds_each(tree: dict[str, Any]
     assert [leaf for _, leaf in named] == jax.tree.leaves(tree)
     assert len({path for path, _ in named}) == len(named)
     assert all(trees.get(tree, path) == leaf for path, leaf in named)
+    assert trees.nest(named) == without_empty(tree)
 
 
 def test_order_does_not_depend_on_insertion() -> None:

@@ -104,8 +104,9 @@ def grounding_batch(
 ) -> GroundingBatch:
     """Right-padded examples (sequence, length of its prompt), as `encode_example` makes them.
 
-    T is the smallest of `lengths` that holds the longest. Pictures are as in `to_inputs`. Targets are shifted by one: a prompt of 3 tokens and an answer of 2, padded to 6, has
-    loss_mask 0 0 1 1 0 0.
+    T is the smallest of `lengths` that holds the longest. Pictures are as in `to_inputs`.
+    Targets are shifted by one: a prompt of 3 tokens and an answer of 2, padded to 6, has loss_mask
+    0 0 1 1 0 0.
     """
     rows = [row for row, _ in examples]
     inputs = to_inputs(
@@ -192,15 +193,14 @@ def _stack_pictures(
     most = max((len(row.pictures) for row in rows), default=0)
     if most > max_pictures:
         raise ValueError(f"pictures a row: got {most}, want at most {max_pictures}; raise it")
-    if every:
-        patch_channels = every[0].patches.shape[1]
-    elif not max_pictures or patch_channels is None:
+    channels = every[0].patches.shape[1] if every else patch_channels
+    if not max_pictures or channels is None:
         return None
     largest = max((len(picture.patches) for picture in every), default=0)
     size = bucket(largest, patch_buckets, name="patches of a picture")
     shape = (len(rows), max_pictures, size)
     pictures = Pictures(
-        patches=np.zeros((*shape, patch_channels), np.float32),
+        patches=np.zeros((*shape, channels), np.float32),
         valid=np.zeros(shape, bool),
         interp_index=np.zeros((*shape, 4), np.int32),
         interp_weight=np.zeros((*shape, 4), np.float32),

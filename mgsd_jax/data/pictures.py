@@ -90,8 +90,9 @@ def cut_patches(pixels: np.ndarray, settings: PictureSettings) -> tuple[np.ndarr
     patches = np.empty((rows * columns, 3, settings.temporal_patch_size, size * size), np.float32)
     table = _pixel_table(settings)
     for colour in range(3):
-        patches[:, colour, 0] = np.take(table[colour], cells[colour], mode="clip")
-    patches[:, :, 1:] = patches[:, :, :1]
+        values = np.take(table[colour], cells[colour], mode="clip")
+        for frame in range(settings.temporal_patch_size):
+            patches[:, colour, frame] = values
     return patches.reshape(rows * columns, -1), (1, rows, columns)
 
 

@@ -124,9 +124,9 @@ def _taps(at: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray,
     # float32 throughout, multiplied before divided: the same roundings as transformers'.
     source = at.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
     low = np.floor(source)
-    upper = source - low
+    near = 1 - (source - low)
     line = low.astype(np.int32)
-    return line, np.minimum(line + 1, side - 1), np.stack([1 - upper, upper], axis=-1)
+    return line, np.minimum(line + 1, side - 1), np.stack([near, 1 - near], axis=-1)
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ def encode(
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
-    tokens = _tokenise(processor, text)
+    tokens = _tokenise(processor, str(text))
     if (tokens == processor.video_token_id).any():
         raise ValueError("messages: got a video token, want text and pictures only")
     where = np.flatnonzero(tokens == processor.image_token_id)
@@ -237,8 +237,9 @@ def _load_eos_ids(
             break
     else:
         found = tokenizer.eos_token_id
-    ids = tuple(found) if isinstance(found, list) else (found,)
-    if not ids or not all(type(i) is int for i in ids):
+    listed = found if isinstance(found, list) else [found]
+    ids = tuple(i for i in listed if isinstance(i, int))
+    if not ids or len(ids) != len(listed):
         raise ValueError(f"{path}: eos_token_id: got {found!r}, want a token id or a list of them")
     return ids
 

@@ -114,13 +114,15 @@ def grounding_loader(
     def collate(examples: Sequence[tuple[Encoded, int]]) -> batching.GroundingBatch:
         return batching.grounding_batch(
             examples,
-            length=fit([row for row, _ in examples], encoder.data.sequence_buckets, "sequence"),
+            lengths=encoder.data.sequence_buckets,
             pad_id=encoder.processor.pad_id,
             patch_buckets=encoder.data.patch_buckets,
             max_pictures=1 if pictures else 0,
+            patch_channels=patch_channels(encoder.processor),
         )
 
-    return _iterate(_shuffled(boards, seed, process).random_map(example), batch_size, collate, encoder)
+    examples = _shuffled(boards, seed, process).random_map(example)
+    return _iterate(examples, batch_size, collate, encoder)
 
 
 def prompt_loader(
@@ -142,26 +144,31 @@ def prompt_loader(
 
     def collate(examples: Sequence[tuple[Encoded, Encoded, Board]]) -> PromptRows:
         rows = [row for row in examples for _ in range(rollouts)]
-        students, teachers = [row[0] for row in rows], [row[1] for row in rows]
-        first = process[0] * len(rows)
         batch = batching.prompt_batch(
-            students,
-            teachers,
-            range(first, first + len(rows)),
-            student_length=fit(students, encoder.data.prompt_buckets, "student prompt"),
-            teacher_length=fit(teachers, encoder.data.teacher_buckets, "teacher prompt"),
+            [row[0] for row in rows],
+            [row[1] for row in rows],
+            student_lengths=encoder.data.prompt_buckets,
+            teacher_lengths=encoder.data.teacher_buckets,
             pad_id=encoder.processor.pad_id,
             patch_buckets=encoder.data.patch_buckets,
             max_pictures=1,
+            first_row=process[0] * len(rows),
         )
         return PromptRows(batch, tuple(row[2] for row in rows))
 
-    return _iterate(_shuffled(boards, seed, process).map(example), batch_size, collate, encoder)
+    examples = _shuffled(boards, seed, process).map(example)
+    return _iterate(examples, batch_size, collate, encoder)
 
 
 def fit(rows: Sequence[Encoded], buckets: tuple[int, ...], name: str) -> int:
     """The smallest bucket that holds the longest of the rows; ValueError where none does."""
     return batching.bucket(max(len(row.tokens) for row in rows), buckets, name=name)
+
+
+def patch_channels(processor: Processor) -> int:
+    """C: the values of one patch."""
+    pictures = processor.pictures
+    return 3 * pictures.temporal_patch_size * pictures.patch_size**2
 
 
 def _shuffled(boards: Any, seed: int, process: tuple[int, int]) -> grain.MapDataset:

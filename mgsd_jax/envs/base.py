@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -86,7 +86,6 @@ class Env(Protocol):
     MIN_LEVEL: int
     MAX_LEVEL: int
     generate: Callable[..., Any]  # (rng, level, **options) -> State
-    count_states: Callable[[int], int | None]
     key: Callable[[Any], str]
     render: Callable[..., np.ndarray]  # (state, size=256) -> uint8 [size, size, 3]
     describe: Callable[[Any], str]
@@ -101,11 +100,26 @@ class Env(Protocol):
     to_text: Callable[..., str]  # (state, *, split, index, seed, ...)
     from_text: Callable[..., Any]  # (text, *, source) -> State
 
+    def count_states(self, level: int, /) -> int | None: ...
+
+
+# Options.
+
+
+def check_level(name: str, level: int, low: int, high: int) -> None:
+    if not low <= level <= high:
+        raise ValueError(f"{name} level: got {level}, want {low} to {high}")
+
+
+def check_bucket(bucket: str | None) -> None:
+    if bucket not in (None, *get_args(Bucket)):
+        raise ValueError(f"bucket: got {bucket!r}, want None or one of {get_args(Bucket)}")
+
 
 # Shortest paths.
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def grid_moves(size: int, order: tuple[str, ...]) -> tuple[tuple[tuple[str, int], ...], ...]:
     """For each cell number of a size x size board, its (action, next cell number), in order."""
     moves = []
@@ -261,11 +275,6 @@ def outcome(paths: Paths, result: Run) -> Outcome:
 ASK_SIZE = "What is the map size (rows x columns)?"
 
 
-def check_level(name: str, level: int, low: int, high: int) -> None:
-    if not low <= level <= high:
-        raise ValueError(f"{name} level: got {level}, want {low} to {high}")
-
-
 def show_cell(cell: Cell) -> str:
     return f"({cell[0]},{cell[1]})"
 
@@ -311,6 +320,7 @@ class BoardText(NamedTuple):
 
     source: str
     fields: dict[str, str]
+    block: str
     rows: list[str]
 
 
@@ -342,7 +352,7 @@ def read_board(text: str, source: str, keys: Sequence[str], block: str) -> Board
             raise bad_board(source, key, "no such line", f"{key}=...")
     if rows is None:
         raise bad_board(source, block, "no such block", f"'{block}:' and the rows of the board")
-    return BoardText(source, fields, rows)
+    return BoardText(source, fields, block, rows)
 
 
 def integer(board: BoardText, key: str) -> int:
@@ -371,10 +381,19 @@ def json_text(value: object, *, compact: bool = False) -> str:
 
 
 def check_task(board: BoardText, name: str, low: int, high: int) -> None:
+    """Raise ValueError unless the task is `name`, the level in range, and one row a level."""
     if board.fields["task"] != name:
         raise bad_board(board.source, "task", board.fields["task"], name)
-    if not low <= integer(board, "level") <= high:
-        raise bad_board(board.source, "level", board.fields["level"], f"{low} to {high}")
+    level = integer(board, "level")
+    if not low <= level <= high:
+        raise bad_board(board.source, "level", level, f"{low} to {high}")
+    if len(board.rows) != level:
+        raise bad_board(board.source, board.block, f"{len(board.rows)} rows", f"{level} rows")
+
+
+def read_draw(board: BoardText) -> tuple[str, int, int]:
+    """How the board came about: split, index, seed."""
+    return board.fields["split"], integer(board, "index"), integer(board, "seed")
 
 
 def read_state(board: BoardText, make: Callable[[], State]) -> State:
@@ -390,24 +409,45 @@ def write_board(fields: Mapping[str, str], block: str, rows: Iterable[str]) -> s
     return "\n".join([*lines, f"{block}:", *rows]) + "\n"
 
 
-def check_fields(board: BoardText, want: Mapping[str, str]) -> None:
-    """Compare every field of a board file with what would be written for the board in it.
+def file_plan(board: BoardText, paths: Paths) -> Plan:
+    """The first shortest plan. Raises ValueError, with source and block, if there is none."""
+    if paths.distances[paths.start] < 0:
+        got = "a board whose goal cannot be reached"
+        raise bad_board(board.source, board.block, got, "a solvable one")
+    return shortest_plan(paths)
 
-    Raises ValueError naming the first that differs; JSON may be spaced in another way.
+
+def check_board(
+    board: BoardText,
+    want: Mapping[str, str],
+    play: Callable[[Plan], Outcome],
+    trajectory: Callable[[Plan], str],
+) -> None:
+    """Compare a board file, field by field, with what would be written for the board in it.
+
+    The plan may be any shortest one. Raises ValueError naming the first key that differs; JSON
+    may be spaced in another way.
     """
     for key, text in want.items():
-        got = board.fields[key]
-        if got != text and (text[0] not in "[{" or json_value(board, key) != json.loads(text)):
-            raise bad_board(board.source, key, got, text)
-
-
-def read_plan(board: BoardText, env_play: Callable[[Plan], Outcome]) -> Plan:
-    """The plan of a board file. Raises ValueError unless it is a shortest one."""
-    value = json_value(board, "solution_actions")
-    if not isinstance(value, list) or not all(isinstance(action, str) for action in value):
-        raise bad_board(board.source, "solution_actions", value, "a list of words")
-    result = env_play(tuple(value))
+        if key not in ("solution_actions", "trajectory_states"):
+            _check_field(board, key, text)
+    actions = json_value(board, "solution_actions")
+    if not isinstance(actions, list) or not all(isinstance(action, str) for action in actions):
+        raise bad_board(board.source, "solution_actions", actions, "a list of words")
+    result = play(tuple(actions))
     if not result.optimal:
-        got = f"{value} ({result.reason}, {result.steps} steps)"
-        raise bad_board(board.source, "solution_actions", got, "a shortest plan")
-    return tuple(value)
+        got = f"{actions} ({result.reason} after {result.steps})"
+        want_plan = f"a shortest plan such as {want['solution_actions']}"
+        raise bad_board(board.source, "solution_actions", got, want_plan)
+    _check_field(board, "trajectory_states", trajectory(tuple(actions)))
+
+
+def _check_field(board: BoardText, key: str, text: str) -> None:
+    got = board.fields[key]
+    if got == text:
+        return
+    # Compared as text again, since Python takes true for 1 and 6.0 for 6.
+    is_json = text[0] in "[{-0123456789"
+    values = (json_value(board, key), json.loads(text)) if is_json else (got, text)
+    if len({json.dumps(value, sort_keys=True) for value in values}) > 1:
+        raise bad_board(board.source, key, got, text)

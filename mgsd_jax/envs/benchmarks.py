@@ -12,8 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mgsd_jax.envs import ENVS, frozenlake, maze, minibehaviour
+from mgsd_jax.envs import ENVS, frozenlake
 from mgsd_jax.envs.base import Cell
+from mgsd_jax.envs.frozenlake import FrozenLakeState
+from mgsd_jax.envs.maze import MazeState
+from mgsd_jax.envs.minibehaviour import MiniBehaviourState
 
 _TILES = {"@": "S", "*": "G", "#": "H", "_": "F"}
 _LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right"}
@@ -105,7 +108,7 @@ def _text(path: pathlib.Path) -> str:
         raise ValueError(f"{path}: got {error.reason} at byte {error.start}, want UTF-8") from None
 
 
-def _read_table(path: pathlib.Path, level: int) -> frozenlake.State:
+def _read_table(path: pathlib.Path, level: int) -> FrozenLakeState:
     """A Markdown table: a header, then `| Row 1 | _ | * |` with a column more than the board."""
     rows: list[str] = []
     for number, line in enumerate(_text(path).splitlines(), start=1):
@@ -123,15 +126,15 @@ def _read_table(path: pathlib.Path, level: int) -> frozenlake.State:
     return _frozenlake(str(path), rows)
 
 
-def _frozenlake(where: str, rows: list[str]) -> frozenlake.State:
+def _frozenlake(where: str, rows: list[str]) -> FrozenLakeState:
     for tile in "SG":
         count = sum(row.count(tile) for row in rows)
         if count != 1:
             raise _fail(f"{where}, layout", f"{count} tiles {tile}", "just one")
-    return frozenlake.State(tuple(rows))
+    return FrozenLakeState(tuple(rows))
 
 
-def _check_plan(where: str, state: frozenlake.State, letters: str) -> int:
+def _check_plan(where: str, state: FrozenLakeState, letters: str) -> int:
     """The number of moves of a reference plan, which must reach the goal and be a shortest one."""
     if not letters or set(letters) - set(_LETTERS):
         raise _fail(where, letters, "a plan over U, D, L, R")
@@ -179,7 +182,7 @@ def _shortest(where: str, task: str, state: Any) -> tuple[str, ...]:
         raise ValueError(f"{where}: got a board without a plan ({error}), want one") from None
 
 
-def _read_frozenlake(where: str, meta: Mapping[str, Any], level: int) -> frozenlake.State:
+def _read_frozenlake(where: str, meta: Mapping[str, Any], level: int) -> FrozenLakeState:
     layout = _square(where, meta, level)
     for r, row in enumerate(layout):
         for c, tile in enumerate(row):
@@ -193,7 +196,7 @@ def _read_frozenlake(where: str, meta: Mapping[str, Any], level: int) -> frozenl
     return state
 
 
-def _read_maze(where: str, meta: Mapping[str, Any], level: int) -> maze.State:
+def _read_maze(where: str, meta: Mapping[str, Any], level: int) -> MazeState:
     layout = _square(where, meta, level)
     masks = [[0] * level for _ in range(level)]
     for r, row in enumerate(layout):
@@ -210,19 +213,20 @@ def _read_maze(where: str, meta: Mapping[str, Any], level: int) -> maze.State:
                     raise _fail(f"{where}, layout[{r}][{c}].{side}", not want, "its neighbour's")
         if not (masks[r][0] & _WALLS["west"] and masks[0][r] & _WALLS["north"]):
             raise _fail(f"{where}, layout", f"an open edge at {r}", "walls around the maze")
-    return maze.State(
+    return MazeState(
         walls=tuple(tuple(row) for row in masks),
         start=_position(where, meta, "start_pos", level),
         target=_position(where, meta, "target_pos", level),
     )
 
 
-def _read_minibehaviour(where: str, meta: Mapping[str, Any], level: int) -> minibehaviour.State:
+def _read_minibehaviour(where: str, meta: Mapping[str, Any], level: int) -> MiniBehaviourState:
     agent = _cell(f"{where}, start_pos", _field(where, meta, "start_pos", list), level)
     printer = _cell(f"{where}, printer_pos", _field(where, meta, "printer_pos", list), level)
     table = _cells(where, meta, "table_pos", level)
-    (top, left), (bottom, right) = min(table), max(table)
-    if len(table) != 6 or (bottom - top, right - left) not in ((1, 2), (2, 1)):
+    rows, columns = ({cell[axis] for cell in table} for axis in (0, 1))
+    spans = [max(numbers) - min(numbers) + 1 for numbers in (rows, columns) if numbers]
+    if len(table) != 6 or sorted(spans) != [2, 3]:
         raise _fail(f"{where}, table_pos", sorted(table), "a block of 2 x 3 cells")
     if len({agent, printer} | table) != 8:
         raise _fail(f"{where}, start_pos", agent, f"a cell off printer {printer} and table")
@@ -232,7 +236,7 @@ def _read_minibehaviour(where: str, meta: Mapping[str, Any], level: int) -> mini
         near = {c for c in inside - table if any(_distance(c, other) == 1 for other in cells)}
         if _cells(where, meta, key, level) != near:
             raise _fail(f"{where}, {key}", meta[key], f"the free neighbours {sorted(near)}")
-    return minibehaviour.State(size=level, agent=agent, printer=printer, table=tuple(sorted(table)))
+    return MiniBehaviourState(size=level, agent=agent, printer=printer, table=tuple(sorted(table)))
 
 
 _READERS: dict[str, Callable[[str, Mapping[str, Any], int], Any]] = {
@@ -259,12 +263,15 @@ def _object(where: str | pathlib.Path, value: Any) -> dict[str, Any]:
     return value
 
 
+_KINDS = {int: "an integer", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+
+
 def _field(where: str, record: Mapping[str, Any], key: str, kind: type) -> Any:
     if key not in record:
-        raise _fail(f"{where}, {key}", f"keys {sorted(record)}", f"a {kind.__name__} of that key")
+        raise _fail(f"{where}, {key}", f"only keys {sorted(record)}", _KINDS[kind])
     value = record[key]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _fail(f"{where}, {key}", value, f"a {kind.__name__}")
+    if type(value) is not kind:  # JSON makes just these types, and true is no integer
+        raise _fail(f"{where}, {key}", value, _KINDS[kind])
     return value
 
 

@@ -11,14 +11,16 @@ import pathlib
 
 import gymnasium
 import numpy as np
+from gymnasium.envs import toy_text
 from PIL import Image, ImageDraw
 
 from mgsd_jax.envs import base
 from mgsd_jax.envs.base import Cell, Fact, Outcome, Paths, Plan, Question, Reason
 
-NAME = "frozenlake"
-ACTIONS = ("up", "down", "left", "right")
-MIN_LEVEL, MAX_LEVEL = 2, 32
+NAME: str = "frozenlake"
+ACTIONS: tuple[str, ...] = ("up", "down", "left", "right")
+MIN_LEVEL: int = 2
+MAX_LEVEL: int = 32
 
 _ORDER = ("left", "down", "right", "up")  # breaks ties between plans, as the public solver does
 _SHORTEST = 2  # actions: start and goal are never next to each other
@@ -117,15 +119,15 @@ def generate(
             joined = "".join(letters)
             return FrozenLakeState(tuple(joined[i : i + level] for i in range(0, last, level)))
     raise ValueError(
-        f"frozen_probability: got {frozen_probability}, which gave no connected map in {_MAP_DRAWS} "
-        f"draws at level {level}, want more"
+        f"frozen_probability: got {frozen_probability}, which connected the corners in none of "
+        f"{_MAP_DRAWS} draws at level {level}, want more"
     )
 
 
 def _draw_ends(
     rng: np.random.Generator, tiles: str, successors: list[dict[str, int]]
 ) -> tuple[int, int] | None:
-    """Two open cells, uniform over the ordered pairs at least `_SHORTEST` apart; None if unlucky."""
+    """Two open cells at least `_SHORTEST` apart, uniform over such pairs; None if unlucky."""
     cells = [node for node, tile in enumerate(tiles) if tile == "F"]
     for _ in range(_PAIR_DRAWS):
         start, goal = cells[rng.integers(len(cells))], cells[rng.integers(len(cells))]
@@ -180,7 +182,7 @@ def key(state: FrozenLakeState) -> str:
 
 
 def _sprite(name: str) -> Image.Image:
-    folder = pathlib.Path(gymnasium.__file__).parent / "envs" / "toy_text" / "img"
+    folder = pathlib.Path(toy_text.__path__[0]) / "img"
     path = folder / f"{name}.png"
     if not path.exists():
         raise ValueError(
@@ -318,6 +320,10 @@ def trace(state: FrozenLakeState, plan: Plan) -> tuple[Cell, ...]:
 # Board files.
 
 
+def _trajectory(state: FrozenLakeState, plan: Plan) -> str:
+    return base.json_text(trace(state, plan))
+
+
 def _fields(
     state: FrozenLakeState, plan: Plan, split: str, index: int, seed: int, frozen_probability: float
 ) -> dict[str, str]:
@@ -325,7 +331,7 @@ def _fields(
     values = (
         *(NAME, split, state.level, index, seed, frozen_probability, "false"),
         *(start_row, start_col, goal_row, goal_col),
-        *(len(plan), base.json_text(plan), base.json_text(trace(state, plan))),
+        *(len(plan), base.json_text(plan), _trajectory(state, plan)),
     )
     return dict(zip(_KEYS, map(str, values), strict=True))
 
@@ -343,8 +349,12 @@ def from_text(text: str, *, source: str) -> FrozenLakeState:
     board = base.read_board(text, source, _KEYS, "map")
     base.check_task(board, NAME, MIN_LEVEL, MAX_LEVEL)
     probability = base.number(board, "frozen_probability")
+    if not 0.0 < probability <= 1.0:
+        raise base.bad_board(source, "frozen_probability", probability, "above 0, at most 1")
     state = base.read_state(board, lambda: FrozenLakeState(tuple(board.rows)))
-    plan = base.read_plan(board, lambda plan: play(state, plan))
-    integers = [base.integer(board, name) for name in ("index", "seed")]
-    base.check_fields(board, _fields(state, plan, board.fields["split"], *integers, probability))
+    plan = base.file_plan(board, _paths(state))
+    want = _fields(state, plan, *base.read_draw(board), probability)
+    base.check_board(
+        board, want, functools.partial(play, state), functools.partial(_trajectory, state)
+    )
     return state

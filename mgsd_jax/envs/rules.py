@@ -42,7 +42,6 @@ class Dialect:
 
     block: re.Pattern[str]  # group 1: the text of a block
     which: Literal["first", "last"]
-    bare: bool  # without a block the whole response is the plan
     words: re.Pattern[str]
     aliases: Mapping[str, str]  # upper-case word -> action
     compact: re.Pattern[str]
@@ -60,7 +59,6 @@ DIALECTS: dict[Rules, Dialect] = {
     "standard": Dialect(
         block=_INNER_BLOCK,
         which="last",
-        bare=False,
         # The last alternative is what no rule knows: it is found so that it can be refused.
         words=re.compile(
             r"(?:(?i:PICK)(?:[_-]|[ \t]+)(?i:UP)|(?i:PUT)(?:[_-]|[ \t]+)(?i:DOWN))(?![A-Za-z])"
@@ -75,7 +73,6 @@ DIALECTS: dict[Rules, Dialect] = {
     "upstream_reward": Dialect(
         block=_OUTER_BLOCK,
         which="first",
-        bare=False,
         # PUT and -WARD are not words here.
         words=re.compile(
             r"\b(?:PICK[_-]?UP|PUT[_-]?DOWN|PICK|DROP|GRAB|LEFT|RIGHT|UP|DOWN|[LRUD0-3])\b|[←↓→↑]",
@@ -90,7 +87,6 @@ DIALECTS: dict[Rules, Dialect] = {
     "upstream_eval": Dialect(
         block=_OUTER_BLOCK,
         which="last",
-        bare=True,
         # PICK_UP, PUT and arrows are not words here, so PUT-DOWN is a move down.
         words=re.compile(
             r"\b(?:PICK-UP|PICKUP|PICK|DROP|PLACE|GRAB|(?:LEFT|RIGHT|UP|DOWN)(?:WARDS?)?"

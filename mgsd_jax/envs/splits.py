@@ -4,6 +4,7 @@ A board's split is a stable hash of its content key, so train, val and test cann
 whatever the seeds, counts or options of the draws were; benchmark boards are left out by key.
 """
 
+import functools
 import hashlib
 from typing import Any, Literal, get_args
 
@@ -17,9 +18,16 @@ SHARES: dict[Split, int] = {"train": 80, "val": 10, "test": 10}  # percent of al
 
 # A 10 % split with half of its boards excluded still fails within this bound with chance 1e-220.
 _MAX_REDRAWS = 10_000
-# Give up on new boards after this many repeats in a row, or ten times the boards found so far:
-# where boards are equally likely, the last one is then missed with chance exp(-10).
+# Drawing has stalled after this many repeats in a row, or three times the boards met so far.
 _MIN_REPEATS = 2_000
+# Levels with at most this many boards are listed in full where drawing stalls.
+_LISTABLE = 20_000
+# Draws that meet every board of such a level about equally often.
+_EVEN_OPTIONS: dict[str, dict[str, Any]] = {
+    "frozenlake": {"frozen_probability": 0.5},
+    "maze": {},
+    "minibehaviour": {},
+}
 
 
 def _stable_int(text: str, bytes_: int = 4) -> int:
@@ -93,49 +101,73 @@ def unique_boards(
     """`count` distinct boards of one split, none of them in `exclude`, deterministic in `seed`.
 
     A smaller count gives a prefix of a larger one. Raises ValueError where the level has fewer
-    boards: exactly how many where they can be counted, else how many were found.
+    boards: exactly how many where they can be listed, else how many were found.
     """
     _check(task, split, seed)
     if count < 0:
         raise ValueError(f"count: got {count}, want at least 0")
     env = ENVS[task]
     rng = _rng(seed, split, task, level, 0)
-    # With options (fixed corners, say) fewer boards exist than the env counts.
-    total = None if options else env.count_states(level)
-    seen: set[str] = set()  # keys of every split: how much of the whole level was met
+    seen: set[str] = set()  # keys of every split
     found: list[Any] = []
     repeats = 0
     while len(found) < count:
-        if len(seen) == total or repeats > max(_MIN_REPEATS, 10 * len(seen)):
-            raise ValueError(_shortage(task, level, split, count, found, seen, total, exclude))
+        if repeats > max(_MIN_REPEATS, 3 * len(seen)):
+            # With options (fixed corners, say) fewer boards exist than the level has.
+            every = None if options else _every_board(task, level)
+            return _fill(task, level, split, count, found, seen, every, exclude)
         state = env.generate(rng, level, **options)
         key = env.key(state)
-        if key in seen:
-            repeats += 1
-            continue
-        repeats = 0
-        seen.add(key)
-        if split_of(key) == split and key not in exclude:
-            found.append(state)
+        repeats += 1
+        if key not in seen:
+            repeats = 0
+            seen.add(key)
+            if split_of(key) == split and key not in exclude:
+                found.append(state)
     return found
 
 
-def _shortage(
+def _fill(
     task: str,
     level: int,
     split: Split,
     count: int,
     found: list[Any],
     seen: set[str],
-    total: int | None,
+    every: dict[str, Any] | None,
     exclude: frozenset[str],
-) -> str:
-    """Says how many boards a split of a level has: exactly where all of them were met."""
-    left_out = sum(1 for key in seen & exclude if split_of(key) == split)
-    how = "exactly" if len(seen) == total else "no more than about"
-    of_all = f"{len(seen)} of {total}" if total is not None else f"{len(seen)}"
-    return (
-        f"{task} level {level} {split}: got {how} {len(found)} distinct boards "
-        f"({left_out} more are excluded; {of_all} boards of the level were met), want {count}; "
-        f"ask for fewer boards or for a higher level"
+) -> list[Any]:
+    """`count` boards where drawing has stalled: the rare rest is taken from the list of all."""
+    if every is None:
+        got, has = f"only {len(found)}", f"{len(seen)} were found until drawing gave repeats alone"
+    else:
+        rest = [
+            every[key]
+            for key in every
+            if key not in seen and key not in exclude and split_of(key) == split
+        ]
+        if len(found) + len(rest) >= count:
+            return found + rest[: count - len(found)]
+        got, has = f"exactly {len(found) + len(rest)}", f"the level has {len(every)}"
+    raise ValueError(
+        f"{task} level {level} {split}: got {got} boards that belong to the split and are not "
+        f"excluded ({has}), want {count}; ask for fewer or for a higher level"
     )
+
+
+@functools.cache
+def _every_board(task: str, level: int) -> dict[str, Any] | None:
+    """All boards of a level by key; None where they are too many, or cannot be counted."""
+    env = ENVS[task]
+    total = env.count_states(level)
+    if total is None or total > _LISTABLE:
+        return None
+    rng = np.random.default_rng(0)
+    boards: dict[str, Any] = {}
+    # Equally likely boards take about total * log(total) draws, ten times total here.
+    for _ in range(200 * total):
+        state = env.generate(rng, level, **_EVEN_OPTIONS[task])
+        boards.setdefault(env.key(state), state)
+        if len(boards) == total:
+            return boards
+    return None

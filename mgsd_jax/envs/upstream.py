@@ -147,6 +147,8 @@ def read_board(
     if task == "frozenlake":
         return _read_frozenlake(fields, rows, as_record)
     level = integer(fields, "level")
+    if level < 1:
+        raise ValueError(f"level: got {level}, want at least 1")
     if task == "maze":
         walls = _json(fields, "layout_json")
         if as_record:
@@ -193,7 +195,7 @@ def _around(cells: frozenset[Cell]) -> frozenset[Cell]:
 
 def _field(fields: Mapping[str, str], key: str) -> str:
     if key not in fields:
-        raise ValueError(f"{key}: got only the keys {sorted(fields)}, want this one too")
+        raise ValueError(f"{key}: got no such line, want {key}=...")
     return fields[key]
 
 

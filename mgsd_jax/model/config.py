@@ -128,7 +128,9 @@ class ModelConfig:
         missing keys.
         """
         _expect(config, "model_type", "qwen3_vl", source)
-        text, vision = (_read(config, key, dict, source) for key in ("text_config", "vision_config"))
+        text, vision = (
+            _read(config, key, dict, source) for key in ("text_config", "vision_config")
+        )
         return cls(
             text=_text_from_hf(text, f"{source}: text_config"),
             vision=_vision_from_hf(vision, f"{source}: vision_config"),

@@ -31,6 +31,14 @@ METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
 SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 
 
+def float_type(dtype: FloatType | np.dtype) -> FloatType:
+    """Return the name of a float type that weights are kept in; ValueError where it is another."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype of weights: got {name}, want one of {sorted(DTYPES)}")
+    return name
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of a safetensors file before its values are there."""
@@ -65,7 +73,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as indented JSON with a final newline."""
-    _write(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, value: bytes) -> None:
+    """Write a whole file; OSError naming it where the disk refuses."""
+    _write(path, [value])
 
 
 def open_tensors(path: Path) -> Any:
@@ -86,13 +99,22 @@ def open_tensors(path: Path) -> Any:
         ) from error
 
 
+def tensor_problem(handle: Any, name: str, shape: Sequence[int]) -> str | None:
+    """Return what is wrong with a tensor's type and shape, None where nothing is."""
+    part = handle.get_slice(name)
+    if part.get_shape() == list(shape) and part.get_dtype() in READABLE:
+        return None
+    got = f"{part.get_dtype()}{part.get_shape()}"
+    return f"{name}: got {got}, want {'|'.join(READABLE)}{list(shape)}"
+
+
 def write_tensors(
     path: Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray], metadata: dict[str, str]
 ) -> None:
     """Write one safetensors file, `values` in the order of `specs`, one in memory at a time.
 
-    The file is complete or absent: it is written beside and renamed. Raises ValueError where a
-    value is not what its spec says, OSError naming the file where the disk refuses.
+    Raises ValueError where a value is not what its spec says, OSError naming the file where the
+    disk refuses. Half a file may then be left: write into a scratch folder.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -109,6 +131,25 @@ def write_tensors(
 
 
 @contextlib.contextmanager
+def scratch_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
+    """Yield `folder`, new and empty, and remove it after the block; left-overs in it are cleared.
+
+    Raises OSError where its disk has less than `nbytes` free.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < nbytes:
+        raise OSError(
+            errno.ENOSPC, f"no space left for {folder.parent}: got {free} bytes free, want {nbytes}"
+        )
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def new_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
     """Yield a folder to fill that becomes `folder` in one rename once the block has ended well.
 
@@ -119,20 +160,9 @@ def new_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: got an existing file or folder, want an absent or empty one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < nbytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"no space left to write {folder}: got {free} bytes free, want {nbytes}",
-        )
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with scratch_folder(folder.parent / f".{folder.name}.partial", nbytes=nbytes) as partial:
         yield partial
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.replace(folder)
 
 
 def _file_parts(
@@ -150,15 +180,11 @@ def _file_parts(
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with path.open("wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

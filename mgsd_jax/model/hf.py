@@ -1,7 +1,6 @@
 """Qwen3-VL weights streamed from and to Hugging Face folders; names and shapes are in `table`."""
 
 import collections
-import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from mgsd_jax.model.table import EMBEDDING, LM_HEAD, Layout, Leaf, Tree, leaves,
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_FILES = "model-*-of-*.safetensors"
 STRIP = 128  # rows a time: a strip stays in cache, 3x faster than one big numpy transpose
 
 Bounds = tuple[tuple[int, int], ...]
@@ -42,7 +42,11 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def load_params(
-    folder: str | Path, config: ModelConfig, *, dtype: FloatType, shardings: Tree | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: FloatType | np.dtype,
+    shardings: Tree | None = None,
 ) -> Tree:
     """Return the parameters in `folder` as `dtype`, each read straight onto its sharding.
 
@@ -54,13 +58,14 @@ def load_params(
     Raises one ValueError that lists every missing, unknown, mis-shaped or wrongly typed tensor
     and every missing or corrupt file.
     """
+    kind = DTYPES[files.float_type(dtype)]
     handles = _open_checked(Path(folder), config)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Tree = {}
     for leaf in leaves(config):
         sharding = device if shardings is None else tree.get(shardings, leaf.path)
         # cached: devices that hold the same part share one read
-        read = functools.cache(functools.partial(_read, leaf, handles, DTYPES[dtype]))
+        read = functools.cache(functools.partial(_read, leaf, handles, kind))
         array = jax.make_array_from_callback(
             leaf.shape,
             sharding,
@@ -76,78 +81,50 @@ def save_params(
     config: ModelConfig,
     folder: str | Path,
     *,
-    dtype: FloatType = "bfloat16",
+    dtype: FloatType | np.dtype = "bfloat16",
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Write `config.json` and the weights as a new Hugging Face folder, all of it or nothing.
+    """Write the weights into `folder`, made if absent, in place of weights that are there.
 
-    Raises ValueError where the folder exists or the parameters do not fit the config (all of
-    them listed), OSError naming the file where the disk is full.
+    One file `model.safetensors` where it fits `max_shard_bytes`, else numbered shards and an
+    index; a tensor above the limit gets a shard of its own. One tensor at a time is in host
+    memory. The files move in once all are written, the index last: a crash leaves the old
+    weights or a folder that no reader takes for complete. All processes take part, the first
+    one writes.
+
+    Raises one ValueError that lists the parameters that do not fit the config, OSError naming the
+    file where the disk is full.
     """
-    with writer_folder(folder, config, dtype) as partial:
-        write_weights(params, config, partial, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        if partial is not None:
-            write_config(config, partial, dtype=dtype)
-
-
-def writer_folder(
-    folder: str | Path, config: ModelConfig, dtype: FloatType
-) -> contextlib.AbstractContextManager[Path | None]:
-    """Return `files.new_folder` for the weights of `config`; it gives None where not process 0."""
+    folder = Path(folder)
+    dtype = files.float_type(dtype)
+    _check_params(params, config)
+    shards = _plan_shards(config, dtype, max_shard_bytes)
     if jax.process_index() != 0:
-        return contextlib.nullcontext()
-    return files.new_folder(Path(folder), nbytes=weight_bytes(config, dtype))
-
-
-def write_config(config: ModelConfig, folder: Path, *, dtype: FloatType) -> None:
-    """Write `config.json`, which says what the weights beside it are stored as."""
-    files.write_json(folder / "config.json", config.to_hf() | {"dtype": dtype})
+        for shard in shards.values():
+            collections.deque(_hf_values(params, shard), maxlen=0)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    size = weight_bytes(config, dtype)
+    with files.scratch_folder(folder / ".weights.partial", nbytes=size) as scratch:
+        for name, shard in shards.items():
+            specs = [tensor.spec for tensor in shard]
+            values = _hf_values(params, shard)
+            files.write_tensors(scratch / name, specs, values, files.METADATA)
+        written = list(shards)
+        if len(shards) > 1:
+            placed = {tensor.spec.name: name for name, shard in shards.items() for tensor in shard}
+            index = {"metadata": {"total_size": size}, "weight_map": placed}
+            files.write_json(scratch / INDEX_FILE, index)
+            written.append(INDEX_FILE)
+        for old in (INDEX_FILE, SINGLE_FILE, *(f.name for f in folder.glob(SHARD_FILES))):
+            (folder / old).unlink(missing_ok=True)
+        for name in written:
+            (scratch / name).replace(folder / name)
 
 
 def weight_bytes(config: ModelConfig, dtype: FloatType) -> int:
     """Return the bytes of all weights of `config` stored as `dtype`."""
-    return sum(spec.nbytes for spec, _, _ in _tensors(config, dtype))
-
-
-def write_weights(
-    params: Tree,
-    config: ModelConfig,
-    folder: Path | None,
-    *,
-    dtype: FloatType,
-    max_shard_bytes: float,
-) -> None:
-    """Write the weights into an existing folder, one tensor in host memory at a time.
-
-    One file `model.safetensors` where it fits `max_shard_bytes`, else numbered shards and an
-    index, written last. A tensor above the limit gets a shard of its own. On every process but
-    the first, `folder` is None: it takes part in the gathers and writes nothing.
-    """
-    if not max_shard_bytes > 0:
-        raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, want more than 0")
-    _check_params(params, config)
-    shards: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in _tensors(config, dtype):
-        if shards[-1] and size + tensor.spec.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.spec.nbytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        values = _hf_values(params, shard)
-        if folder is None:
-            collections.deque(values, maxlen=0)
-            continue
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        specs = [tensor.spec for tensor in shard]
-        file = folder / (name if len(shards) > 1 else SINGLE_FILE)
-        files.write_tensors(file, specs, values, files.METADATA)
-        weight_map |= {spec.name: name for spec in specs}
-    if folder is not None and len(shards) > 1:
-        total = {"total_size": weight_bytes(config, dtype)}
-        files.write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+    return sum(tensor.spec.nbytes for tensor in _tensors(config, dtype))
 
 
 def _open_checked(folder: Path, config: ModelConfig) -> Handles:
@@ -221,11 +198,10 @@ def _tensor_problems(found: dict[str, Any], config: ModelConfig, folder: Path) -
             continue
         if found[name] is None:
             continue
-        part = found[name].get_slice(name)
-        got_shape, got_dtype = part.get_shape(), part.get_dtype()
-        if got_shape != list(shape) or got_dtype not in files.READABLE:
+        problem = files.tensor_problem(found[name], name, shape)
+        if problem is not None:
             sound = sound and name not in (EMBEDDING, LM_HEAD)
-            yield f"{name}: got {got_dtype}{got_shape}, want {'|'.join(files.READABLE)}{list(shape)}"
+            yield problem
     for name in sorted(set(found) - set(wanted)):
         yield f"{name}: got a tensor that the config has no place for, want it absent"
     if is_tied_head and sound and found[LM_HEAD] and found.get(EMBEDDING):
@@ -234,8 +210,9 @@ def _tensor_problems(found: dict[str, Any], config: ModelConfig, folder: Path) -
 
 def _tied_problems(found: Handles) -> Iterator[str]:
     head, table = (found[name].get_slice(name) for name in (LM_HEAD, EMBEDDING))
-    for start in range(0, head.get_shape()[0], 8192):
-        rows = slice(start, start + 8192)
+    length = head.get_shape()[0]
+    for start in range(0, length, 8192):  # a whole table would be the largest thing in memory
+        rows = slice(start, min(start + 8192, length))
         if not np.array_equal(head[rows], table[rows]):
             yield f"{LM_HEAD}: got other values than {EMBEDDING}, want equal ones: the config ties"
             return
@@ -293,6 +270,26 @@ def _check_params(params: Tree, config: ModelConfig) -> None:
     ]
     if problems:
         raise files.problem_list("parameters do not fit the config", sorted(problems))
+
+
+def _plan_shards(
+    config: ModelConfig, dtype: FloatType, max_shard_bytes: float
+) -> dict[str, list[Tensor]]:
+    """Return the files to write, in order, and what goes into each."""
+    if not max_shard_bytes > 0:
+        raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, want more than 0")
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in _tensors(config, dtype):
+        if shards[-1] and size + tensor.spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    names = (f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1))
+    return dict(zip(names, shards, strict=True))
 
 
 def _tensors(config: ModelConfig, dtype: FloatType) -> Iterator[Tensor]:

@@ -175,7 +175,7 @@ def save_peft(
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_dropout": 0.0,
         "use_rslora": False,
         "target_modules": _target_modules(modules, config),
@@ -275,7 +275,7 @@ def _peft_size(settings: dict[str, Any], source: Path) -> tuple[int, float]:
         if key in settings and settings[key] != plain and (settings[key] or plain)
     ]
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         problems.append(f"r: got {rank!r}, want a whole number of at least 1")
     if not isinstance(alpha, int | float):
         problems.append(f"lora_alpha: got {alpha!r}, want a number")
@@ -293,9 +293,8 @@ def _peft_tensor(
     if key not in handle.keys():  # noqa: SIM118 (an open file is no dict)
         problems.append(f"{key}: got no such tensor, want float{list(shape)}")
         return None
-    part = handle.get_slice(key)
-    if tuple(part.get_shape()) != shape or part.get_dtype() not in files.READABLE:
-        got = f"{part.get_dtype()}{part.get_shape()}"
-        problems.append(f"{key}: got {got}, want {'|'.join(files.READABLE)}{list(shape)}")
+    problem = files.tensor_problem(handle, key, shape)
+    if problem is not None:
+        problems.append(problem)
         return None
-    return part[:].astype(np.float32)
+    return handle.get_tensor(key).astype(np.float32)

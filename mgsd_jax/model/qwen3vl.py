@@ -114,9 +114,7 @@ def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     )
 
 
-def append_response(
-    inputs: Inputs, response: jax.Array, response_valid: jax.Array
-) -> Inputs:
+def append_response(inputs: Inputs, response: jax.Array, response_valid: jax.Array) -> Inputs:
     """Left-padded prompts [B, T] with responses [B, R] after them: Inputs of T + R tokens.
 
     A response continues at the prompt's `next_position`; its tokens are text, whatever their ids.
@@ -124,9 +122,7 @@ def append_response(
     """
     width = response.shape[1]
     steps = jnp.arange(width, dtype=jnp.int32)
-    positions = jnp.broadcast_to(
-        inputs.next_position[:, None] + steps, (3, *response.shape)
-    )
+    positions = jnp.broadcast_to(inputs.next_position[:, None] + steps, (3, *response.shape))
     valid = response_valid.astype(bool)
     pictures = inputs.pictures
     if pictures is not None:

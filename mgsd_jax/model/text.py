@@ -93,9 +93,7 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, cache: KVCache | None, *attention: Any
     ) -> tuple[jax.Array, KVCache | None]:
         tables, valid, layer, decoding = attention
-        out, cache = self.self_attn(
-            self.input_layernorm(x), tables, valid, cache, layer, decoding
-        )
+        out, cache = self.self_attn(self.input_layernorm(x), tables, valid, cache, layer, decoding)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -131,7 +129,7 @@ class Decoder(nn.Module):
         *,
         decoding: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states [B, T, D] after the final norm, and the cache with keys and values added."""
+        """Hidden states [B, T, D] after the final norm, and the cache with this call written."""
         config = self.config
         tables = mrope_tables(
             positions,

@@ -150,7 +150,9 @@ class VisionTower(nn.Module):
 
         if self.remat == "full":
             body = nn.remat(body, prevent_cse=False)
-        scan = nn.scan(body, variable_axes=STACKED, split_rngs={"params": True}, length=config.depth)
+        scan = nn.scan(
+            body, variable_axes=STACKED, split_rngs={"params": True}, length=config.depth
+        )
         taps = jnp.zeros((tapped.shape[0], *x.shape), x.dtype)
         (x, taps), _ = scan(self.blocks, (x, taps), jnp.arange(config.depth))
         return x, taps

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import DELTAS, Cell, Plan
 from mgsd_jax.report.tables import reason_label
 from mgsd_jax.report.words import TASKS, model_label
-from mgsd_jax.summary import Board, Row, board_of, sort_models
+from mgsd_jax.summary import MODELS, Board, Row, board_of, sort_models
 
 Point = tuple[float, float]  # x, y in pixels of the picture
 Kind = Literal["fixed", "broken", "failed", "solved"]
@@ -21,7 +22,9 @@ SIDE = 256  # pixels of a board picture
 RESPONSE_LIMIT = 1200  # characters of a response that are shown
 # How many boards of each kind the gallery takes from each task.
 QUOTA: Mapping[Kind, int] = {"fixed": 2, "broken": 1, "failed": 1, "solved": 1}
-_LANE = 0.11  # of a cell: routes keep to the right, so that a way back does not hide the way there
+# Of a cell: how far routes keep to the right, so that a way back does not hide the way there, and
+# how far a refused move is drawn.
+_LANE, _STUB = 0.11, 0.4
 _ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→", "pick": "PICK", "drop": "DROP"}
 
 
@@ -31,21 +34,23 @@ class Pick:
 
     kind: Kind
     board: Board
+    compared: tuple[str, str]  # models
     rows: Mapping[str, Row]
 
 
 def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
     """Return the boards to show: of each task and kind evenly spread ones by level and index.
 
-    The kind compares the first model in the order base, grounded, distilled with the last: fixed
-    or broken on the way, failed by the last as by the first, or solved by both. No row is looked
-    at for how it reads, so the same rows always give the same gallery.
+    The kind compares the first and the last of base, grounded and distilled (of all models, where
+    none of these is there): fixed or broken on the way, failed by both, or solved by both. The
+    same rows always give the same gallery.
     """
     answers: dict[Board, dict[str, Row]] = {}
     for row in rows:
         if row["mode"] == "picture":
             answers.setdefault(board_of(row), {})[row["model"]] = row
     names = sort_models({name for by_model in answers.values() for name in by_model})
+    known = [name for name in names if name in MODELS] or names
     picks = []
     for task in ENVS:
         found: dict[Kind, list[Pick]] = {kind: [] for kind in QUOTA}
@@ -53,8 +58,8 @@ def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
             by_model = answers[board]
             if len(by_model) == len(names):
                 ordered = {name: by_model[name] for name in names}
-                kind = _kind(ordered[names[0]], ordered[names[-1]])
-                found[kind].append(Pick(kind, board, ordered))
+                kind = _kind(ordered[known[0]], ordered[known[-1]])
+                found[kind].append(Pick(kind, board, (known[0], known[-1]), ordered))
         for kind, count in QUOTA.items():
             picks += _spread(found[kind], count)
     return tuple(picks)
@@ -79,8 +84,7 @@ def card(pick: Pick, number: int) -> str:
     env = ENVS[task]
     source = f"{task}, level {level}, index {index}"
     state = env.from_text(next(iter(pick.rows.values()))["task_text"], source=source)
-    names = [model_label(name) for name in pick.rows]
-    first, last = names[0], names[-1]
+    first, last = map(model_label, pick.compared)
     why = {
         "fixed": f"{first} fails, {last} solves it",
         "broken": f"{first} solves it, {last} fails",
@@ -95,7 +99,7 @@ def card(pick: Pick, number: int) -> str:
         _panel(
             "shortest",
             _drawing(image, task, state, shortest, "hint", f"{title}: a shortest route"),
-            f'<p class="outcome">{len(shortest)} actions</p>{_plan(shortest)}',
+            f'<p class="outcome">{_actions(len(shortest))}</p>{_plan(shortest)}',
         )
     ]
     use = f'<use href="#board{number}"/>'
@@ -119,24 +123,30 @@ def outcome_words(row: Row) -> str:
     outcome = row["outcome"]
     if outcome["success"]:
         kind = "the shortest way" if outcome["optimal"] else "not the shortest way"
-        return f"solved in {outcome['steps']} actions, {kind}"
+        return f"solved in {_actions(outcome['steps'])}, {kind}"
     words = "cut off at the token limit, " if row["truncated"] else ""
     words += reason_label(outcome["reason"])
     if not outcome["parsed"] or not outcome["steps"]:
         return words
-    return f"{words}, action {outcome['steps']} of {len(row['plan'])}"
+    if outcome["reason"] == "not_reached":
+        return f"{words} after {_actions(outcome['steps'])}"
+    return f"{words} at action {outcome['steps']} of {len(row['plan'])}"
 
 
 def png_uri(picture: Any) -> str:
-    """Return a uint8 [height, width, 3] picture as a data URI: a PNG of at most 64 colours."""
-    image = Image.fromarray(picture).quantize(64, dither=Image.Dither.NONE)
+    """Return a uint8 [height, width, 3] picture as a data URI: a PNG of at most 256 colours."""
+    image = Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def _actions(count: int) -> str:
+    return f"{count} action{'' if count == 1 else 's'}"
+
+
 def _panel(name: str, drawing: str, text: str) -> str:
-    return f'<figure><figcaption>{escape(name)}</figcaption>{drawing}{text}</figure>'
+    return f"<figure><figcaption>{escape(name)}</figcaption>{drawing}<div>{text}</div></figure>"
 
 
 def _plan(plan: Plan) -> str:
@@ -162,57 +172,25 @@ def _drawing(image: str, task: str, state: Any, plan: Plan, style: str, alt: str
     env = ENVS[task]
     marks = ""
     if plan and all(action in env.ACTIONS for action in plan):
-        outcome = env.play(state, plan)
+        outcome, cells, unit = env.play(state, plan), env.trace(state, plan), SIDE / state.size
+        moves, hands = [], []
+        for action, here, there in zip(plan, cells, cells[1:], strict=False):
+            if action not in DELTAS:
+                hands.append((_centre(here, unit), action[0].upper()))
+            elif here != there:
+                moves.append((action, _centre(there, unit)))
         # The action that was refused leaves no cell in the trace: it is drawn as a stub.
         refused = plan[outcome.steps - 1] if outcome.steps and not outcome.legal else None
-        unit = SIDE / state.size
-        ends, hands = _lanes(plan, env.trace(state, plan), refused, unit)
-        marks = _route(ends, hands, outcome.success, 0.12 * unit)
-        marks = f'<g class="route {style}" style="--w:{0.09 * unit:.1f}px;stroke-width:var(--w)">{marks}</g>'
+        start, (x, y) = _centre(cells[0], unit), _centre(cells[-1], unit)
+        if refused is not None and refused in DELTAS:
+            down, across = DELTAS[refused]
+            moves.append((refused, (x + _STUB * across * unit, y + _STUB * down * unit)))
+        corners = _lane(start, moves, _LANE * unit)
+        marks = _route(start, corners, hands, outcome.success, 0.12 * unit)
+        marks = f'<g class="route {style}" style="--w:{0.09 * unit:.1f}px">{marks}</g>'
     return (
         f'<svg viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="{escape(alt)}">'
         f"{image}{marks}</svg>"
-    )
-
-
-def _lanes(
-    plan: Plan, cells: Sequence[Cell], refused: str | None, unit: float
-) -> tuple[list[Point], list[tuple[Point, str]]]:
-    """The corners of a route, and where its hands did what (P or D), both in pixels."""
-    corners, hands = [_centre(cells[0], unit)], []
-    for action, here, there in zip(plan, cells, cells[1:], strict=False):
-        if action not in DELTAS:
-            hands.append((_centre(here, unit), action[0].upper()))
-        elif here != there:
-            corners += [_right_of(action, cell, unit) for cell in (here, there)]
-    if refused in DELTAS:
-        x, y = _right_of(refused, cells[-1], unit)
-        down, across = DELTAS[refused]
-        corners += [(x, y), (x + 0.5 * across * unit, y + 0.5 * down * unit)]
-    return corners, hands
-
-
-def _route(
-    corners: Sequence[Point], hands: Sequence[tuple[Point, str]], is_solved: bool, size: float
-) -> str:
-    """A ring at the start, the line, letters at pick and drop, and a disc or a cross at the end."""
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-    end = f'<circle r="{1.2 * size:.1f}"/>'
-    if not is_solved:
-        arms = f"M{-size:.1f} {-size:.1f} {size:.1f} {size:.1f}"
-        arms += f"M{size:.1f} {-size:.1f} {-size:.1f} {size:.1f}"
-        end = f'<path class="casing" d="{arms}"/><path d="{arms}"/>'
-    marks = [(corners[0], f'<circle class="start" r="{1.3 * size:.1f}"/>')]
-    marks.append((corners[-1], f'<g class="end">{end}</g>'))
-    for place, letter in hands:
-        letter = (
-            f'<g class="hand"><circle r="{1.7 * size:.1f}"/><text y="{0.85 * size:.1f}" '
-            f'font-size="{2.4 * size:.1f}">{letter}</text></g>'
-        )
-        marks.append((place, letter))
-    text = f'<polyline class="casing" points="{line}"/><polyline points="{line}"/>'
-    return text + "".join(
-        f'<g transform="translate({x:.1f} {y:.1f})">{mark}</g>' for (x, y), mark in marks
     )
 
 
@@ -220,7 +198,56 @@ def _centre(cell: Cell, unit: float) -> Point:
     return (cell[1] + 0.5) * unit, (cell[0] + 0.5) * unit
 
 
-def _right_of(action: str, cell: Cell, unit: float) -> Point:
-    """The middle of a cell, moved into the lane on the right hand of one who goes this way."""
-    (x, y), (down, across) = _centre(cell, unit), DELTAS[action]
-    return x - _LANE * unit * down, y + _LANE * unit * across
+def _lane(start: Point, moves: Sequence[tuple[str, Point]], width: float) -> list[Point]:
+    """The corners of a route that keeps `width` to the right of the middle of its cells.
+
+    `moves` are actions and where they end. Where the route turns by a right angle, the corner is
+    moved to the right of both ways; where it turns back, it crosses over.
+    """
+    if not moves:
+        return [start]
+    corners = [_right_of(start, moves[0][0], width)]
+    for (action, end), (following, _) in itertools.pairwise(moves):
+        near = _right_of(end, action, width)
+        if action == following:
+            continue
+        if DELTAS[action][0] * DELTAS[following][0] + DELTAS[action][1] * DELTAS[following][1]:
+            corners += [near, _right_of(end, following, width)]
+        else:
+            corners.append(_right_of(near, following, width))
+    return [*corners, _right_of(moves[-1][1], moves[-1][0], width)]
+
+
+def _right_of(point: Point, action: str, width: float) -> Point:
+    """The point that lies `width` to the right hand of one who goes this way."""
+    down, across = DELTAS[action]
+    return point[0] - width * down, point[1] + width * across
+
+
+def _route(
+    start: Point,
+    corners: Sequence[Point],
+    hands: Sequence[tuple[Point, str]],
+    is_solved: bool,
+    size: float,
+) -> str:
+    """A ring at the start, the line, letters at pick and drop, and a disc or a cross at the end."""
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    end = f'<circle r="{size:.1f}"/>'
+    if not is_solved:
+        arms = f"M{-size:.1f} {-size:.1f} {size:.1f} {size:.1f}"
+        arms += f"M{size:.1f} {-size:.1f} {-size:.1f} {size:.1f}"
+        end = f'<path class="casing" d="{arms}"/><path d="{arms}"/>'
+    marks = [(start, f'<circle class="start" r="{2.6 * size:.1f}"/>')]
+    marks.append((corners[-1], f'<g class="end">{end}</g>'))
+    for i, ((x, y), letter) in enumerate(hands):
+        x += 3.6 * size * sum(place == (x, y) for place, _ in hands[:i])
+        letter = (
+            f'<g class="hand"><circle r="{1.7 * size:.1f}"/><text y="{0.85 * size:.1f}" '
+            f'font-size="{2.4 * size:.1f}">{letter}</text></g>'
+        )
+        marks.append(((x, y), letter))
+    text = f'<polyline class="casing" points="{line}"/><polyline points="{line}"/>'
+    return text + "".join(
+        f'<g transform="translate({x:.1f} {y:.1f})">{mark}</g>' for (x, y), mark in marks
+    )

@@ -41,6 +41,15 @@ def mark(model: str, mode: str, models: Sequence[str]) -> str:
     return f'<g class="mark {style}" style="--c:{colour(model, models)}">{shape}</g>'
 
 
+def icon(model: str, mode: str, models: Sequence[str]) -> str:
+    """Return the mark as a picture of the height of a line of text."""
+    place = '<g transform="translate(9 8)">'
+    return (
+        f'<svg class="icon" width="18" height="16" aria-hidden="true">{place}'
+        f"{mark(model, mode, models)}</g></svg>"
+    )
+
+
 def dot_plot(summary: Mapping[str, Any]) -> str:
     """Return success with its interval for each model and mode: all tasks, then task by task."""
     models = summary["models"]
@@ -53,7 +62,8 @@ def dot_plot(summary: Mapping[str, Any]) -> str:
             if task in models[m][mode]["tasks"]
         ]
         groups += [(label, rows)] if rows else []
-    return f'<div class="dots">{"".join(_dot_group(*group, list(models)) for group in groups)}</div>'
+    html = "".join(_dot_group(*group, list(models)) for group in groups)
+    return f'<div class="dots">{html}</div>'
 
 
 def _dot_group(title: str, rows: list[tuple[str, str, Measure]], models: list[str]) -> str:
@@ -77,8 +87,8 @@ def _dot_group(title: str, rows: list[tuple[str, str, Measure]], models: list[st
     )
     ticks += '<text x="100%" y="11" text-anchor="end">100 %</text>'
     axis = (
-        '<div class="row axis" aria-hidden="true"><span class="who"></span>'
-        f'<svg class="track" height="14">{ticks}</svg><span class="num"></span></div>'
+        '<div class="row axis"><span class="who"></span><svg class="track" height="14" '
+        f'aria-hidden="true">{ticks}</svg><span class="num"></span></div>'
     )
     return f'<div class="dot-group"><h3>{escape(title)}</h3>{"".join(lines)}{axis}</div>'
 
@@ -91,7 +101,7 @@ def _grid(height: int) -> str:
 
 
 def level_plot(summary: Mapping[str, Any], task: str) -> str:
-    """Return success over the levels of a task: every model from the picture, the base from text."""
+    """Return success over a task's levels: every model from the picture, the base from text."""
     models = list(summary["models"])
     keys = [("base", "text"), *((model, "picture") for model in models)]
     series = [
@@ -135,8 +145,10 @@ def level_plot(summary: Mapping[str, Any], task: str) -> str:
             for x, measure in points
         )
         dash = ' stroke-dasharray="4 3"' if mode == "text" else ""
-        marks += f'<g style="--c:{colour(model, models)}"><polyline class="link" points="{line}"{dash}/>'
-        marks += f"{spans}</g>"
+        marks += (
+            f'<g style="--c:{colour(model, models)}"><polyline class="link" points="{line}"{dash}/>'
+            f"{spans}</g>"
+        )
         shares = ", ".join(f"{n} {percent(p['success']['value'])}" for n, p in parts.items())
         words.append(f"{model_label(model)} from {MODES[mode]}: level {shares}")
     alt = f"{TASKS[task]}, success over levels. {'; '.join(words)}."
@@ -153,8 +165,7 @@ def legend(summary: Mapping[str, Any]) -> str:
     keys = [(m, "picture") for m in models if "picture" in summary["models"][m]]
     keys += [("base", "text")] if "text" in summary["models"].get("base", {}) else []
     items = "".join(
-        f'<li><svg width="18" height="16" aria-hidden="true"><g transform="translate(9 8)">'
-        f"{mark(*key, models)}</g></svg>{escape(model_label(key[0]))}, {MODES[key[1]]}</li>"
+        f"<li>{icon(*key, models)}{escape(model_label(key[0]))}, {MODES[key[1]]}</li>"
         for key in keys
     )
     return f'<ul class="legend">{items}</ul>'
@@ -203,13 +214,14 @@ def _stacked_bar(who: str, part: Mapping[str, Any]) -> str:
 def curve_plot(curve: Curve) -> str:
     """Return one metric over steps: the mean of each bin of steps, in the band of its extremes."""
     name = escape(curve.name)
-    lost = f"; {curve.not_finite} values not finite" if curve.not_finite else ""
+    lost = f"; {curve.not_finite} not finite" if curve.not_finite else ""
     if not curve.values:
-        return f'<figure class="panel curve"><figcaption>{name}<b>{DASH}{lost}</b></figcaption></figure>'
-    bins = bin_curve(curve, _BINS)
+        head = f"<figcaption>{name}<b>{DASH}{lost}</b></figcaption>"
+        return f'<figure class="panel curve">{head}</figure>'
+    bins = bin_curve(curve)
     low, high = min(curve.values), max(curve.values)
-    ticks = nice_ticks(low, high)
-    bottom, top_value = min(low, ticks[0]), max(high, ticks[-1])
+    bottom, top_value = _limits(low, high)
+    ticks = nice_ticks(bottom, top_value)
     left, top, width, height = 46, 6, 268, 104
     first, last = curve.steps[0], curve.steps[-1]
 
@@ -244,7 +256,7 @@ def curve_plot(curve: Curve) -> str:
     )
 
 
-def bin_curve(curve: Curve, count: int) -> list[tuple[float, float, float, float]]:
+def bin_curve(curve: Curve, count: int = _BINS) -> list[tuple[float, float, float, float]]:
     """Return (mean step, mean, lowest, highest) of at most `count` runs of neighbouring points."""
     size = math.ceil(len(curve.values) / count)
     bins = []
@@ -255,23 +267,27 @@ def bin_curve(curve: Curve, count: int) -> list[tuple[float, float, float, float
     return bins
 
 
+def _limits(low: float, high: float) -> tuple[float, float]:
+    """The y range of a curve: a little air, but no negative side for what is never negative."""
+    air = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+    return (max(0.0, low - air) if low >= 0 else low - air), high + air
+
+
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Return 2 to 5 round numbers from at most `low` to at least `high`."""
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
-        half = abs(low) / 2 or 0.5
-        low, high = low - half, high + half
-    raw = (high - low) / 3
+    """Return the 2 to 5 round numbers that lie between `low` and `high` > `low`."""
+    raw = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= raw)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 
 
 def short(value: float) -> str:
-    """Return a number in few characters: '0.412', '1.4e-06', '12.3k'."""
+    """Return a number in few characters: '0.412', '1.4e-6', '12.3k'."""
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
-        return f"{value:.1e}"
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits}e{int(exponent)}"
     if size >= 1e4:
         return f"{value / 1e3:.3g}k"
     return f"{value:.3g}" if size < 1e3 else f"{value:.0f}"

@@ -37,14 +37,15 @@ a{color:var(--link)}
 nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:20px 0 0;padding:10px 0;font-size:.9rem;
  border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px;margin:22px 0 12px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px;
+ margin:22px 0 12px}
 .tile{background:var(--panel);border-radius:10px;padding:14px 16px;border-top:3px solid var(--c)}
 .tile b{display:block;font-size:1.75rem;line-height:1.2;letter-spacing:-.02em}
 .tile span{display:block;font-size:.875rem;color:var(--muted)}
 .tile .who{color:var(--ink);font-weight:600}
 svg{display:block;max-width:100%}
 svg text{fill:var(--muted);font-size:11px}
-svg .axis-name{font-size:11px}
+.icon{display:inline-block;vertical-align:-2px;margin-right:5px;overflow:visible}
 .grid line{stroke:var(--line);stroke-width:1;shape-rendering:crispEdges}
 .mark{stroke:var(--c);stroke-width:2}
 .mark.full{fill:var(--c)}.mark.hollow{fill:var(--page)}.mark.cross{fill:none;stroke-width:2.5}
@@ -62,32 +63,37 @@ svg .axis-name{font-size:11px}
 .bars .row{grid-template-columns:9.6em 1fr 4em}
 .stack text{font-size:13px;font-weight:600}
 .stack rect{stroke:var(--page);stroke-width:1}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:12px 0;padding:0;font-size:.875rem}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:12px 0;padding:0;
+ font-size:.875rem}
 .legend li{display:flex;align-items:center;gap:6px}
 .e-success{fill:#00704f}.e-not_optimal{fill:#7fcdb4}.e-not_successful{fill:#f2d16b}
 .e-illegal_plan{fill:#e79a3c}.e-wrong_state{fill:#c4480f}.e-truncated{fill:#9aa4af}
 .e-unparsed{fill:#5b6570}
 .stack g text{fill:#1c2128}
 .stack .e-success text,.stack .e-wrong_state text,.stack .e-unparsed text{fill:#fff}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr));gap:20px 24px;
- margin:12px 0}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr));
+ gap:20px 24px;margin:12px 0}
+.panels.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr))}
 figure{margin:0;min-width:0}
 .panel{max-width:420px}
 .panel svg{width:100%;height:auto}
 .panel figcaption{display:flex;justify-content:space-between;gap:12px;color:var(--ink);
  font-weight:600;overflow-wrap:anywhere}
 .panel figcaption b{font-weight:400;color:var(--muted);white-space:nowrap}
-.curve polyline{fill:none;stroke:var(--distilled);stroke-width:1.8;stroke-linejoin:round}
-.curve polygon{fill:var(--distilled);opacity:.2}
-.curve circle{fill:var(--distilled)}
-.missing{border-left:3px solid var(--bad);background:var(--panel);padding:10px 14px;border-radius:0 8px 8px 0}
-.scroll{overflow-x:auto;margin:18px 0 6px;border:1px solid var(--line);border-radius:10px}
+.curve{--c:var(--distilled)}.grounding .curve{--c:var(--grounded)}
+.curve polyline{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}
+.curve polygon{fill:var(--c);opacity:.2}
+.curve circle{fill:var(--c)}
+.missing{border-left:3px solid var(--bad);background:var(--panel);padding:10px 14px;
+ border-radius:0 8px 8px 0}
+.table{margin:18px 0 8px;border:1px solid var(--line);border-radius:10px;overflow:hidden}
+.table h3{margin:0;padding:10px 12px 4px}
+.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.875rem}
-caption{text-align:left;font-weight:600;font-size:1rem;padding:10px 12px 6px}
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;vertical-align:top}
-thead th{vertical-align:bottom;font-weight:500;color:var(--muted);white-space:normal;min-width:5.4em;
- line-height:1.25;border-bottom:1px solid var(--line)}
-thead th:first-child,tbody th{text-align:left}
+thead th{vertical-align:bottom;font-weight:500;color:var(--muted);white-space:normal;
+ min-width:5.4em;line-height:1.25;border-bottom:1px solid var(--line)}
+th.left,tbody th{text-align:left}
 tbody th{font-weight:500}
 tbody tr+tr>*{border-top:1px solid color-mix(in srgb,var(--line) 45%,transparent)}
 tbody tr.group>*{border-top:1px solid var(--muted)}
@@ -96,22 +102,25 @@ td.bar{background:linear-gradient(90deg,var(--bar) var(--share),transparent 0)}
 tbody th:first-child,thead th:first-child{position:sticky;left:0;background:var(--page)}
 details{margin:10px 0}
 summary{cursor:pointer;color:var(--link)}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);border-radius:8px;padding:10px 12px;
- font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:8px 0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);border-radius:8px;
+ padding:10px 12px;margin:8px 0;
+ font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .cards{display:grid;gap:22px;margin:18px 0}
-.card{border:1px solid var(--line);border-radius:12px;padding:16px;min-width:0}
-.boards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(46%,190px),1fr));gap:16px}
+.card{border:1px solid var(--line);border-radius:12px;padding:16px 16px 2px;min-width:0}
+.boards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(46%,150px),1fr));gap:0 16px}
+.boards figure{display:grid;grid-row:span 3;grid-template-rows:subgrid;align-content:start}
+.boards figure>div{padding-bottom:14px}
 .boards svg{width:100%;height:auto;border-radius:6px;background:#000}
-.boards figcaption{font-weight:600;color:var(--ink);margin-bottom:4px}
+.boards figcaption{font-weight:600;color:var(--ink);padding-bottom:4px;align-self:end}
 .boards p{margin:6px 0 0;font-size:.875rem;line-height:1.35}
 .boards details{margin:6px 0 0;font-size:.875rem}
 .outcome.good,.good b{color:var(--good)}.outcome.bad,.bad b{color:var(--bad)}
 .plan{color:var(--muted);letter-spacing:.02em}
 .state{color:var(--muted)}
-.route{fill:none;stroke-linecap:round;stroke-linejoin:round}
+.route{fill:none;stroke-width:var(--w);stroke-linecap:round;stroke-linejoin:round}
 .route .casing{stroke:#10151b!important;stroke-width:calc(1.9 * var(--w))}
 .route polyline,.route path{stroke:var(--r)}
-.route .start{fill:#fff;stroke:var(--r)}
+.route .start{fill:none;stroke:var(--r);stroke-width:2.5}
 .route .end circle{fill:var(--r);stroke:#10151b;stroke-width:1.5}
 .route .hand circle{fill:#fff;stroke:var(--r);stroke-width:2}
 .route .hand text{fill:#10151b;font-weight:700;stroke:none;text-anchor:middle}
@@ -128,15 +137,23 @@ footer{color:var(--muted);font-size:.875rem;padding-top:40px;padding-bottom:48px
  .row{padding:5px 0}
  .row.axis .who,.row.axis .num{display:none}
  .tiles{grid-template-columns:1fr 1fr;gap:10px}
- .card{padding:12px}
- .boards{gap:12px}
+ .card{padding:12px 12px 0}
+ h3 small{display:block;margin:2px 0 0}
+ .boards{column-gap:12px}
  th,td{padding:6px 9px}
 }
+@page{margin:14mm}
 @media print{
+ .dots{grid-template-columns:1fr 1fr;gap:14px 24px}
+ .row{grid-template-columns:7.5em 1fr 7em;gap:0 6px;font-size:8pt;padding:1px 0}
+ .panels:not(.wide){grid-template-columns:repeat(3,1fr)}
+ .boards{display:flex;gap:10px}.boards figure{flex:1 1 0;display:block}
+ .boards p{font-size:8pt}
+ .table{overflow:visible}
  body{font-size:10.5pt}
  nav,.boards details{display:none}
  main,header,footer{max-width:none;padding-left:0;padding-right:0}
- h2{margin-top:24pt;break-after:avoid}
+ h2{margin-top:24pt}h2,h3,.legend{break-after:avoid}
  .scroll{overflow:visible}
  table{font-size:7.5pt}th,td{padding:3px 5px}
  .card,.panel,.dot-group,tr,.row,.tile{break-inside:avoid}

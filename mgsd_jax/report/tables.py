@@ -1,7 +1,7 @@
 """The tables of a report, made once and written as HTML and as markdown."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,6 +14,8 @@ from mgsd_jax.report.words import (
     interval,
     model_label,
     percent,
+    points,
+    signed,
 )
 from mgsd_jax.summary import Measure
 
@@ -34,7 +36,7 @@ class Table:
     """A titled table; the first `labels` columns of `head` name the row, `rows` start with them."""
 
     title: str
-    head: tuple[str, ...]
+    head: tuple[Cell, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     labels: int = 1
@@ -56,14 +58,14 @@ def overall(summary: Mapping[str, Any]) -> Table:
                 Cell(str(part["n"])),
             )
         )
-    head = ("model", "reads", "success", "success, task mean", "shortest", "parsed", "legal")
+    head = ("model", "reads", "success", "success, unbalanced", "shortest", "parsed", "legal")
     return Table(
         "All tasks",
-        (*head, "progress", "truncated", "tokens", "n"),
+        _head(*head, "progress", "truncated", "tokens", "n"),
         tuple(rows),
-        "Success is the mean over tasks of the mean over levels; 'task mean' does not balance the "
-        "levels, as the public scorer. Intervals: 95 %. Progress is the share of the shortest way "
-        "that was covered.",
+        "Success is the mean over tasks of the mean over levels; 'unbalanced' is the mean over "
+        "tasks of all their boards, as the public scorer has it. Progress is the share of the "
+        "shortest way that was covered. Intervals: 95 %.",
         labels=2,
     )
 
@@ -72,32 +74,34 @@ def by_level(summary: Mapping[str, Any], task: str) -> Table:
     """Success of each model and mode on each level of one task."""
     parts = [(m, mode, p["tasks"][task]) for m, mode, p in _parts(summary) if task in p["tasks"]]
     levels = sorted({int(level) for _, _, part in parts for level in part["levels"]})
-    rows = []
-    for model, mode, part in parts:
-        cells = [
-            _cell(part["levels"][str(level)]["success"], count=True)
-            if str(level) in part["levels"]
-            else Cell(DASH)
-            for level in levels
-        ]
-        success, optimal = _cell(part["success"], count=True), _cell(part["optimal"])
-        rows.append((*_names(model, mode), success, optimal, *cells))
-    head = ("model", "reads", "success", "shortest", *(f"level {level}" for level in levels))
-    return Table(TASKS[task], head, tuple(rows), "Wilson 95 % intervals, n boards.", labels=2)
+    names = [_names(model, mode) for model, mode, _ in parts]
+    columns = [
+        ("success", [part["success"] for _, _, part in parts]),
+        ("shortest", [part["optimal"] for _, _, part in parts]),
+    ]
+    for level in levels:
+        found = [part["levels"].get(str(level)) for _, _, part in parts]
+        columns.append((f"level {level}", [part and part["success"] for part in found]))
+    return _measured(TASKS[task], ("model", "reads"), names, columns, "Wilson 95 % intervals.")
 
 
 def diagnostics(summary: Mapping[str, Any]) -> Table:
     """Where a model fails: reading the state or planning over it."""
-    names = ("state_f1", "state_exact", "plan_on_gt", "e2e", "plan_given_own_state")
-    rows = [
-        (Cell(model_label(model)), *(_cell(part[name], count=True) for name in names))
-        for model, part in summary["diagnostics"].items()
-    ]
-    head = ("model", "State F1", "state exact", "Plan on GT", "E2E", "plan given own state")
-    return Table(
+    parts = summary["diagnostics"]
+    return _measured(
         "Reading the state, and planning over it",
-        head,
-        tuple(rows),
+        ("model",),
+        [(Cell(model_label(model)),) for model in parts],
+        [
+            (label, [part[name] for part in parts.values()])
+            for name, label in (
+                ("state_f1", "State F1"),
+                ("state_exact", "state exact"),
+                ("plan_on_gt", "Plan on GT"),
+                ("e2e", "E2E"),
+                ("plan_given_own_state", "plan given own state"),
+            )
+        ],
         "State F1: the state facts that a response to the picture states, against the true ones. "
         "Plan on GT: success when the true state is given as text. E2E: success from the picture. "
         "Plan given own state: success on the board that the response itself describes.",
@@ -114,12 +118,14 @@ def comparisons(summary: Mapping[str, Any]) -> Table:
         rows.append((Cell(f"{model_label(name)}: text − picture"), *_points(measure)))
     for name, measure in summary["gap_closed_by"].items():
         label = Cell(f"base model's gap closed by {model_label(name)}")
-        rows.append((label, _bare(measure), Cell(interval(measure)), Cell(_count(measure))))
+        value = Cell(DASH if measure is None else percent(measure["value"]), interval(measure))
+        rows.append((label, value, Cell(_count(measure))))
     return Table(
         "Differences on the same boards",
-        ("compared", "points", "95 % interval", "boards"),
+        _head("compared", "points", "boards"),
         tuple(rows),
-        "In points of the level-balanced success; the two sides are paired board by board. "
+        "In points of the level-balanced success, with 95 % intervals; the two sides are paired "
+        "board by board. "
         "Gap closed: (model from picture − base from picture) / (base from text − base from "
         "picture).",
     )
@@ -137,10 +143,11 @@ def errors(summary: Mapping[str, Any]) -> Table:
         rows.append((*_names(model, mode), *cells, Cell(str(part["n"]))))
     return Table(
         "How answers end",
-        ("model", "reads", *ERRORS.values(), "n"),
+        _head("model", "reads", *ERRORS.values(), "n"),
         tuple(rows),
-        "Each answer counts once: solved, else cut off, else without a plan, else by its state "
-        "and plan. An answer whose state was not measured is judged by its plan alone.",
+        "Each answer counts once, under the first that holds: solved, cut off, no readable plan, "
+        "state read wrong. The rest have the state right, or none was measured, and fail by their "
+        "plan.",
         labels=2,
     )
 
@@ -152,10 +159,10 @@ def reasons(summary: Mapping[str, Any]) -> Table:
     names = [name for name in REASONS if name in found] + sorted(found - REASONS.keys())
     rows = []
     for model, mode, part in parts:
-        counts = [part["reasons"][name] if name in part["reasons"] else 0 for name in names]
+        counts = [part["reasons"].get(name, 0) for name in names]
         cells = [Cell(str(count), "", count / part["n"]) for count in counts]
         rows.append((*_names(model, mode), *cells))
-    head = ("model", "reads", *(reason_label(name) for name in names))
+    head = _head("model", "reads", *(reason_label(name) for name in names))
     return Table("What the simulator said", head, tuple(rows), labels=2)
 
 
@@ -167,22 +174,13 @@ def perception(summary: Mapping[str, Any], task: str) -> Table:
         if "perception" in modes and task in modes["perception"]["tasks"]
     }
     names = dict.fromkeys(name for part in parts.values() for name in part["questions"])
-    rows = [
-        (
-            Cell(name.replace("_", " ")),
-            *(
-                _cell(part["questions"][name], count=True)
-                if name in part["questions"]
-                else Cell(DASH)
-                for part in parts.values()
-            ),
-        )
-        for name in names
-    ]
-    rows.append(
-        (Cell("all of them"), *(_cell(p["all_right"], count=True) for p in parts.values()))
-    )
-    return Table(TASKS[task], ("question", *map(model_label, parts)), tuple(rows))
+    columns = []
+    for model, part in parts.items():
+        asked = part["questions"]
+        found = [asked.get(name) for name in names]
+        columns.append((model_label(model), [*found, part["all_right"]]))
+    labels = [(Cell(name.replace("_", " ")),) for name in (*names, "all of them")]
+    return _measured(TASKS[task], ("question",), labels, columns, "")
 
 
 def reason_label(reason: str) -> str:
@@ -193,7 +191,10 @@ def reason_label(reason: str) -> str:
 def to_html(table: Table) -> str:
     """Return the table as HTML that scrolls sideways on its own where the screen is narrow."""
     labels = table.labels
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.head)
+    head = "".join(
+        f'<th scope="col"{" class=left" if i < labels else ""}>{_html_text(cell)}</th>'
+        for i, cell in enumerate(table.head)
+    )
     body, last = [], ""
     for row in table.rows:
         name = row[0].text
@@ -204,18 +205,18 @@ def to_html(table: Table) -> str:
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     title = escape(table.title)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {title}"><table>'
-        f"<caption>{title}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>{note}"
+        f'<div class="table"><h3>{title}</h3><div class="scroll" role="region" tabindex="0" '
+        f'aria-label="Table: {title}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div></div>{note}"
     )
 
 
 def to_markdown(table: Table) -> str:
     """Return the table as GitHub markdown."""
-    lines = [f"### {table.title}", "", _line(table.head)]
+    lines = [f"### {table.title}", "", _line(map(_plain, table.head))]
     lines.append(_line(["---"] * table.labels + ["---:"] * (len(table.head) - table.labels)))
     for row in table.rows:
-        lines.append(_line(f"{c.text} ({c.detail})" if c.detail else c.text for c in row))
+        lines.append(_line(map(_plain, row)))
     return "\n".join([*lines, "", *([table.note, ""] if table.note else [])])
 
 
@@ -223,10 +224,16 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def _plain(cell: Cell) -> str:
+    return f"{cell.text} ({cell.detail})" if cell.detail else cell.text
+
+
+def _html_text(cell: Cell) -> str:
+    return escape(cell.text) + (f"<small>{escape(cell.detail)}</small>" if cell.detail else "")
+
+
 def _html_cell(cell: Cell, is_label: bool) -> str:
-    text = escape(cell.text)
-    if cell.detail:
-        text += f"<small>{escape(cell.detail)}</small>"
+    text = _html_text(cell)
     if is_label:
         return f'<th scope="row">{text}</th>'
     if cell.share is None:
@@ -245,6 +252,28 @@ def _names(model: str, mode: str) -> tuple[Cell, Cell]:
     return Cell(model_label(model)), Cell(MODES[mode])
 
 
+def _head(*words: str) -> tuple[Cell, ...]:
+    return tuple(Cell(text) for text in words)
+
+
+def _measured(
+    title: str,
+    head: Sequence[str],
+    labels: Sequence[tuple[Cell, ...]],
+    columns: Sequence[tuple[str, Sequence[Measure | None]]],
+    note: str,
+) -> Table:
+    """A table of measures by column; an n that a whole column shares stands in its head."""
+    heads, cells = list(_head(*head)), []
+    for name, measures in columns:
+        counts = {measure["n"] for measure in measures if measure is not None}
+        shared = len(counts) == 1
+        heads.append(Cell(name, f"n {counts.pop()}" if shared else ""))
+        cells.append([_cell(measure, count=not shared) for measure in measures])
+    rows = [(*label, *row) for label, row in zip(labels, zip(*cells, strict=True), strict=True)]
+    return Table(title, tuple(heads), tuple(rows), note, labels=len(head))
+
+
 def _cell(measure: Measure | None, *, count: bool = False) -> Cell:
     if measure is None or measure["value"] is None:
         return Cell(DASH)
@@ -252,15 +281,10 @@ def _cell(measure: Measure | None, *, count: bool = False) -> Cell:
     return Cell(percent(measure["value"]), detail, min(1.0, max(0.0, measure["value"])))
 
 
-def _bare(measure: Measure | None) -> Cell:
-    return Cell(percent(measure["value"]) if measure is not None else DASH)
-
-
-def _points(measure: Measure | None) -> tuple[Cell, Cell, Cell]:
+def _points(measure: Measure | None) -> tuple[Cell, Cell]:
     if measure is None or measure["value"] is None:
-        return Cell(DASH), Cell("not measured"), Cell(_count(measure))
-    value = f"{100 * measure['value']:+.1f}"
-    return Cell(value), Cell(interval(measure)), Cell(_count(measure))
+        return Cell(DASH, "not measured"), Cell(_count(measure))
+    return Cell(points(measure["value"]), signed(measure)), Cell(_count(measure))
 
 
 def _count(measure: Measure | None) -> str:

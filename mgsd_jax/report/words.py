@@ -18,8 +18,8 @@ MODES = {
 ERRORS = {
     "success": "solved, shortest",
     "not_optimal": "solved, not shortest",
-    "not_successful": "state right, plan legal, not solved",
-    "illegal_plan": "state right, plan illegal",
+    "not_successful": "plan legal, not solved",
+    "illegal_plan": "plan illegal",
     "wrong_state": "state read wrong",
     "truncated": "cut off at the token limit",
     "unparsed": "no readable plan",
@@ -51,9 +51,7 @@ def interval(measure: Measure | None, digits: int = 1) -> str:
     """Return the interval of shares as '37.0–45.4', or nothing."""
     if measure is None or measure["low"] is None:
         return ""
-    low, high = 100 * measure["low"], 100 * measure["high"]
-    join = " to " if low < 0 else DASH
-    return f"{low:.{digits}f}{join}{high:.{digits}f}"
+    return f"{100 * measure['low']:.{digits}f}–{100 * measure['high']:.{digits}f}"
 
 
 def spelled(measure: Measure | None, digits: int = 1) -> str:
@@ -62,6 +60,16 @@ def spelled(measure: Measure | None, digits: int = 1) -> str:
         return DASH
     text = percent(measure["value"], digits)
     return f"{text} ({interval(measure, digits)})" if measure["low"] is not None else text
+
+
+def signed(measure: Measure) -> str:
+    """Return the interval of a difference as '-1.2 to +4.0'."""
+    return f"{points(measure['low'])} to {points(measure['high'])}"
+
+
+def points(value: float) -> str:
+    """Return a difference of shares in points, as '+4.0' or '−1.2'."""
+    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def model_label(name: str) -> str:
@@ -88,14 +96,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
         return "No model was evaluated from the picture, so there is nothing to compare."
     macros = {name: summary["models"][name]["picture"]["macro"] for name in names}
     last = names[-1]
-    text = f"From the picture alone, the {last} model solves {percent(macros[last]['value'])}"
-    text += f" of the boards ({interval(macros[last])})"
-    others = names[-2::-1]
-    if others:
-        shares = [f"{percent(macros[name]['value'])} {name}" for name in others]
-        text += f", against {_listed(shares)}: "
-        text += _listed([_compared(summary, last, name, macros) for name in others])
-    return f"{text}; {_closed(summary, last)}."
+    text = f"From the picture alone, the {last} model solves {spelled(macros[last])} of the boards"
+    others = [_compared(summary, last, name, macros) for name in names[-2::-1]]
+    return "; ".join([", ".join([text, *others]), _closed(summary, last)]) + "."
 
 
 def _ranked(summary: Mapping[str, Any]) -> list[str]:
@@ -114,15 +117,19 @@ def _compared(
 ) -> str:
     difference = summary["differences"][f"{name} - {other}"]
     if difference["value"] is None:
-        return f"no board is shared with {other}"
-    points = f"{100 * difference['value']:+.1f} points over {other}"
-    points += f" (paired {interval(difference)}, "
-    points += {">": "clearly better", "<": "clearly worse", "≈": "no clear difference"}[
-        _sign(difference)
-    ]
+        return f"on no board that {other} was asked too"
+    size = f"{100 * abs(difference['value']):.1f} points"
+    side = {
+        ">": f"{size} more than {other}",
+        "<": f"{size} fewer than {other}",
+        "≈": f"not clearly different from {other}",
+    }[_sign(difference)]
     mine, theirs = macros[name], macros[other]
     overlap = mine["low"] <= theirs["high"] and theirs["low"] <= mine["high"]
-    return f"{points}; the two intervals {'overlap' if overlap else 'do not overlap'})"
+    return (
+        f"{side} at {percent(theirs['value'])} (paired {signed(difference)}; their own intervals "
+        f"{'overlap' if overlap else 'do not overlap'})"
+    )
 
 
 def _closed(summary: Mapping[str, Any], name: str) -> str:
@@ -139,7 +146,3 @@ def _closed(summary: Mapping[str, Any], name: str) -> str:
         f"{percent(closed['value'], 0)}{limits} of the base model's gap to text input "
         f"({100 * gap['value']:.1f} points) is closed"
     )
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# One command for every check: style, types, tests. Arguments go to pytest:
+#   bash launch/test.sh [-m "not slow"] [tests/test_losses.py ...]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+install_package test
+
+export JAX_PLATFORMS=cpu
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/pyright" --pythonpath "$VENV/bin/python"
+"$VENV/bin/python" -m pytest -q "$@"

@@ -1,0 +1,265 @@
+"""Benchmark files: read whole, and refused with file, line and key where they are malformed."""
+
+import copy
+import json
+import pathlib
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mgsd_jax.envs import ENVS, benchmarks, splits
+
+ROOT = pathlib.Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data" / "benchmarks"
+REFERENCE = ROOT.parent / "shared" / "reference" / "benchmarks"
+FILE = "visualplanning/dataset/{}/tokenized_dataset/SFT/test_dataset.jsonl"
+
+
+def check_case(case: benchmarks.Case) -> None:
+    env = ENVS[case.task]
+    assert case.state.level == case.level
+    plan = env.shortest_plan(case.state)
+    assert len(plan) == case.optimal > 0
+    assert env.play(case.state, plan).optimal
+    assert env.render(case.state).shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        (
+            "vsp",
+            [
+                "frozenlake_diffthinker_vsp_level3_0000",
+                "frozenlake_diffthinker_vsp_level3_0010",
+                "frozenlake_diffthinker_vsp_level4_0000",
+            ],
+        ),
+        (
+            "visualplanning",
+            [
+                "frozenlake_test_level3_0000",
+                "frozenlake_test_level4_0001",
+                "maze_test_level3_0000",
+                "maze_test_level4_0001",
+                "minibehaviour_test_level5_0004",
+                "minibehaviour_test_level6_0012",
+            ],
+        ),
+    ],
+)
+def test_small_copies_of_both_formats(name: str, ids: list[str]) -> None:
+    cases = benchmarks.read_benchmark(DATA / name)
+    assert [case.id for case in cases] == ids
+    for case in cases:
+        check_case(case)
+        assert (case.picture_path is not None) == (name == "vsp")
+
+
+def test_files_say_what_the_states_say() -> None:
+    case = benchmarks.read_vsp(DATA / "vsp")[0]
+    drawn = (DATA / "vsp/level3/table/0.txt").read_text().splitlines()[1:]
+    letters = {"S": "@", "G": "*", "H": "#", "F": "_"}
+    for number, (line, row) in enumerate(zip(drawn, case.state.rows, strict=True), start=1):
+        assert line == f"| Row {number} | " + " | ".join(letters[tile] for tile in row) + " |"
+    path = DATA / FILE.format("maze")
+    meta = json.loads(path.read_text().splitlines()[1])["meta"]
+    state = benchmarks.read_visualplanning(path, "maze")[1].state
+    for r, c in ((r, c) for r in range(4) for c in range(4)):
+        sides = meta["layout"][r][c]
+        assert state.walls[r][c] == (
+            sides["north"] + 2 * sides["south"] + 4 * sides["west"] + 8 * sides["east"]
+        )
+    assert state.start == divmod(meta["start_pos"], 4)
+    assert state.target == divmod(meta["target_pos"], 4)
+
+
+@pytest.mark.parametrize("name", ["frozenlake_vsp", "visualplanning"])
+def test_reference_samples(name: str) -> None:
+    folder = REFERENCE / name
+    if not folder.is_dir():
+        pytest.skip(f"no sample of {name} beside the repository")
+    cases = benchmarks.read_benchmark(folder)
+    assert len({case.id for case in cases}) == len(cases) >= 30
+    counts = Counter((case.task, case.level) for case in cases)
+    if name == "frozenlake_vsp":
+        assert set(counts) == {("frozenlake", level) for level in range(3, 9)}
+    else:
+        assert {task for task, _ in counts} >= {"frozenlake", "minibehaviour"}
+    for case in cases:
+        check_case(case)
+
+
+def test_keys_are_those_of_the_boards() -> None:
+    folders = [DATA / "vsp", str(DATA / "visualplanning")]
+    keys = benchmarks.benchmark_keys(folders)
+    cases = [case for folder in folders for case in benchmarks.read_benchmark(folder)]
+    assert keys == {ENVS[case.task].key(case.state) for case in cases}
+    assert len(keys) == 7  # the FrozenLake rows repeat two boards of the maps
+    assert benchmarks.benchmark_keys([]) == frozenset()
+
+
+def test_excluded_boards_are_never_drawn() -> None:
+    keys = benchmarks.benchmark_keys([DATA / "visualplanning"])
+    with pytest.raises(ValueError, match="exactly") as without:
+        splits.unique_boards("minibehaviour", 5, "test", 10_000, seed=0)
+    with pytest.raises(ValueError, match="exactly") as excluded:
+        splits.unique_boards("minibehaviour", 5, "test", 10_000, seed=0, exclude=keys)
+
+    def count(error: Any) -> int:
+        return int(str(error.value).split("exactly ")[1].split()[0])
+
+    assert count(without) - count(excluded) == 1
+
+
+def test_an_absent_or_foreign_folder_says_where_the_files_come_from(tmp_path: pathlib.Path) -> None:
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ValueError, match=r"want .*VSP benchmark.*VisualPlanning"):
+            benchmarks.read_benchmark(folder)
+    with pytest.raises(ValueError, match="no such file"):
+        benchmarks.read_visualplanning(tmp_path / "test_dataset.jsonl", "maze")
+    with pytest.raises(ValueError, match="task: got 'chess'"):
+        benchmarks.read_visualplanning(DATA / FILE.format("maze"), "chess")
+
+
+def replaced(old: str, new: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new, 1)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("table/0.txt", replaced("_", "x"), r"table/0.txt, line \d, Col \d: got 'x', want one of"),
+        ("table/0.txt", replaced("Row 2", "Row 3"), r"0.txt, line 3: got .*want '\| Row 2"),
+        ("table/0.txt", replaced("| Row 2 |", "| Row 2 | _ |"), "line 3: got .* 3 tiles"),
+        ("table/0.txt", lambda text: text.rsplit("|", 3)[0], "line 4: got"),
+        ("table/0.txt", lambda text: text[: text.index("| Row 3")], "got '2 rows', want 3 rows"),
+        ("table/0.txt", replaced("@", "_"), "layout: got '0 tiles S', want just one"),
+        ("table/0.txt", replaced("*", "@"), "layout: got '2 tiles S'"),
+        ("metadata.json", lambda text: text[:-4], "metadata.json: got .*want JSON"),
+        ("metadata.json", lambda _: "[]", "metadata.json: got .*want a JSON object"),
+        ("metadata.json", replaced('"0.png"', '"1.png"'), "metadata.json, 0.png: got .*keys"),
+        ("metadata.json", lambda _: '{"0.png": 3, "10.png": ""}', "0.png: got 3, want text"),
+        ("metadata.json", lambda _: '{"0.png": "X"}', "0.png: got 'X', want a plan over"),
+        ("metadata.json", lambda _: '{"0.png": "UDUDUD"}', "0.png: got .*want a shortest plan"),
+    ],
+)
+def test_malformed_maps_are_refused(
+    tmp_path: pathlib.Path, file: str, change: Callable[[str], str], message: str
+) -> None:
+    shutil.copytree(DATA / "vsp" / "level3", tmp_path / "level3")
+    path = tmp_path / "level3" / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        benchmarks.read_vsp(tmp_path)
+
+
+def test_maps_miss_no_file(tmp_path: pathlib.Path) -> None:
+    for name, message in (
+        ("level3/img/10.png", "10.png: got no such file, want the picture of 10.txt"),
+        ("level3/metadata.json", "metadata.json: got no such file"),
+    ):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(DATA / "vsp", tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(ValueError, match=message):
+            benchmarks.read_benchmark(tmp_path)
+    shutil.copyfile(DATA / "vsp/level3/metadata.json", tmp_path / "level3/metadata.json")
+    (tmp_path / "level3/table/notes.txt").touch()
+    with pytest.raises(ValueError, match=r"table: got 'notes.txt', want names like"):
+        benchmarks.read_benchmark(tmp_path)
+
+
+def setter(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Changes one value deep in a row; `...` deletes its key."""
+
+    def change(row: dict[str, Any]) -> None:
+        inner: Any = row
+        for step in path[:-1]:
+            inner = inner[step]
+        if value is ...:
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        *[
+            (task, change, message)
+            for task in ("frozenlake", "maze", "minibehaviour")
+            for change, message in (
+                (setter("meta", value=...), "meta: got .*want an object"),
+                (setter("meta", value=[]), r"meta: got \[\], want an object"),
+                (setter("meta", "level", value=...), "level: got .*want an integer"),
+                (setter("meta", "level", value="3"), "level: got '3', want an integer"),
+                (setter("meta", "level", value=True), "level: got True, want an integer"),
+                (setter("meta", "level", value=99), "level: got 99, want"),
+                (setter("meta", "start_pos", value=...), "start_pos: got"),
+                (setter("meta", "start_pos", value=-1), "start_pos: got -1, want"),
+                (setter("meta", "start_pos", value=[0, 9]), "start_pos: got .*want"),
+                (setter("input_state", value=...), "input_state: got"),
+                (setter("input_state", value=[0] * 40), "input_state: got '39 actions', want"),
+            )
+        ],
+        *[
+            (task, change, message)
+            for task in ("frozenlake", "maze")
+            for change, message in (
+                (setter("meta", "layout", value="SFFG"), "layout: got 'SFFG', want a list"),
+                (setter("meta", "layout", 1, value=[]), "layout: got .*want 4 rows of 4 cells"),
+                (setter("meta", "layout", 1, value=None), "layout: got .*want 4 rows"),
+                (setter("meta", "target_pos", value=16), r"target_pos: got 16, want row \* 4"),
+                (setter("meta", "layout", 1, 2, value="?"), r"layout\[1\]\[2\]: got '\?', want"),
+            )
+        ],
+        ("frozenlake", setter("meta", "start_pos", value=9), "start_pos: got .*cell of S"),
+        ("frozenlake", setter("meta", "layout", 0, value=list("SFFF")), "layout: got '2 tiles S'"),
+        ("maze", setter("meta", "layout", 1, 1, "east", value=1), r"layout\[1\]\[1\], east: got 1"),
+        ("maze", setter("meta", "layout", 2, 0, "west", value=False), "want walls around"),
+        ("maze", setter("meta", "layout", 0, 3, "north", value=False), "want walls around"),
+        ("maze", setter("meta", "layout", 3, 0, "south", value=False), "want its neighbour's"),
+        ("minibehaviour", setter("meta", "printer_pos", value=[0]), "printer_pos: got"),
+        ("minibehaviour", setter("meta", "printer_pos", value=[5, 2]), "start_pos: got .*off"),
+        ("minibehaviour", setter("meta", "start_pos", value=[5, 2]), "start_pos: got .*off"),
+        ("minibehaviour", setter("meta", "table_pos", value=[]), "table_pos: got .*2 x 3"),
+        ("minibehaviour", setter("meta", "table_pos", 0, value=[0, 0]), "table_pos: got .*2 x 3"),
+        ("minibehaviour", setter("meta", "table_pos", 0, value=[0.0, 0]), "table_pos: got"),
+        ("minibehaviour", setter("meta", "table_neighbors", value=[]), "table_neighbors: got"),
+        ("minibehaviour", setter("meta", "printer_neighbors", 0, value=[0, 0]), "printer_neighb"),
+        ("minibehaviour", setter("meta", "idx", value="7"), "idx: got '7', want an integer"),
+    ],
+)
+def test_malformed_rows_are_refused(
+    tmp_path: pathlib.Path, task: str, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    lines = (DATA / FILE.format(task)).read_text().splitlines()
+    row = copy.deepcopy(json.loads(lines[1]))
+    change(row)
+    path = tmp_path / "test_dataset.jsonl"
+    path.write_text(f"{lines[0]}\n{json.dumps(row)}\n")
+    with pytest.raises(ValueError, match=f"test_dataset.jsonl, line 2.*{message}"):
+        benchmarks.read_visualplanning(path, task)
+
+
+def test_files_that_hold_no_rows_are_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "test_dataset.jsonl"
+    for content, message in (
+        (b"", "got 'an empty file', want"),
+        (b"{\n", "line 1: got '{', want JSON"),
+        (b"[1]\n", r"line 1: got \[1\], want a JSON object"),
+        (b"\xff\n", "got invalid start byte at byte 0, want UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            benchmarks.read_visualplanning(path, "maze")

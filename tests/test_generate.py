@@ -1,0 +1,253 @@
+"""The generate stage: what it writes reads back, starts again where it stopped, and is checked."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import generate
+from mgsd_jax.data import boards as boards_lib
+from mgsd_jax.envs import ENVS, splits
+from mgsd_jax.envs.benchmarks import benchmark_keys
+
+ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = ROOT / "tests" / "data" / "benchmarks"
+LEVELS = (
+    config_lib.LevelSet("frozenlake", (3, 4), 6, 2, 3),
+    config_lib.LevelSet("maze", (3,), 4, 0, 2),
+    config_lib.LevelSet("minibehaviour", (5,), 3, 2, 2),
+)
+
+
+def make_config(**data: Any) -> config_lib.Config:
+    """A config whose boards are `LEVELS`; stages other than generate read nothing of it here."""
+    optim = config_lib.OptimConfig(lr=1.0)
+    return config_lib.Config(
+        model=config_lib.ModelConfig(path=""),
+        data=config_lib.DataConfig(**{"boards": LEVELS, "picture_size": 64, **data}),
+        grounding=config_lib.GroundingConfig(optim=optim),
+        distillation=config_lib.DistillationConfig(optim=optim),
+        evaluate=config_lib.EvaluateConfig(models=()),
+    )
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def written(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder of boards."""
+    generate.run(make_config(), str(tmp_path))
+    return tmp_path / "data"
+
+
+def test_layout_and_pictures(written: pathlib.Path) -> None:
+    names = set(contents(written))
+    assert {"manifest.json", "settings.json"} <= names
+    for name in (
+        *("train/FrozenLake/level3/text/0005.txt", "train/FrozenLake/level3/image/0005.png"),
+        *("val/FrozenLake/level4/text/0001.txt", "test/Maze/level3/image/0001.png"),
+        "train/MiniBehaviour/level5/text/0002.txt",
+    ):
+        assert name in names
+    assert not any(name.startswith("val/Maze") or name.endswith(".partial") for name in names)
+    boards = 12 + 4 + 3 + 4 + 0 + 2 + 6 + 2 + 2
+    assert len(names) == 2 + 2 * boards
+    for split in splits.SPLITS:
+        for board in boards_lib.read_split(written, split):
+            with Image.open(str(board.picture_path)) as picture:
+                assert picture.mode == "RGB"
+                drawn = ENVS[board.task].render(board.state, 64)
+                np.testing.assert_array_equal(np.asarray(picture), drawn)
+
+
+def test_boards_read_back_in_order_and_belong_to_their_split(written: pathlib.Path) -> None:
+    every: dict[str, str] = {}
+    for split in splits.SPLITS:
+        boards = boards_lib.read_split(written, split)
+        want = [
+            (levels.task, level, index)
+            for levels in LEVELS
+            for level in levels.levels
+            for index in range(getattr(levels, split))
+        ]
+        assert [(board.task, board.level, board.index) for board in boards] == want
+        for board in boards:
+            key = ENVS[board.task].key(board.state)
+            assert board.state.level == board.level
+            assert splits.split_of(key) == split
+            assert every.setdefault(key, split) == split
+    assert len(every) == 35
+
+
+def test_the_manifest_says_what_is_there(written: pathlib.Path) -> None:
+    manifest = json.loads((written / "manifest.json").read_text())
+    settings = manifest["settings"]
+    assert settings == json.loads((written / "settings.json").read_text())
+    assert settings["seed"] == 0
+    assert settings["counts"]["maze/level3"] == {"train": 4, "val": 0, "test": 2}
+    assert settings["shares_percent"] == {"train": 80, "val": 10, "test": 10}
+    assert settings["options"]["frozenlake"]["frozen_probability"] == 0.9
+    assert settings["excluded"]["boards"] == 0
+    listed = {
+        f"{group['folder']}/{kind}/{index:04d}.{ending}": group[kind][index]
+        for group in manifest["groups"]
+        for kind, ending in (("text", "txt"), ("image", "png"))
+        for index in range(group["count"])
+    }
+    files = contents(written)
+    assert listed.keys() == files.keys() - {"manifest.json", "settings.json"}
+    for name, digest in listed.items():
+        assert boards_lib.content_hash(files[name]) == digest
+    assert "version" in manifest
+    assert str(written) not in (written / "manifest.json").read_text()
+
+
+def test_the_same_settings_write_the_same_bytes(written: pathlib.Path) -> None:
+    other = written.parent / "other"
+    generate.run(make_config(folder=str(other)), "")
+    assert contents(written) == contents(other)
+    generate.run(dataclasses.replace(make_config(folder=str(other / "x")), seed=1), "")
+    assert contents(written).keys() == contents(other / "x").keys()
+    assert contents(written) != contents(other / "x")
+
+
+def test_a_complete_folder_is_left_alone(written: pathlib.Path) -> None:
+    stamps = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
+    generate.run(make_config(), str(written.parent))
+    assert {path: path.stat().st_mtime_ns for path in written.rglob("*")} == stamps
+
+
+def test_an_interrupted_run_goes_on(written: pathlib.Path) -> None:
+    before = contents(written)
+    (written / "manifest.json").unlink()
+    (written / "test/Maze/level3/text/0001.txt").unlink()
+    (written / "val/FrozenLake/level3/image/0000.png").write_bytes(b"half a picture")
+    (written / "test/Maze/level3/text/0001.txt.partial").write_bytes(b"half")
+    kept = written / "train/Maze/level3/image/0000.png"
+    stamp = kept.stat().st_mtime_ns
+    generate.run(make_config(), str(written.parent))
+    assert contents(written) == before
+    assert kept.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_folder_of_other_settings_is_refused(written: pathlib.Path, is_complete: bool) -> None:
+    if not is_complete:
+        (written / "manifest.json").unlink()
+    before = contents(written)
+    config = dataclasses.replace(make_config(picture_size=96), seed=5)
+    message = r"other boards \(picture_size.3: got 64, want 96; .*seed: got 0, want 5"
+    with pytest.raises(ValueError, match=message):
+        generate.run(config, str(written.parent))
+    fewer = make_config(boards=(*LEVELS[:2], config_lib.LevelSet("minibehaviour", (6,), 3, 2, 2)))
+    message = r"counts.minibehaviour/level5: got \{.*want 'nothing'; counts.minibehaviour/level6"
+    with pytest.raises(ValueError, match=message):
+        generate.run(fewer, str(written.parent))
+    excluding = make_config(exclude=(str(BENCHMARKS / "vsp"),))
+    with pytest.raises(ValueError, match=r"excluded\.boards: got 0, want 3"):
+        generate.run(excluding, str(written.parent))
+    assert contents(written) == before
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"data: got other files and no settings\.json"):
+        generate.run(make_config(), str(tmp_path))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["notes.txt"]
+
+
+def test_a_level_may_be_asked_for_once(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.boards: got maze/level3 twice"):
+        generate.run(make_config(boards=(*LEVELS, LEVELS[1])), str(tmp_path))
+
+
+def test_too_many_boards_are_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+    boards = (config_lib.LevelSet("minibehaviour", (4,), 4, 4, 4000),)
+    with pytest.raises(ValueError, match=r"minibehaviour level 4 test: got exactly \d+ boards"):
+        generate.run(make_config(boards=boards), str(tmp_path))
+    assert not (tmp_path / "data").exists()
+
+
+def test_benchmark_boards_are_excluded(tmp_path: pathlib.Path) -> None:
+    folders = [BENCHMARKS / "vsp", BENCHMARKS / "visualplanning"]
+    keys = benchmark_keys(folders)
+    ours = [key for key in splits._every_board("frozenlake", 3) if splits.split_of(key) == "test"]
+    assert set(ours) & keys
+    count = len(set(ours) - keys)
+    boards = (config_lib.LevelSet("frozenlake", (3,), 0, 0, count),)
+    generate.run(make_config(boards=boards, exclude=tuple(map(str, folders))), str(tmp_path))
+    got = {
+        ENVS[board.task].key(board.state)
+        for board in boards_lib.read_split(tmp_path / "data", "test")
+    }
+    assert got == set(ours) - keys
+    excluded = json.loads((tmp_path / "data/settings.json").read_text())["excluded"]
+    assert excluded["boards"] == len(keys)
+    assert excluded["folders"] == [
+        {"name": "vsp", "boards": 3},
+        {"name": "visualplanning", "boards": 6},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train/Maze/level3/text/0000.txt", None, "no such file, want it as in"),
+        ("train/Maze/level3/image/0002.png", None, "no such file, want it as in"),
+        ("train/Maze/level3/text/0000.txt", b"\xff", "want UTF-8"),
+        ("train/Maze/level3/text/0000.txt", ("level=3\n", ""), "level: got no such line"),
+        ("train/Maze/level3/text/0000.txt", ("index=0\n", "index=9\n"), "got hash .*want"),
+        ("train/FrozenLake/level3/text/0001.txt", ("map:\n", "map:\nFF\n"), "map: got 4 rows"),
+        ("train/Maze/level3/image/0002.png", b"no picture", "unreadable picture"),
+        ("train/Maze/level3/image/0002.png", b"", "unreadable picture"),
+    ],
+)
+def test_changed_files_are_named(
+    written: pathlib.Path, name: str, content: bytes | tuple[str, str] | None, message: str
+) -> None:
+    path = written / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        text = path.read_text()
+        assert content[0] in text
+        path.write_text(text.replace(*content, 1))
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        boards_lib.read_split(written, "train")
+    assert boards_lib.read_split(written, "test")
+
+
+def test_another_picture_and_half_a_picture_are_named(written: pathlib.Path) -> None:
+    folder = written / "train/Maze/level3/image"
+    whole = (folder / "0001.png").read_bytes()
+    for content, message in (
+        ((folder / "0000.png").read_bytes(), "got hash"),
+        (whole[: len(whole) // 2], "unreadable picture"),
+    ):
+        (folder / "0001.png").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"0001\.png: .*{message}"):
+            boards_lib.read_split(written, "train")
+
+
+def test_what_is_no_manifest_is_named(written: pathlib.Path) -> None:
+    boards = (config_lib.LevelSet("maze", (3,), 2, 0, 0),)
+    generate.run(make_config(boards=boards, folder=str(written / "few")), "")
+    with pytest.raises(ValueError, match=r"manifest\.json: got no boards of split 'val'"):
+        boards_lib.read_split(written / "few", "val")
+    (written / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json: got no JSON"):
+        boards_lib.read_split(written, "train")
+    (written / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json: got no such file"):
+        boards_lib.read_split(written, "train")

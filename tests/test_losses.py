@@ -1,0 +1,684 @@
+"""Losses against float64 formulas, and the properties that hold whatever the numbers are."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgsd_jax import losses, token_stats
+from mgsd_jax.losses import DistillLossConfig, PolicyClip
+
+FP32, BF16 = 5e-6, 5e-3  # relative Frobenius error allowed against float64 on the same inputs
+OBJECTIVES = {
+    "reverse": DistillLossConfig(token_chunk=8),
+    "forward": DistillLossConfig("forward_kl", token_chunk=8),
+    "jsd": DistillLossConfig("jsd", jsd_teacher_weight=0.3, token_chunk=8),
+    "mixed": DistillLossConfig(forward_kl_mix=0.25, token_chunk=8),
+    "warm": DistillLossConfig(loss_temperature=2.0, token_chunk=8),
+    "cold": DistillLossConfig(loss_temperature=0.5, token_chunk=8),
+    "capped": DistillLossConfig(token_kl_cap=0.4, token_chunk=8),
+}
+REVERSE = OBJECTIVES["reverse"]
+
+
+class Case(NamedTuple):
+    """Inputs of a distillation loss."""
+
+    hidden: Any  # [N, D]
+    head: Any  # [V, D]
+    teacher_hidden: Any  # [N, Dt]
+    teacher_head: Any  # [V, Dt]
+    weights: Any  # [N]
+    targets: Any  # [N]
+
+
+def make_case(
+    tokens: int = 21, width: int = 16, vocabulary: int = 97, top: float = 25.0, seed: int = 0
+) -> Case:
+    """Logits of largest size `top`, a teacher near the student, every third token left out."""
+    rng = np.random.default_rng(seed)
+    hidden, head = rng.normal(size=(tokens, width)), rng.normal(size=(vocabulary, width))
+    head *= top / np.abs(hidden @ head.T).max()
+    teacher_hidden = np.concatenate([hidden + 0.05 * rng.normal(size=hidden.shape)] * 2, axis=1)
+    teacher_head = np.concatenate([head / 2, head / 2], axis=1)
+    weights = np.where(np.arange(tokens) % 3 == 1, 0.0, rng.uniform(0.5, 1.5, tokens) / tokens)
+    targets = rng.integers(0, vocabulary, tokens).astype(np.int32)
+    arrays = (hidden, head, teacher_hidden, teacher_head, weights)
+    return Case(*(jnp.asarray(a, jnp.float32) for a in arrays), jnp.asarray(targets))
+
+
+def logits_case(student: Any, teacher: Any, targets: Any = None, weights: Any = None) -> Case:
+    """The case whose logits are these [N, V]: the heads are identities."""
+    student, teacher = jnp.atleast_2d(jnp.float32(student)), jnp.atleast_2d(jnp.float32(teacher))
+    tokens, vocabulary = student.shape
+    weights = jnp.ones(tokens) if weights is None else jnp.float32(weights)
+    targets = jnp.zeros(tokens, jnp.int32) if targets is None else jnp.int32(targets)
+    return Case(student, jnp.eye(vocabulary), teacher, jnp.eye(vocabulary), weights, targets)
+
+
+@functools.cache
+def compiled(config: DistillLossConfig, loss: Any, static: tuple[tuple[str, Any], ...]) -> Any:
+    """Value and gradients as one program for each set of settings: compiling is what takes time."""
+
+    def run(case: Case, arrays: dict[str, Any]) -> Any:
+        def value(hidden: Any, head: Any) -> Any:
+            options = {"config": config, "targets": case.targets, **arrays, **dict(static)}
+            return loss(hidden, head, *case[2:5], **options)
+
+        return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(case.hidden, case.head)
+
+    return jax.jit(run)
+
+
+def compute(
+    case: Case, config: DistillLossConfig, loss: Any = losses.reverse_kl, **options: Any
+) -> tuple[Any, Any, Any, Any]:
+    """(value, statistics, gradient of hidden, gradient of head)."""
+    arrays = {name: option for name, option in options.items() if isinstance(option, jax.Array)}
+    static = tuple((name, option) for name, option in options.items() if name not in arrays)
+    (value, stats), gradients = compiled(config, loss, static)(case, arrays)
+    return value, stats, *gradients
+
+
+def log_softmax64(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def reference(case: Case, config: DistillLossConfig) -> tuple[float, np.ndarray, np.ndarray]:
+    """(value, gradient of hidden, gradient of head) in float64, gradients by the chain rule.
+
+    Every divergence is sum_v f(p_v, q_v); dL/dlogits = p * (f' - E_p[f']) with f' = df/dp.
+    """
+    hidden, head, teacher_hidden, teacher_head, weights = (
+        np.asarray(a.astype(jnp.float32), np.float64) for a in case[:5]
+    )
+    temperature = config.loss_temperature
+    log_p = log_softmax64(hidden @ head.T / temperature)
+    log_q = log_softmax64(teacher_hidden @ teacher_head.T / temperature)
+    p, q = np.exp(log_p), np.exp(log_q)
+    if config.objective == "jsd":
+        beta = config.jsd_teacher_weight
+        log_m = np.logaddexp(np.log1p(-beta) + log_p, np.log(beta) + log_q)
+        loss = (1 - beta) * p * (log_p - log_m) + beta * q * (log_q - log_m)
+        slope = (1 - beta) * (log_p - log_m)
+    else:
+        mix = 1.0 if config.objective == "forward_kl" else config.forward_kl_mix
+        loss = (1 - mix) * p * (log_p - log_q) + mix * q * (log_q - log_p)
+        slope = (1 - mix) * (log_p - log_q) - mix * q / p
+    loss = loss.sum(-1)
+    cap = config.token_kl_cap
+    scale = np.ones_like(loss) if cap is None else np.minimum(1.0, cap / np.maximum(loss, 1e-30))
+    d_logits = p * (slope - (p * slope).sum(-1, keepdims=True)) * (weights * scale)[:, None]
+    d_logits /= temperature
+    return float((weights * scale * loss).sum()), d_logits @ head, d_logits.T @ hidden
+
+
+def relative(got: Any, want: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
+
+
+def assert_matches(case: Case, config: DistillLossConfig, tolerance: float) -> None:
+    value, _, d_hidden, d_head = compute(case, config)
+    want = reference(case, config)
+    assert value == pytest.approx(want[0], rel=tolerance)
+    assert relative(d_hidden, want[1]) < tolerance
+    assert relative(d_head, want[2]) < tolerance
+
+
+# ------------------------------------------------------------------------- against float64
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_value_and_gradients_match_float64(name: str) -> None:
+    assert_matches(make_case(), OBJECTIVES[name], FP32)
+
+
+@pytest.mark.parametrize("name", ["reverse", "forward", "jsd"])
+def test_bfloat16_inputs_match_float64_on_the_same_inputs(name: str) -> None:
+    case = make_case(tokens=64, width=64, vocabulary=512, top=12.0)
+    case = Case(*(a.astype(jnp.bfloat16) for a in case[:4]), *case[4:])
+    assert_matches(case, OBJECTIVES[name], BF16)
+
+
+def test_matches_float64_over_the_vocabulary_of_the_real_model() -> None:
+    case = make_case(tokens=6, width=32, vocabulary=151_936)
+    assert_matches(case, DistillLossConfig(token_chunk=4), FP32)
+
+
+def test_a_tiny_divergence_is_positive_and_right() -> None:
+    """Summing p * (log p - log q) in float32 gets the sign of a KL of 1e-6 wrong."""
+    rng = np.random.default_rng(0)
+    student = rng.normal(size=(16, 20_000)).astype(np.float32) * 5
+    teacher = student + 1.5e-3 * rng.normal(size=student.shape).astype(np.float32)
+    p, q = (token_stats.distribution(jnp.asarray(z), None) for z in (student, teacher))
+    value, _ = token_stats.reverse_kl_tokens(p, q)
+    log_p, log_q = (log_softmax64(z.astype(np.float64)) for z in (student, teacher))
+    want = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    assert want.max() < 2e-6
+    assert value.min() >= 0
+    np.testing.assert_allclose(value, want, rtol=1e-3)
+
+
+def test_statistics_match_float64() -> None:
+    case = make_case()
+    _, stats, _, _ = compute(case, REVERSE)
+    log_p = log_softmax64(np.float64(case.hidden) @ np.float64(case.head).T)
+    log_q = log_softmax64(np.float64(case.teacher_hidden) @ np.float64(case.teacher_head).T)
+    rows, targets = np.arange(len(log_p)), np.asarray(case.targets)
+    want = token_stats.TokenStats(
+        kl=(np.exp(log_p) * (log_p - log_q)).sum(-1),
+        student_entropy=-(np.exp(log_p) * log_p).sum(-1),
+        teacher_entropy=-(np.exp(log_q) * log_q).sum(-1),
+        student_logprob=log_p[rows, targets],
+        teacher_logprob=log_q[rows, targets],
+        top1_agree=(log_p.argmax(-1) == log_q.argmax(-1)).astype(float),
+        student_top1_prob=np.exp(log_p.max(-1)),
+        clipped=np.zeros(len(log_p)),
+    )
+    assert 0 < want.top1_agree.mean() <= 1
+    for name, got in stats._asdict().items():
+        expected = np.where(case.weights == 0, 0.0, getattr(want, name))
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_cross_entropy_matches_float64() -> None:
+    case = make_case()
+
+    def value(hidden: Any, head: Any) -> Any:
+        return losses.token_cross_entropy(hidden, head, case.targets, case.weights, token_chunk=8)
+
+    (loss, stats), (d_hidden, d_head) = jax.value_and_grad(value, (0, 1), has_aux=True)(
+        case.hidden, case.head
+    )
+    hidden, head = np.float64(case.hidden), np.float64(case.head)
+    log_p = log_softmax64(hidden @ head.T)
+    rows, weights = np.arange(len(log_p)), np.float64(case.weights)
+    picked = log_p[rows, case.targets]
+    d_logits = np.exp(log_p)
+    d_logits[rows, case.targets] -= 1
+    d_logits *= weights[:, None]
+    assert loss == pytest.approx(-(weights * picked).sum(), rel=FP32)
+    assert relative(d_hidden, d_logits @ head) < FP32
+    assert relative(d_head, d_logits.T @ hidden) < FP32
+    counted = weights != 0
+    np.testing.assert_allclose(stats.logprob, np.where(counted, picked, 0), rtol=1e-5)
+    best = losses.token_cross_entropy(
+        case.hidden, case.head, jnp.int32(log_p.argmax(-1)), case.weights, token_chunk=8
+    )[1]
+    np.testing.assert_array_equal(best.is_top1, counted)
+    np.testing.assert_array_equal(stats.is_top1, counted & (log_p.argmax(-1) == case.targets))
+
+
+# -------------------------------------------------------------------------------- identities
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name: str) -> None:
+    case = make_case()
+    case = case._replace(teacher_hidden=case.hidden, teacher_head=case.head)
+    value, stats, d_hidden, d_head = compute(case, OBJECTIVES[name])
+    assert 0 <= value < 1e-6
+    # Forward KL's gradient is p - q, each within a rounding error of the other.
+    np.testing.assert_allclose(d_hidden, 0, atol=1e-6)
+    np.testing.assert_allclose(d_head, 0, atol=1e-6)
+    np.testing.assert_array_equal(stats.top1_agree, case.weights != 0)
+
+
+def test_a_constant_added_to_all_logits_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 40)).astype(np.float32) * 4
+    plain = compute(logits_case(student, teacher), REVERSE)
+    shifted = compute(logits_case(student + 16.0, teacher - 8.0), REVERSE)
+    np.testing.assert_allclose(plain[0], shifted[0], rtol=1e-5)
+    np.testing.assert_allclose(plain[2], shifted[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_in_the_logits_sum_to_zero(name: str) -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 300)).astype(np.float32) * 4
+    d_logits = compute(logits_case(student, teacher), OBJECTIVES[name])[2]
+    # float32 knows the mean log-ratio, about a nat, to 1e-6.
+    assert np.abs(np.float64(d_logits).sum(-1)).max() < 1e-6
+
+
+def test_the_sampled_gradient_is_the_exact_one_in_expectation() -> None:
+    """Every token of the vocabulary as the sample, weighted with its probability."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 30)).astype(np.float32) * 2
+    exact = compute(logits_case(student, teacher), REVERSE)
+    copies = logits_case(
+        np.tile(student, (30, 1)),
+        np.tile(teacher, (30, 1)),
+        targets=np.arange(30),
+        weights=np.exp(log_softmax64(np.float64(student))),
+    )
+    sampled = compute(copies, REVERSE, losses.sampled_reverse_kl)
+    assert sampled[0] == pytest.approx(float(exact[0]), rel=1e-5)
+    np.testing.assert_allclose(sampled[2].sum(0), exact[2][0], atol=1e-6)
+
+
+def test_the_mean_of_many_samples_points_where_the_exact_gradient_does() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 16)).astype(np.float32)
+    number = 4096
+    probs = np.exp(log_softmax64(np.float64(student)))
+    copies = logits_case(
+        np.tile(student, (number, 1)),
+        np.tile(teacher, (number, 1)),
+        targets=rng.choice(16, number, p=probs / probs.sum()),
+        weights=np.full(number, 1 / number),
+    )
+    mean = compute(copies, DistillLossConfig(), losses.sampled_reverse_kl)[2].sum(0)
+    exact = compute(logits_case(student, teacher), REVERSE)[2][0]
+    assert mean @ exact / (jnp.linalg.norm(mean) * jnp.linalg.norm(exact)) > 0.99
+
+
+# --------------------------------------------------------------------------------- direction
+
+
+def test_reverse_forward_and_jsd_are_the_right_way_round() -> None:
+    """Student (0.9, 0.1), teacher (0.5, 0.5), by hand."""
+    case = logits_case(np.log([0.9, 0.1]), np.log([0.5, 0.5]))
+    assert compute(case, REVERSE)[0] == pytest.approx(0.9 * np.log(1.8) + 0.1 * np.log(0.2))
+    forward = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
+    assert compute(case, OBJECTIVES["forward"])[0] == pytest.approx(forward, rel=1e-6)
+    # Teacher weight 0.3: the mixture is 0.7 * student + 0.3 * teacher = (0.78, 0.22).
+    student = 0.9 * np.log(0.9 / 0.78) + 0.1 * np.log(0.1 / 0.22)
+    teacher = 0.5 * np.log(0.5 / 0.78) + 0.5 * np.log(0.5 / 0.22)
+    want = 0.7 * student + 0.3 * teacher
+    assert compute(case, OBJECTIVES["jsd"])[0] == pytest.approx(want, rel=1e-5)
+
+
+def test_reverse_kl_is_torchs_kl_div_of_the_student_from_the_teacher() -> None:
+    """TRL's distillation at beta 1 is kl_div(teacher_logprobs, student_logprobs)."""
+    torch = pytest.importorskip("torch")
+    case = make_case()._replace(weights=jnp.ones(21))
+    logprobs = [
+        torch.log_softmax(torch.tensor(np.float64(h) @ np.float64(w).T), -1)
+        for h, w in ((case.hidden, case.head), (case.teacher_hidden, case.teacher_head))
+    ]
+    want = torch.nn.functional.kl_div(
+        logprobs[1], logprobs[0], reduction="sum", log_target=True
+    ).item()
+    assert compute(case, REVERSE)[0] == pytest.approx(want, rel=FP32)
+
+
+@pytest.mark.parametrize("better", [True, False])
+@pytest.mark.parametrize("ratio", [0.7, 1.0, 1.4, 3.5])
+def test_policy_clip_cases(ratio: float, better: bool) -> None:
+    """PPO with clips 0.2, 0.3 and 3: where the gradient stops, and what the loss is there."""
+    student, teacher = np.log([0.3, 0.7]), np.log([0.6, 0.4] if better else [0.1, 0.9])
+    advantage = np.log(2.0) if better else np.log(1 / 3)
+    case = logits_case(student, teacher, targets=[0])
+    old = jnp.float32(np.log([0.3 / ratio]))
+    value, stats, d_logits, _ = compute(
+        case, REVERSE, losses.sampled_reverse_kl, clip=PolicyClip(), old_logprobs=old
+    )
+    # A good token stops above 1.3; a bad one below 0.8, and again above 3.
+    effective = min(ratio, 1.3) if better else min(max(ratio, 0.8), 3.0)
+    is_clipped = effective != ratio
+    assert value == pytest.approx(-advantage * effective, rel=1e-5)
+    assert stats.clipped[0] == is_clipped
+    want = np.zeros(2) if is_clipped else -advantage * ratio * np.array([0.7, -0.7])
+    np.testing.assert_allclose(d_logits[0], want, atol=1e-6)
+
+
+def test_clips_are_inert_on_the_weights_that_sampled() -> None:
+    case = make_case()
+    plain = compute(case, REVERSE, losses.sampled_reverse_kl)
+    clipped = compute(case, REVERSE, losses.sampled_reverse_kl, clip=PolicyClip())
+    np.testing.assert_array_equal(plain[2], clipped[2])
+    assert clipped[1].clipped.sum() == 0
+
+
+def test_advantage_clip_bounds_the_slope() -> None:
+    case = logits_case(np.log([[0.3, 0.7]]), np.log([[1e-6, 1 - 1e-6]]))
+    value, stats, d_logits, _ = compute(
+        case, REVERSE, losses.sampled_reverse_kl, advantage_clip=2.0
+    )
+    assert value == pytest.approx(2.0)
+    assert stats.clipped[0] == 1
+    np.testing.assert_allclose(d_logits[0], [1.4, -1.4], rtol=1e-5)
+
+
+def test_both_objectives_report_the_same_statistics() -> None:
+    case = make_case()
+    exact, sampled = compute(case, REVERSE), compute(case, REVERSE, losses.sampled_reverse_kl)
+    assert_close(exact[1], sampled[1])
+
+
+# ------------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("loss", [losses.reverse_kl, losses.sampled_reverse_kl])
+@pytest.mark.parametrize("token_chunk", [1, 8, 64])
+def test_the_chunk_changes_nothing(loss: Any, token_chunk: int) -> None:
+    case = make_case(tokens=50)
+    want = compute(case, DistillLossConfig(token_chunk=50), loss)
+    got = compute(case, DistillLossConfig(token_chunk=token_chunk), loss)
+    assert_close(got, want)
+
+
+def test_the_order_of_tokens_changes_nothing() -> None:
+    case = make_case(tokens=50)
+    order = np.random.default_rng(0).permutation(50)
+    shuffled = Case(*(a if i in (1, 3) else a[order] for i, a in enumerate(case)))
+    value, stats, d_hidden, d_head = compute(case, REVERSE)
+    back = compute(shuffled, REVERSE)
+    want = (value, jax.tree.map(lambda x: x[order], stats), d_hidden[order], d_head)
+    assert_close(back, want)
+
+
+def test_padding_changes_nothing() -> None:
+    case = make_case(tokens=20)
+    padded = pad(case, 37, fill=np.nan)
+    value, stats, d_hidden, d_head = compute(padded, REVERSE)
+    got = (value, jax.tree.map(lambda x: x[:20], stats), d_hidden[:20], d_head)
+    assert_close(got, compute(case, REVERSE))
+    np.testing.assert_array_equal(d_hidden[20:], 0)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+    case = make_case(tokens=40)
+    parts = [
+        compute(Case(*(a if i in (1, 3) else a[s : s + 10] for i, a in enumerate(case))), REVERSE)
+        for s in range(0, 40, 10)
+    ]
+    value, _, d_hidden, d_head = compute(case, REVERSE)
+    np.testing.assert_allclose(sum(p[0] for p in parts), value, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([p[2] for p in parts]), d_hidden, atol=1e-7)
+    np.testing.assert_allclose(sum(p[3] for p in parts), d_head, rtol=1e-5, atol=1e-7)
+
+
+def test_value_is_the_same_without_differentiation() -> None:
+    case = make_case()
+    value, stats = losses.reverse_kl(*case[:5], config=REVERSE, targets=case.targets)
+    want = compute(case, REVERSE)
+    assert value == pytest.approx(float(want[0]), rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), stats, want[1]
+    )
+
+
+def pad(case: Case, tokens: int, fill: float) -> Case:
+    extra = tokens - len(case.weights)
+
+    def widen(a: Any, value: Any) -> Any:
+        widths = [(0, extra)] + [(0, 0)] * (a.ndim - 1)
+        return jnp.pad(a, widths, constant_values=value)
+
+    return case._replace(
+        hidden=widen(case.hidden, fill),
+        teacher_hidden=widen(case.teacher_hidden, fill),
+        weights=widen(case.weights, 0.0),
+        targets=widen(case.targets, -100),
+    )
+
+
+def assert_close(got: Any, want: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+# --------------------------------------------------------------------------------- alignment
+
+
+def test_response_hidden_starts_at_the_last_prompt_token_and_leaves_out_the_last() -> None:
+    """Left-padded prompt of 4, response of 3: tokens 4, 5, 6 are predicted at 3, 4, 5."""
+    hidden = jnp.arange(7.0)[None, :, None] + jnp.zeros((2, 7, 5))
+    taken = losses.response_hidden(hidden, prompt_length=4, response_length=3)
+    assert taken.shape == (2, 3, 5)
+    np.testing.assert_array_equal(taken[0, :, 0], [3, 4, 5])
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(0, 3), (4, 5)])
+def test_response_hidden_refuses_positions_outside(prompt: int, response: int) -> None:
+    with pytest.raises(ValueError, match=f"got prompt_length {prompt}"):
+        losses.response_hidden(jnp.zeros((1, 7, 2)), prompt, response)
+
+
+def test_prompts_of_different_lengths_align_and_an_off_by_one_does_not() -> None:
+    case = make_case(tokens=6, width=8)
+    states = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.float32)
+    longer = jnp.concatenate([jnp.full((2, 5, 8), 9.0), states, states[:, :1]], axis=1)
+    shorter = jnp.concatenate([jnp.full((2, 2, 8), -9.0), states, states[:, :1]], axis=1)
+
+    def divergence(teacher_prompt: int) -> float:
+        student = losses.response_hidden(longer, 6, 3).reshape(6, 8)
+        teacher = losses.response_hidden(shorter, teacher_prompt, 3).reshape(6, 8)
+        arrays = (student, case.head, teacher, case.head, jnp.ones(6))
+        return float(losses.reverse_kl(*arrays, config=REVERSE, targets=case.targets)[0])
+
+    assert divergence(3) < 1e-6
+    assert divergence(2) > 0.1
+    assert divergence(4) > 0.1
+
+
+# ------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("loss", [losses.reverse_kl, losses.sampled_reverse_kl])
+def test_an_all_masked_batch_has_no_loss_and_zero_gradients(loss: Any) -> None:
+    case = make_case()._replace(weights=jnp.zeros(21))
+    for part in jax.tree.leaves(compute(case, REVERSE, loss)):
+        np.testing.assert_array_equal(part, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_masked_row_may_hold_anything(bad: float) -> None:
+    case = make_case()
+    masked = (case.weights == 0)[:, None]
+    spoiled = case._replace(
+        hidden=jnp.where(masked, bad, case.hidden),
+        teacher_hidden=jnp.where(masked, bad, case.teacher_hidden),
+        targets=jnp.where(masked[:, 0], -100, case.targets),
+    )
+    got, want = compute(spoiled, REVERSE), compute(case, REVERSE)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(got[2][masked[:, 0]], 0)
+    value, stats = losses.token_cross_entropy(
+        spoiled.hidden, case.head, spoiled.targets, case.weights, token_chunk=8
+    )
+    assert np.isfinite(value) and np.isfinite(stats.logprob).all()
+
+
+def test_valid_rows_of_weight_zero_are_measured_but_not_trained() -> None:
+    case = make_case()
+    everywhere = compute(case._replace(weights=jnp.ones(21)), REVERSE)[1]
+    value, stats, d_hidden, d_head = compute(case, REVERSE, valid=jnp.ones(21, bool))
+    assert_close(stats, everywhere)
+    want = compute(case, REVERSE)
+    assert_close((value, d_hidden, d_head), (want[0], want[2], want[3]))
+    bad = case._replace(hidden=case.hidden.at[1].set(jnp.nan))
+    assert case.weights[1] == 0
+    value, _, d_hidden, d_head = compute(bad, REVERSE, valid=jnp.ones(21, bool))
+    assert_close((value, d_hidden, d_head), (want[0], want[2], want[3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("reverse", losses.reverse_kl),
+        ("forward", losses.reverse_kl),
+        ("jsd", losses.reverse_kl),
+        ("reverse", losses.sampled_reverse_kl),
+    ],
+)
+def test_a_vocab_mask_is_a_smaller_vocabulary(name: str, loss: Any) -> None:
+    config = OBJECTIVES[name]
+    case = make_case()
+    allowed = np.arange(97) % 5 != 0
+    smaller = case._replace(head=case.head[allowed], teacher_head=case.teacher_head[allowed])
+    places = np.cumsum(allowed) - 1
+    targets = jnp.where(allowed[case.targets], case.targets, 1)
+    smaller = smaller._replace(targets=jnp.int32(places[targets]))
+    value, stats, d_hidden, d_head = compute(
+        case._replace(targets=targets), config, loss, vocab_mask=jnp.asarray(allowed)
+    )
+    want = compute(smaller, config, loss)
+    assert_close((value, stats, d_hidden, d_head[allowed]), want)
+    np.testing.assert_array_equal(d_head[~allowed], 0)
+
+
+# ---------------------------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_extreme_logits_stay_exact(name: str) -> None:
+    pairs = [
+        ([1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]),
+        ([200.0, 0.0, 0.0], [0.0, 0.0, 0.0]),  # one-hot p
+        ([0.0, 0.0, 0.0], [0.0, 0.0, -150.0]),  # q underflows where p does not
+        ([0.0, 0.0, -150.0], [0.0, 0.0, 0.0]),  # d = -150: expm1(-d) would overflow
+        ([300.0, 0.0, -300.0], [-300.0, 0.0, 300.0]),
+    ]
+    measured = {"config": OBJECTIVES[name], "valid": jnp.ones(len(pairs), bool)}
+    student, teacher = map(list, zip(*pairs, strict=True))
+    for row in range(len(pairs)):
+        weights = np.arange(len(pairs)) == row
+        case = logits_case(student, teacher, weights=weights)
+        value, stats, d_logits, _ = compute(case, **measured)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            single = logits_case(student[row], teacher[row])
+            want, d_want, _ = reference(single, OBJECTIVES[name])
+        assert all(np.isfinite(x).all() for x in stats)
+        assert value == pytest.approx(want, rel=1e-5, abs=1e-6)
+        # The float64 formula itself has q / p with p = 0 here and there.
+        np.testing.assert_allclose(
+            d_logits[row], np.where(np.isfinite(d_want[0]), d_want[0], d_logits[row]), atol=1e-6
+        )
+        assert np.isfinite(d_logits).all()
+
+
+# ---------------------------------------------------------------------------------- contract
+
+
+def test_only_the_student_learns() -> None:
+    case = make_case()
+
+    def value(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, weights: Any) -> Any:
+        arrays = (hidden, head, teacher_hidden, teacher_head, weights)
+        return losses.reverse_kl(*arrays, config=REVERSE, targets=case.targets)[0]
+
+    gradients = jax.grad(value, argnums=(0, 1, 2, 3, 4))(*case[:5])
+    assert all(np.abs(g).max() > 0 for g in gradients[:2])
+    assert all(np.abs(g).max() == 0 for g in gradients[2:])
+
+
+def test_statistics_carry_no_gradient() -> None:
+    case = make_case()
+
+    def value(hidden: Any) -> Any:
+        return losses.reverse_kl(hidden, *case[1:5], config=REVERSE, targets=case.targets)[
+            1
+        ].kl.sum()
+
+    np.testing.assert_array_equal(jax.grad(value)(case.hidden), 0)
+
+
+def test_a_factor_on_the_result_scales_the_gradient() -> None:
+    case = make_case()
+
+    def value(hidden: Any, head: Any) -> Any:
+        arrays = (hidden, head, *case[2:5])
+        return 3.0 * losses.reverse_kl(*arrays, config=REVERSE, targets=case.targets)[0]
+
+    gradients = jax.grad(value, argnums=(0, 1))(case.hidden, case.head)
+    want = compute(case, REVERSE)[2:]
+    assert_close(gradients, jax.tree.map(lambda g: 3.0 * g, want))
+
+
+def test_a_float32_head_keeps_its_gradient_in_float32_under_bfloat16_compute() -> None:
+    case = make_case()
+    mixed = case._replace(
+        hidden=case.hidden.astype(jnp.bfloat16),
+        teacher_hidden=case.teacher_hidden.astype(jnp.bfloat16),
+    )
+    rounded = mixed._replace(
+        head=case.head.astype(jnp.bfloat16), teacher_head=case.teacher_head.astype(jnp.bfloat16)
+    )
+    _, _, d_hidden, d_head = compute(mixed, REVERSE)
+    assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
+    assert relative(d_head, reference(rounded, REVERSE)[2]) < BF16
+
+
+def test_matmuls_are_those_that_the_gradient_needs() -> None:
+    """Head matmuls: 2 to measure, 3 with a frozen head, 4 with both gradients."""
+    case = make_case()
+
+    def value(hidden: Any, head: Any, config: DistillLossConfig = REVERSE) -> Any:
+        return losses.reverse_kl(hidden, head, *case[2:5], config=config, targets=case.targets)[0]
+
+    def frozen(hidden: Any, head: Any) -> Any:
+        return value(hidden, head, DistillLossConfig(train_head=False))
+
+    def count(fn: Any) -> int:
+        return jax.jit(fn).lower(case.hidden, case.head).as_text().count("dot_general")
+
+    assert count(value) == 2
+    assert count(jax.grad(value)) == 3
+    assert count(jax.grad(frozen, argnums=(0, 1))) == 3
+    assert count(jax.grad(value, argnums=(0, 1))) == 4
+    np.testing.assert_array_equal(jax.grad(frozen, argnums=1)(case.hidden, case.head), 0)
+
+
+def test_no_array_of_all_logits_is_held() -> None:
+    tokens, vocabulary = 512, 1024
+    case = make_case(tokens=tokens, vocabulary=vocabulary)
+
+    def value(hidden: Any, head: Any) -> Any:
+        config = DistillLossConfig(token_chunk=16)
+        return losses.reverse_kl(hidden, head, *case[2:5], config=config, targets=case.targets)[0]
+
+    compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(case.hidden, case.head).compile()
+    assert f"[{tokens},{vocabulary}]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocabulary * 4 / 2
+
+
+def test_shapes_that_disagree_are_refused() -> None:
+    case = make_case()
+
+    def call(**changes: Any) -> Any:
+        changed = case._replace(**changes)
+        return losses.reverse_kl(*changed[:5], config=REVERSE, targets=changed.targets)
+
+    with pytest.raises(ValueError, match="got 97 student and 96 teacher tokens"):
+        call(teacher_head=case.teacher_head[:96])
+    with pytest.raises(ValueError, match="teacher_hidden"):
+        call(teacher_hidden=case.teacher_hidden[:3])
+    with pytest.raises(ValueError, match="targets"):
+        call(targets=case.targets[:3])
+    with pytest.raises(ValueError, match="student_head"):
+        call(head=case.head[:, :4])
+    with pytest.raises(ValueError, match="vocab_mask"):
+        compute(case, REVERSE, vocab_mask=jnp.ones(5, bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"objective": "jsd"}, "jsd_teacher_weight"),
+        ({"objective": "jsd", "jsd_teacher_weight": 0.0}, "jsd_teacher_weight"),
+        ({"objective": "jsd", "jsd_teacher_weight": 1.0}, "jsd_teacher_weight"),
+        ({"jsd_teacher_weight": 0.5}, "jsd_teacher_weight"),
+        ({"objective": "kl"}, "objective"),
+        ({"objective": "forward_kl", "forward_kl_mix": 0.5}, "forward_kl_mix"),
+        ({"forward_kl_mix": 1.0}, "forward_kl_mix"),
+        ({"loss_temperature": 0.0}, "loss_temperature"),
+        ({"token_chunk": 0}, "token_chunk"),
+        ({"token_kl_cap": 0.0}, "token_kl_cap"),
+    ],
+)
+def test_a_config_that_says_nothing_sensible_is_refused(options: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        DistillLossConfig(**options)
+
+
+def test_the_sampled_objective_refuses_another_divergence() -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match="want objective reverse_kl"):
+        compute(case, OBJECTIVES["forward"], losses.sampled_reverse_kl)

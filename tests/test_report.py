@@ -1,0 +1,361 @@
+"""The report of fabricated rows: what it says, shows and refuses."""
+
+import base64
+import dataclasses
+import html.parser
+import io
+import itertools
+import json
+import math
+import pathlib
+import re
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mgsd_jax import metrics
+from mgsd_jax.envs import ENVS, frozenlake
+from mgsd_jax.envs.base import Reason
+from mgsd_jax.envs.rules import judge
+from mgsd_jax.report import boards, build_report, inputs, page, plots, words
+from mgsd_jax.summary import ERRORS, summarize
+
+LEVELS = {"frozenlake": (3, 4), "maze": (3,), "minibehaviour": (5,)}
+BOARDS = 6  # a task and level
+# How many of the BOARDS of each level are solved.
+SOLVED = {
+    ("base", "picture"): 1,
+    ("grounded", "picture"): 3,
+    ("distilled", "picture"): 5,
+    ("base", "text"): 6,
+    ("base", "blind"): 0,
+}
+LETTERS = {"up": "U", "down": "D", "left": "L", "right": "R", "pick": "PICK", "drop": "DROP"}
+
+
+def make_rows() -> list[dict[str, Any]]:
+    """Rows with real boards: the first plans are shortest ones, the rest stop one action short."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for task, levels in LEVELS.items():
+        env = ENVS[task]
+        for level, index in itertools.product(levels, range(BOARDS)):
+            state = env.generate(rng, level)
+            text = env.to_text(state, split="test", index=index, seed=0)
+            board = {"task": task, "level": level, "index": index, "task_text": text}
+            for (model, mode), solved in SOLVED.items():
+                plan = env.shortest_plan(state)
+                plan = plan if index < solved else plan[:-1]
+                response = f"<b>&</b> <answer>{' '.join(LETTERS[a] for a in plan)}</answer>"
+                rows.append(
+                    {"id": f"{model}-{mode}-{task}-{level}-{index}", "model": model, "mode": mode}
+                    | board
+                    | {
+                        "response": response,
+                        "outcome": dataclasses.asdict(judge(state, task, response)),
+                        "plan": list(plan),
+                        "truncated": False,
+                        "response_tokens": len(plan),
+                        "state_f1": 1.0,
+                        "state_exact": True,
+                        "plan_given_own_state": None,
+                    }
+                )
+            answers = {question.name: index % 2 == 0 for question in env.questions(state)}
+            asked = {"id": f"asked-{task}-{level}-{index}", "model": "base", "mode": "perception"}
+            rows.append(asked | board | {"response": "", "perception": answers})
+    return rows
+
+
+def write_folder(folder: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+    """Write an evaluation folder and the curves of a grounding run in it."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps(summarize(rows)))
+    writer = metrics.open_writer(folder / "grounding", is_main=True, tensorboard=False)
+    for step in range(1, 401):
+        loss = math.nan if step == 7 else 1 / step
+        writer.write(step, {"loss": loss, "grad_norm": 1.0, "kl/state": 0.1 * step})
+    writer.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_folder(tmp_path_factory.mktemp("report") / "evaluation", make_rows())
+
+
+@pytest.fixture(scope="module")
+def report(folder: pathlib.Path) -> pathlib.Path:
+    runs = {"grounding": folder / "grounding", "distillation": folder / "distillation"}
+    commands = ["python -m mgsd_jax.main --stage evaluate <config>"]
+    return build_report(folder, runs, folder / "out" / "r.html", title="A & B", commands=commands)
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects tags with their attributes, and holds that every tag is closed in order."""
+
+    VOID = frozenset({"meta", "line", "circle", "rect", "path", "polyline", "polygon"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def test_the_page_is_one_sound_file_that_loads_nothing(report: pathlib.Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert len(text) < 2_000_000
+    tags = Tags(text)
+    assert tags.stack == []
+    assert not tags.of("link") and not tags.of("img") and not tags.of("iframe")
+    for tag, attrs in tags.tags:
+        assert "src" not in attrs
+        assert (attrs.get("href") or "#").startswith(("#", "data:image/png;base64,")), tag
+    assert not re.findall(r"https?://|@import|url\(", text)
+    ids = {attrs["id"] for _, attrs in tags.tags if "id" in attrs}
+    assert {str(attrs["href"])[1:] for attrs in tags.of("a") + tags.of("use")} <= ids
+
+
+def test_every_picture_has_words_and_nothing_unescaped_comes_in(report: pathlib.Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    tags = Tags(text)
+    drawings = [attrs for attrs in tags.of("svg") if attrs.get("role") == "img"]
+    assert len(drawings) > 50 and all(attrs["aria-label"] for attrs in drawings)
+    for attrs in tags.of("svg"):
+        assert "role" in attrs or "aria-hidden" in attrs or "x" in attrs
+    assert "<title>A &amp; B</title>" in text and "&lt;config&gt;" in text
+    assert "&lt;b&gt;&amp;&lt;/b&gt;" in text and "<b>&</b>" not in text
+    assert "nan" not in re.sub(r"base64,[^\"]*|var\(--[a-z]+\)", "", text).lower().split()
+
+
+def test_headline_is_computed(report: pathlib.Path) -> None:
+    record = json.loads(report.with_suffix(".json").read_text())
+    assert record["order"] == "Distilled > grounded > base"
+    verdict = record["verdict"]
+    assert verdict.startswith("From the picture alone, the distilled model solves 83.3 %")
+    assert "33.3 points more than grounded at 50.0 %" in verdict
+    assert "80 %" in verdict and "gap to text input (83.3 points) is closed" in verdict
+    text = report.read_text(encoding="utf-8")
+    assert verdict in text.replace("&#x27;", "'")
+    assert verdict in report.with_suffix(".md").read_text()
+
+
+def test_every_level_has_its_number_and_interval_on_the_page(
+    folder: pathlib.Path, report: pathlib.Path
+) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    page_text = report.read_text(encoding="utf-8")
+    markdown = report.with_suffix(".md").read_text()
+    for model, mode in SOLVED:
+        for task, part in summary["models"][model][mode]["tasks"].items():
+            for level in part["levels"].values():
+                measure = level["success"]
+                number, limits = words.percent(measure["value"]), words.interval(measure)
+                assert f"{number}<small>{limits}" in page_text
+                assert f"| {number} ({limits}) |" in markdown
+            assert words.TASKS[task] in page_text
+
+
+def test_a_missing_curve_is_stated_and_values_that_are_not_finite_are_counted(
+    report: pathlib.Path,
+) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "No learning curve: distillation/metrics.jsonl of the distillation run was not" in text
+    assert "; 1 not finite<" in text
+    assert "distillation/metrics.jsonl" in report.with_suffix(".md").read_text()
+    stages = json.loads(report.with_suffix(".json").read_text())["stages"]
+    assert stages["distillation"]["missing"] and stages["grounding"]["missing"] is None
+    assert stages["grounding"]["curves"]["loss"]["not_finite"] == 1
+    assert len(stages["grounding"]["curves"]["loss"]["steps"]) <= 150
+
+
+def test_a_stage_without_a_run_is_stated(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = build_report(folder, {}, tmp_path / "r.html", title="t")
+    text = path.read_text(encoding="utf-8")
+    for stage in inputs.STAGES:
+        assert f"No learning curve: no {stage} run was given to this report." in text
+
+
+def test_the_same_input_gives_the_same_bytes(
+    folder: pathlib.Path, report: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    other = write_folder(tmp_path / "evaluation", [json.loads(row) for row in reversed(rows)])
+    runs = {"grounding": other / "grounding", "distillation": other / "distillation"}
+    commands = ["python -m mgsd_jax.main --stage evaluate <config>"]
+    path = build_report(other, runs, other / "r.html", title="A & B", commands=commands)
+    assert path.read_bytes() == report.read_bytes()
+
+
+def test_the_gallery_takes_each_kind_from_each_task_and_draws_every_model() -> None:
+    rows = make_rows()
+    picks = boards.choose(rows)
+    kinds = [(pick.board[0], pick.kind) for pick in picks]
+    for task in ENVS:
+        assert kinds.count((task, "fixed")) == boards.QUOTA["fixed"]
+        assert kinds.count((task, "failed")) == boards.QUOTA["failed"]
+        assert kinds.count((task, "solved")) == boards.QUOTA["solved"]
+    for pick in picks:
+        assert list(pick.rows) == ["base", "grounded", "distilled"]
+        before, after = (pick.rows[name]["outcome"]["success"] for name in pick.compared)
+        assert (pick.kind in ("solved", "broken")) == before
+        assert (pick.kind in ("solved", "fixed")) == after
+    text = boards.card(picks[0], 3)
+    assert text.count('href="#board3"') == 3 and text.count('id="board3"') == 1
+    assert "base fails, distilled solves it" in text
+    assert text.count('class="route good"') + text.count('class="route bad"') == 3
+
+
+def test_the_picture_in_the_page_is_the_board() -> None:
+    state = ENVS["maze"].generate(np.random.default_rng(0), 4)
+    picture = ENVS["maze"].render(state, boards.SIDE)
+    data = boards.png_uri(picture).removeprefix("data:image/png;base64,")
+    read = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    assert np.array_equal(np.asarray(read), picture)
+
+
+def test_lanes_keep_right_cut_no_corner_and_cross_over_to_turn_back() -> None:
+    # Down and back up: two lanes, 2 apart; then a left turn and a right turn, one corner each.
+    assert boards._lane((5, 5), [("down", (5, 15)), ("up", (5, 5))], 1) == [
+        *((4, 5), (4, 15), (6, 15), (6, 5)),
+    ]
+    assert boards._lane((5, 5), [("down", (5, 15)), ("right", (15, 15))], 1) == [
+        *((4, 5), (4, 16), (15, 16)),
+    ]
+    assert boards._lane((5, 5), [("down", (5, 15)), ("left", (-5, 15))], 1) == [
+        *((4, 5), (4, 14), (-5, 14)),
+    ]
+    assert boards._lane((5, 5), [], 1) == [(5, 5)]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "plan", "want"),
+    [
+        ("frozenlake", "SFF\nFHF\nFFG", "right down", "fell into a hole at action 2 of 2"),
+        ("frozenlake", "SFF\nFHF\nFFG", "down", "stopped short of the goal after 1 action"),
+        ("frozenlake", "SFF\nFHF\nFFG", "down down right right", "solved in 4 actions, the sh"),
+        ("frozenlake", "SFF\nFHF\nFFG", "up down down right right", "solved in 5 actions, not"),
+        ("frozenlake", "SFF\nFHF\nFFG", "jump", "a word that is no action"),
+    ],
+)
+def test_what_came_of_a_plan_in_words(task: str, text: str, plan: str, want: str) -> None:
+    state = frozenlake.FrozenLakeState(tuple(text.split()))
+    response = f"<answer>{plan}</answer>"
+    outcome = dataclasses.asdict(judge(state, task, response))
+    row = {"outcome": outcome, "plan": plan.split(), "truncated": False}
+    assert boards.outcome_words(row).startswith(want)
+
+
+def test_every_reason_and_error_has_words() -> None:
+    assert set(words.REASONS) == set(get_args(Reason))
+    assert set(words.ERRORS) == set(ERRORS)
+    assert set(words.TASKS) == set(ENVS)
+
+
+def verdict_of(solved: dict[tuple[str, str], int], n: int = 40) -> tuple[str, str]:
+    """(order, verdict) of an evaluation where the first so many of n boards are solved."""
+    rows = []
+    for (model, mode), count in solved.items():
+        for row in make_rows()[:1] * n:
+            index = sum(r["model"] == model and r["mode"] == mode for r in rows)
+            outcome = row["outcome"] | {"success": index < count}
+            rows.append(row | {"model": model, "mode": mode, "index": index, "outcome": outcome})
+    summary = summarize(rows)
+    return words.order(summary), words.verdict(summary)
+
+
+def test_the_verdict_says_when_nothing_is_clear_worse_or_unmeasured() -> None:
+    order, verdict = verdict_of({("base", "picture"): 20, ("distilled", "picture"): 21})
+    assert order == "Distilled ≈ base" and "not clearly different from base" in verdict
+    assert "the gap to text input was not measured" in verdict
+    order, verdict = verdict_of({("base", "picture"): 30, ("grounded", "picture"): 10})
+    assert order == "Grounded < base" and "50.0 points fewer than base" in verdict
+    assert "their own intervals do not overlap" in verdict
+    gap = {("base", "picture"): 20, ("base", "text"): 10, ("distilled", "picture"): 30}
+    assert "there is no gap to close" in verdict_of(gap)[1]
+    order, verdict = verdict_of({("base", "text"): 10})
+    assert "nothing to compare" in verdict
+
+
+def test_ticks_are_round_and_inside() -> None:
+    for low, high in ((0.0, 1.0), (-3.2, 8.9), (1e-7, 3e-7), (1000.0, 1001.0), (-5e6, 9e6)):
+        ticks = plots.nice_ticks(low, high)
+        assert 2 <= len(ticks) <= 6
+        assert all(low - 1e-9 * abs(low) <= tick <= high + 1e-9 * abs(high) for tick in ticks)
+
+
+def test_bins_keep_mean_and_extremes() -> None:
+    values = tuple(np.random.default_rng(0).normal(size=1000))
+    bins = plots.bin_curve(inputs.Curve("x", tuple(range(1000)), values, 0), 100)
+    assert len(bins) == 100
+    assert np.mean([mean for _, mean, _, _ in bins]) == pytest.approx(np.mean(values))
+    assert min(low for _, _, low, _ in bins) == min(values)
+    assert max(high for _, _, _, high in bins) == max(values)
+
+
+def test_curves_come_in_the_order_of_a_reader() -> None:
+    names = ("seconds/rollout", "lr", "grad_norm", "success/maze", "kl", "loss")
+    curves = [inputs.Curve(name, (1,), (1.0,), 0) for name in names]
+    found = [curve.name for curve in page.sort_curves(curves)]
+    assert found == ["loss", "kl", "success/maze", "grad_norm", "seconds/rollout", "lr"]
+
+
+def spoil_model(folder: pathlib.Path) -> None:
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    rows[0]["model"] = "mystery"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def spoil_count(folder: pathlib.Path) -> None:
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(lines[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "rows.jsonl").unlink(), r"rows\.jsonl: got no such file, want an eval"),
+        (lambda f: (f / "summary.json").unlink(), r"summary\.json: got no such file, want"),
+        (lambda f: (f / "rows.jsonl").write_text("\n"), r"rows\.jsonl: got no rows, want"),
+        (lambda f: (f / "rows.jsonl").write_text("{]\n"), r"rows\.jsonl, line 1: got .*JSON"),
+        (lambda f: (f / "summary.json").write_text("{}"), r"summary\.json: got keys \[\], want"),
+        (spoil_model, r"rows\.jsonl: got model 'mystery' .* want one of \['base', 'dist"),
+        (spoil_count, r"summary\.json: got rows by model and mode"),
+        (
+            lambda f: (f / "grounding" / "metrics.jsonl").write_text('{"loss": 1}\n'),
+            r"metrics\.jsonl, line 1: got",
+        ),
+    ],
+)
+def test_what_is_missing_or_wrong_is_one_clear_error(
+    tmp_path: pathlib.Path, spoil: Any, message: str
+) -> None:
+    folder = write_folder(tmp_path / "evaluation", make_rows())
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        build_report(folder, {"grounding": folder / "grounding"}, tmp_path / "r.html", title="t")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_path_that_is_no_html_is_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"got path .*report\.md'.* want one that ends in"):
+        build_report(folder, {}, tmp_path / "report.md", title="t")

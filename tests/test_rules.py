@@ -1,0 +1,364 @@
+"""The action parser, the standard rules, and the two public scorers row by row."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mgsd_jax.envs import ENVS, rules, splits
+
+ROOT = pathlib.Path(__file__).parents[1]
+SAMPLE = ROOT / "tests" / "data" / "scoring_sample.jsonl"
+REFERENCE = ROOT.parent / "shared" / "reference" / "scoring"
+MOVES = ("up", "down", "left", "right")
+
+
+def answer(text: str) -> str:
+    return f"The route is clear.\n<answer>{text}</answer>"
+
+
+def parse(text: str, task: str = "minibehaviour") -> tuple[str, ...] | None:
+    """The plan of an answer block, None where it has none."""
+    parsed = rules.parse_plan(answer(text), task)
+    return parsed.plan if parsed.parsed else None
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_row(row: dict[str, Any]) -> None:
+    arguments = (row["rules"], row["task"], row["task_text"], row["response"])
+    if "exception" in row["expected"]:
+        with pytest.raises(ValueError, match=row["expected"]["message"].strip("'")):
+            rules.score_text(*arguments)
+    else:
+        assert rules.score_text(*arguments) == row["expected"]
+
+
+@pytest.mark.parametrize("row", read_rows(SAMPLE))
+def test_public_scorers_are_reproduced_on_the_sample(row: dict[str, Any]) -> None:
+    check_row(row)
+
+
+@pytest.mark.parametrize("name", ["upstream_reward", "upstream_eval"])
+def test_public_scorers_are_reproduced_on_every_reference_row(name: str) -> None:
+    path = REFERENCE / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no {name}.jsonl beside the repository")
+    rows = read_rows(path)
+    assert len(rows) > 50
+    for row in rows:
+        check_row(row)
+
+
+# The parser.
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("left", ["L", "LEFT", "left", "Leftward", "LEFTWARDS", "←", "0"]),
+        ("down", ["D", "DOWN", "d", "downward", "DownWards", "↓", "1"]),
+        ("right", ["R", "RIGHT", "r", "RIGHTWARD", "rightwards", "→", "2"]),
+        ("up", ["U", "UP", "uP", "upward", "UPWARDS", "↑", "3"]),
+        ("pick", ["PICK", "Pick", "PICKUP", "pick_up", "PICK-UP", "Pick  Up", "pick\tup", "GRAB"]),
+        (
+            "drop",
+            ["DROP", "PUT", "place", "PUTDOWN", "PUT_DOWN", "Put-Down", "PUT DOWN", "put   down"],
+        ),
+    ],
+)
+def test_aliases_stand_for_one_action(action: str, words: list[str]) -> None:
+    for word in words:
+        assert parse(word) == (action,), word
+        assert parse(f"{word}, {word}") == (action, action), word
+
+
+@pytest.mark.parametrize(
+    "separator",
+    (
+        *(" ", "\n", "\t", ",", ", ", ";", "|", "/", ".", ">", "->", " -> ", "-", "_", "+"),
+        *("'", '", "', "`", "](", "}{", ")[", "\u00a0", "’ ‘", "“”"),
+    ),
+)
+def test_separators_stand_for_nothing(separator: str) -> None:
+    assert parse(separator.join("UDLR")) == MOVES
+    assert parse(separator.join(MOVES)) == MOVES
+    assert parse(f"{separator}U{separator}") == ("up",)
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("UUR", ("up", "up", "right")),
+        ("uuR", ("up", "up", "right")),
+        ("UU,R", ("up", "up", "right")),
+        ("332", ("up", "up", "right")),
+        ("↑↑→", ("up", "up", "right")),
+        ("U↑2", ("up", "up", "right")),
+        ("['U','U','R']", ("up", "up", "right")),
+        ("`UUR`.", ("up", "up", "right")),
+        ("go-by", None),
+        ("", ()),
+        (" \n ", ()),
+        ("PICK,UP", ("pick", "up")),
+        ("PICK\nUP", ("pick", "up")),
+        ("PICK UPWARD", ("pick", "up")),
+        ("PUT DOWNWARD", ("drop", "down")),
+        ("PICK-UP-U", ("pick", "up")),
+        ("R PICK UP LL PUT DOWN", ("right", "pick", "left", "left", "drop")),
+    ],
+)
+def test_plans_that_are_easily_misread(text: str, plan: tuple[str, ...] | None) -> None:
+    assert parse(text) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("U, 4, R", "4"),
+        ("U, STAY, R", "STAY"),
+        ("U，R", "，"),
+        ("**U**", "**"),
+        ("Plan: U", "Plan"),
+        ("U: R", ":"),
+        ("UURPICK", "UURPICK"),
+        ("UPUP", "UPUP"),
+        ("U, PICKED", "PICKED"),
+        ("LÉFT", "É"),
+        ("<b>U</b>", "<"),
+        ("U = R", "="),
+        ("no", "no"),
+    ],
+)
+def test_anything_else_makes_the_plan_fail(text: str, token: str) -> None:
+    parsed = rules.parse_plan(answer(text), "minibehaviour")
+    assert parsed == rules.ParsedPlan((), False, "invalid_token", token)
+
+
+@pytest.mark.parametrize("task", ["frozenlake", "maze"])
+def test_hands_are_invalid_tokens_where_there_is_nothing_to_pick(task: str) -> None:
+    for word in ("PICK", "put down", "GRAB"):
+        parsed = rules.parse_plan(answer(f"U, {word}, R"), task)
+        assert parsed == rules.ParsedPlan((), False, "invalid_token", word)
+
+
+@pytest.mark.parametrize(
+    ("response", "block"),
+    [
+        ("<answer>U</answer> or <answer> L </answer>", "L"),
+        ("<ANSWER>U</Answer>", "U"),
+        ("<answer>U</answer> then <answer>L", "U"),
+        ("<answer>U</answer></answer>", "U"),
+        ("I use <answer> tags: <answer>U</answer>", "U"),
+        ("<answer><answer>U</answer></answer>", "U"),
+        ("<answer>\nU\nL\n</answer>", "U\nL"),
+        ("<answer></answer>", ""),
+        ("<answer>U", None),
+        ("U</answer>", None),
+        ("</answer>U<answer>", None),
+        ("< answer>U</answer>", None),
+        ("UUR", None),
+        ("", None),
+    ],
+)
+def test_the_last_complete_block_counts(response: str, block: str | None) -> None:
+    assert rules.answer_block(response) == block
+
+
+def test_no_block_is_no_plan_unless_lenient() -> None:
+    assert rules.parse_plan("UUR", "maze") == rules.ParsedPlan((), False, "no_answer", None)
+    assert rules.parse_plan("UUR", "maze", lenient=True).plan == ("up", "up", "right")
+    assert rules.parse_plan("so UUR", "maze", lenient=True).invalid_token == "so"
+    assert rules.parse_plan("so <answer>UR</answer>", "maze", lenient=True).plan == ("up", "right")
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="task: got 'chess', want one of"):
+        rules.parse_plan("U", "chess")
+
+
+PIECES = st.sampled_from(
+    [
+        "<answer>",
+        "</answer>",
+        "<ANSWER>",
+        "U",
+        "R",
+        "LEFT",
+        "pick",
+        " up",
+        "->",
+        ",",
+        "4",
+        "é",
+        "\n",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    response=st.one_of(st.text(), st.lists(PIECES).map("".join)),
+    task=st.sampled_from(sorted(ENVS)),
+    lenient=st.booleans(),
+)
+def test_no_text_makes_the_parser_or_a_scorer_raise(
+    response: str, task: str, lenient: bool
+) -> None:
+    board, text = BOARDS[task]
+    parsed = rules.parse_plan(response, task, lenient=lenient)
+    outcome = rules.judge(board, task, response, lenient=lenient)
+    assert set(parsed.plan) <= set(ENVS[task].ACTIONS)
+    assert parsed.parsed == outcome.parsed == (parsed.reason is None)
+    if parsed.parsed:
+        assert outcome == ENVS[task].play(board, parsed.plan)
+    else:
+        assert parsed.plan == ()
+        assert outcome.reason == parsed.reason
+        assert not (outcome.success or outcome.optimal or outcome.legal)
+        assert (outcome.steps, outcome.progress) == (0, 0.0)
+    for name in ("upstream_reward", "upstream_eval"):
+        score = rules.score_text(name, task, text, response)
+        assert score["success"] in (0, 1)
+
+
+WORDS = {
+    "up": ["U", "up", "UPWARD", "↑", "3"],
+    "down": ["d", "Down", "downwards", "↓", "1"],
+    "left": ["L", "LEFT", "←", "0"],
+    "right": ["r", "RIGHTWARDS", "→", "2"],
+    "pick": ["PICK", "pick_up", "PICK-UP", "pick up", "GRAB"],
+    "drop": ["DROP", "PUT", "place", "put-down", "PUT DOWN"],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_plan_in_any_spelling_reads_back(data: st.DataObject) -> None:
+    plan = data.draw(st.lists(st.sampled_from(sorted(WORDS))))
+    words = [data.draw(st.sampled_from(WORDS[action])) for action in plan]
+    # A blank or hyphen between PICK and UP would be the one action PICK UP.
+    gaps = st.sampled_from([", ", "\n", ";", " | ", " -> ", "','", "/"])
+    text = "".join(word + data.draw(gaps) for word in words)
+    assert parse(text) == tuple(plan)
+
+
+@given(st.text("LRUDlrud", min_size=1))
+def test_a_run_of_letters_is_one_action_a_letter(text: str) -> None:
+    letters = {"l": "left", "r": "right", "u": "up", "d": "down"}
+    assert parse(text, "maze") == tuple(letters[letter] for letter in text.lower())
+
+
+def test_a_long_response_without_an_end_is_read_at_once() -> None:
+    """A pattern that backtracks would take minutes for each of these."""
+    for text in ("<answer>" * 4000, "<answer>" + " " * 60_000, "PICK " * 12_000, "UP-" * 20_000):
+        for name in ("standard", "upstream_reward", "upstream_eval"):
+            board_text = BOARDS["minibehaviour"][1]
+            rules.score_text(name, "minibehaviour", board_text, text)
+
+
+# Scores.
+
+
+def make_boards() -> dict[str, tuple[Any, str]]:
+    boards = {}
+    for task, env in ENVS.items():
+        state = splits.draw(task, 5, "train", seed=0, index=0)
+        boards[task] = (state, env.to_text(state, split="train", index=0, seed=0))
+    return boards
+
+
+BOARDS = make_boards()
+
+
+@pytest.mark.parametrize("task", sorted(ENVS))
+def test_standard_scores_are_the_outcome(task: str) -> None:
+    state, text = BOARDS[task]
+    plan = ENVS[task].shortest_plan(state)
+    score = rules.score_text("standard", task, text, answer(", ".join(plan)))
+    assert score["success"] and score["optimal"] and score["reason"] == "success"
+    assert score["steps"] == len(plan) and score["progress"] == 1.0
+    for response in (answer("U,U"), answer("U x"), "U", answer(",".join(plan[:-1]))):
+        outcome = rules.judge(state, task, response)
+        assert rules.score_text("standard", task, text, response) == dataclasses.asdict(outcome)
+
+
+@pytest.mark.parametrize("name", ["standard", "upstream_reward", "upstream_eval"])
+@pytest.mark.parametrize("task", sorted(ENVS))
+def test_the_task_may_be_in_any_case_or_left_to_the_text(name: str, task: str) -> None:
+    state, text = BOARDS[task]
+    response = answer(",".join(ENVS[task].shortest_plan(state)))
+    want = rules.score_text(name, task, text, response)
+    assert want["success"]
+    for spelled in (None, "", task.upper(), task.replace("viour", "vior").title()):
+        assert rules.score_text(name, spelled, text, response) == want
+
+
+def test_what_cannot_be_scored_is_refused_with_the_key() -> None:
+    _, text = BOARDS["maze"]
+    with pytest.raises(ValueError, match="rules: got 'ours', want one of"):
+        rules.score_text("ours", "maze", text, "")
+    for name in ("standard", "upstream_eval"):
+        with pytest.raises(ValueError, match="task: got 'chess'"):
+            rules.score_text(name, "chess", text, answer("U"))
+        with pytest.raises(ValueError, match="task: got ''"):
+            rules.score_text(name, None, "level=3\n", answer("U"))
+    assert rules.score_text("upstream_reward", "chess", text, answer("U"))["illegal_action"] == 1
+    without = "\n".join(line for line in text.splitlines() if not line.startswith("layout_json"))
+    for name in ("standard", "upstream_reward", "upstream_eval"):
+        with pytest.raises(ValueError, match="layout_json: got no such line"):
+            rules.score_text(name, "maze", without, answer("U"))
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "changed", "key"),
+    [
+        ("maze", "start_row=", "start_row=one", "start_row"),
+        ("maze", "layout_json=", "layout_json=[[{}]]", "layout_json"),
+        ("maze", "layout_json=", "layout_json=3", "layout_json"),
+        ("maze", "layout_json=", "layout_json=[", "layout_json"),
+        ("maze", "level=", "level=0", "level"),
+        ("minibehaviour", "table_pos=", "table_pos=[1, 2]", "table_pos"),
+        ("minibehaviour", "printer_col=", "printer=1", "printer_col"),
+        ("frozenlake", "map:", "map:\nFFFFF", "map"),
+    ],
+)
+def test_a_broken_board_names_its_key(task: str, line: str, changed: str, key: str) -> None:
+    lines = BOARDS[task][1].splitlines()
+    at = next(i for i, got in enumerate(lines) if got.startswith(line))
+    text = "\n".join([*lines[:at], changed, *(lines[at + 1 :] if key != "map" else [])])
+    with pytest.raises(ValueError, match=f"^{key}: got .*want"):
+        rules.score_text("upstream_reward", task, text, answer("U,U,L,D,R"))
+
+
+@pytest.mark.parametrize("task", sorted(ENVS))
+def test_the_public_reward_and_ours_agree_where_the_rules_do(task: str) -> None:
+    """Two simulators, one set of moves: on well-formed plans they must give the same result."""
+    env = ENVS[task]
+    rng = np.random.default_rng(0)
+    seen = set()
+    for index, _ in itertools.product(range(20), range(10)):
+        state = splits.draw(task, 4 + index % 3, "train", seed=0, index=index)
+        text = env.to_text(state, split="train", index=0, seed=0)
+        plan = [str(action) for action in rng.choice(env.ACTIONS, size=rng.integers(1, 9))]
+        good = env.random_shortest_plan(state, rng)
+        plan = [*good[: rng.integers(len(good) + 1)], *plan]
+        ours = rules.judge(state, task, answer(",".join(plan)))
+        reward = rules.score_text("upstream_reward", task, text, answer(",".join(plan)))
+        assert reward["success"] == ours.success
+        assert reward["illegal_action"] == (not ours.legal)
+        evaluation = rules.score_text("upstream_eval", task, text, answer(",".join(plan)))
+        if task != "frozenlake":  # where the evaluator fails a move off the board
+            assert evaluation["success"] == ours.success
+            assert evaluation["optimal_success"] == ours.optimal
+            assert evaluation["steps_executed"] == ours.steps
+        seen.add(ours.reason)
+    assert len(seen) >= 3

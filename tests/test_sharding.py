@@ -1,0 +1,299 @@
+"""Meshes, parameter rules and global batches, on one device and on eight virtual ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgsd_jax import sharding, tree
+from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.model import files, hf, lora, table
+from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
+
+CONFIG = tiny(num_hidden_layers=4, tie_word_embeddings=False)
+MESHES = [
+    {"data": 1, "fsdp": -1, "tensor": 1},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": -1, "fsdp": 1, "tensor": 1},
+    {"data": 1, "fsdp": 2, "tensor": 4},
+]
+eight = pytest.mark.usefixtures("eight_devices")
+
+
+@pytest.fixture
+def eight_devices() -> None:
+    if jax.device_count() != 8:
+        pytest.skip("runs in the test with eight devices")
+
+
+def released(
+    hidden: int, mlp: int, layers: int, heads: int, vision: tuple[int, int, int]
+) -> ModelConfig:
+    """A released size; `vision` is depth, width and MLP width. All share the vocabulary."""
+    text = TextConfig(151_936, hidden, mlp, layers, heads, 8, 128, 5e6)
+    depth, width, vision_mlp = vision
+    tower = VisionConfig(depth, width, vision_mlp, 16, hidden, (5, 11, 17))
+    return ModelConfig(text, tower, tie_word_embeddings=False)
+
+
+RELEASED = {
+    "2b": released(2048, 6144, 28, 16, (24, 1024, 4096)),
+    "4b": released(2560, 9728, 36, 32, (24, 1024, 4096)),
+    "8b": released(4096, 12_288, 36, 32, (27, 1152, 4304)),
+    "32b": released(5120, 25_600, 64, 64, (27, 1152, 4304)),
+}
+
+
+def random_params(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return tree.map_named(
+        lambda _, leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32),
+        table.abstract_params(CONFIG, "float32"),
+    )
+
+
+def batch(rows: int) -> Inputs:
+    lead = (rows, 2, 8)
+    rng = np.random.default_rng(0)
+    pictures = Pictures(
+        patches=rng.random((*lead, 12), np.float32),
+        valid=np.ones(lead, bool),
+        interp_index=np.zeros((*lead, 4), np.int32),
+        interp_weight=np.zeros((*lead, 4), np.float32),
+        coords=np.zeros((*lead, 2), np.int32),
+        slots=np.full((rows, 5), -1, np.int32),
+    )
+    tokens = np.arange(rows * 5, dtype=np.int32).reshape(rows, 5)
+    positions = np.stack([tokens, tokens + 1, tokens + 2])
+    return Inputs(tokens, positions, tokens > 3, np.arange(rows, dtype=np.int32), pictures)
+
+
+def test_everything_here_with_eight_devices() -> None:
+    if jax.device_count() == 8:
+        pytest.skip("this is the run with eight devices")
+    flags = "--xla_force_host_platform_device_count=8"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        run, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "1 skipped" in done.stdout  # this one: nothing else was
+
+
+def test_mesh_over_all_devices() -> None:
+    mesh = sharding.make_mesh()
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert dict(mesh.shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+    assert dict(sharding.make_mesh(devices=jax.devices()[:1]).shape)["fsdp"] == 1
+
+
+@eight
+@pytest.mark.parametrize("sizes", MESHES)
+def test_mesh_sizes(sizes: dict[str, int]) -> None:
+    shape = dict(sharding.make_mesh(**sizes).shape)
+    assert np.prod(list(shape.values())) == 8
+    assert all(shape[name] == size for name, size in sizes.items() if size != -1)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 3},
+        {"data": -1, "fsdp": -1},
+        {"data": 0},
+        {"tensor": 16},
+        {"data": -2},
+        {"data": 3, "fsdp": -1},
+    ],
+)
+def test_bad_mesh_sizes(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"mesh .*: want sizes of at least 1 that multiply to"):
+        sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_rules_cover_the_released_models(name: str) -> None:
+    """Every leaf has a rule, every kernel and table is split, and all sizes divide on 64 chips."""
+    mesh = jax.sharding.AbstractMesh((2, 8, 4), sharding.AXES)
+    params = table.abstract_params(RELEASED[name], "float32")
+    placed = dict(tree.named_leaves(sharding.param_shardings(params, mesh)))
+    for path, leaf in tree.named_leaves(params):
+        is_large = leaf.size > 1_000_000
+        is_split = "fsdp" in str(placed[path].spec)
+        assert is_split or not is_large, path
+    spec = lora.LoraSpec(16, 16.0, "")
+    adapters = jax.eval_shape(lambda: lora.init_adapters(params, spec, jax.random.key(0)))
+    sharding.param_shardings(adapters, mesh)
+
+
+def test_rules_split_the_right_axes() -> None:
+    mesh = sharding.make_mesh()
+    params = table.abstract_params(CONFIG, "float32")
+    spec = lora.LoraSpec(4, 8.0, "")
+    adapters = jax.eval_shape(lambda: lora.init_adapters(params, spec, jax.random.key(0)))
+    # trainers keep both under one roof: the rules hold below a prefix too
+    placed = dict(
+        tree.named_leaves(sharding.param_shardings({"params": params, "adapters": adapters}, mesh))
+    )
+    for path, want in {
+        "params/language/embed_tokens/embedding": P(("fsdp", "tensor")),
+        "params/lm_head/embedding": P(("fsdp", "tensor")),
+        "params/language/layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
+        "params/language/layers_deepstack/self_attn/o_proj/kernel": P(None, "tensor", "fsdp"),
+        "params/language/layers/mlp/down_proj/kernel": P(None, "tensor", "fsdp"),
+        "params/visual/blocks/attn/qkv/kernel": P(None, "fsdp", "tensor"),
+        "params/visual/blocks/attn/proj/kernel": P(None, "tensor", "fsdp"),
+        "params/visual/merger/linear_fc1/kernel": P("fsdp", "tensor"),
+        "params/visual/deepstack_mergers/linear_fc2/kernel": P(None, "tensor", "fsdp"),
+        "params/visual/patch_embed/kernel": P(None, "fsdp"),
+        "params/language/norm/scale": P(),
+        "adapters/language/layers/self_attn/q_proj/a": P(None, "fsdp"),
+        "adapters/language/layers/self_attn/q_proj/b": P(None, None, "fsdp"),
+        "adapters/language/layers/self_attn/q_proj/scale": P(),
+        "adapters/visual/merger/linear_fc1/a": P(),
+    }.items():
+        assert placed[path].spec == want, path
+
+
+def test_a_parameter_without_a_rule_is_an_error() -> None:
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match="no rule matches 'visual/novelty/kernel'"):
+        sharding.param_shardings({"visual": {"novelty": {"kernel": jnp.ones((2, 2))}}}, mesh)
+
+
+def test_sizes_that_do_not_divide_are_all_listed() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 8, 1), sharding.AXES)
+    params = {
+        "lm_head": {"embedding": jax.ShapeDtypeStruct((12, 8), jnp.float32)},
+        "visual": {"patch_embed": {"kernel": jax.ShapeDtypeStruct((8, 9), jnp.float32)}},
+        "language": {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}}},
+    }
+    with pytest.raises(ValueError, match="do not fit the mesh") as caught:
+        sharding.param_shardings(params, mesh)
+    for part in (
+        "lm_head/embedding: axis 0 of shape [12, 8]: got 12, want a multiple of 8",
+        "visual/patch_embed/kernel: axis 1 of shape [8, 9]: got 9, want a multiple of 8",
+        "language/layers/q_proj/kernel: got shape [8], want one to fit",
+    ):
+        assert part in str(caught.value)
+
+
+def test_global_batches_keep_their_values() -> None:
+    mesh = sharding.make_mesh()
+    host = batch(8)
+    got = sharding.to_global(host, mesh)
+    assert isinstance(got, Inputs)
+    jax.tree.map(np.testing.assert_array_equal, got, host)
+    assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(host)]
+    assert sharding.to_global(host._replace(pictures=None), mesh).pictures is None
+    assert sharding.to_global({"count": np.int32(3)}, mesh)["count"] == 3
+
+
+@eight
+@pytest.mark.parametrize("sizes", MESHES)
+def test_global_batches_split_their_rows(sizes: dict[str, int]) -> None:
+    mesh = sharding.make_mesh(**sizes)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    host = batch(8)
+    got = sharding.to_global(host, mesh)
+    jax.tree.map(np.testing.assert_array_equal, got, host)
+    for value, axis in ((got.tokens, 0), (got.positions, 1), (got.pictures.patches, 0)):
+        want = list(value.shape)
+        want[axis] //= parts
+        assert {shard.data.shape for shard in value.addressable_shards} == {tuple(want)}
+
+
+@eight
+def test_rows_that_do_not_divide() -> None:
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match=r"batch tokens: got 6 rows .* want a multiple of 8"):
+        sharding.to_global(batch(6), mesh)
+
+
+class Recorder:
+    """A safetensors file that counts the bytes that are read from it."""
+
+    def __init__(self, handle: Any, log: dict[str, int]) -> None:
+        self.handle, self.log = handle, log
+
+    def keys(self) -> Any:
+        return self.handle.keys()
+
+    def get_slice(self, name: str) -> Any:
+        part, log = self.handle.get_slice(name), self.log
+
+        class Slice:
+            get_shape, get_dtype = part.get_shape, part.get_dtype
+
+            def __getitem__(self, index: Any) -> np.ndarray:
+                value = part[index]
+                log[name] = log.get(name, 0) + value.nbytes
+                return value
+
+        return Slice()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    hf.save_params(random_params(), CONFIG, tmp_path, dtype="float32", max_shard_bytes=50_000)
+    return tmp_path
+
+
+@eight
+@pytest.mark.parametrize("sizes", MESHES)
+def test_loading_reads_each_byte_once_onto_its_shard(
+    sizes: dict[str, int], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: dict[str, int] = {}
+    open_tensors = files.open_tensors
+    monkeypatch.setattr(files, "open_tensors", lambda path: Recorder(open_tensors(path), log))
+    mesh = sharding.make_mesh(**sizes)
+    placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+    params = hf.load_params(saved, CONFIG, dtype="float32", shardings=placed)
+    jax.tree.map(np.testing.assert_array_equal, params, random_params())
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == placed
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    convolution = 4 * 96 * 32
+    # the flattened channels of the convolution cannot be sliced in the file
+    assert total <= sum(log.values()) <= total + 7 * convolution
+
+
+@eight
+@pytest.mark.parametrize("sizes", MESHES[:2])
+def test_saving_sharded_parameters(sizes: dict[str, int], saved: Path, tmp_path: Path) -> None:
+    mesh = sharding.make_mesh(**sizes)
+    placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+    params = jax.device_put(random_params(), placed)
+    hf.save_params(params, CONFIG, tmp_path / "out", dtype="float32", max_shard_bytes=50_000)
+    for file in sorted((tmp_path / "out").iterdir()):
+        assert file.read_bytes() == (saved / file.name).read_bytes()
+
+
+@eight
+def test_merging_keeps_the_sharding() -> None:
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params, spec = random_params(), lora.LoraSpec(4, 8.0, "")
+    adapters = tree.map_named(
+        lambda _, leaf: leaf + 0.1, lora.init_adapters(params, spec, jax.random.key(0))
+    )
+    want = lora.merge(params, adapters)
+    placed = sharding.param_shardings(params, mesh)
+    got = lora.merge(
+        jax.device_put(params, placed),
+        jax.device_put(adapters, sharding.param_shardings(adapters, mesh)),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+    for path, leaf in tree.named_leaves(got):
+        sharded = tree.get(placed, path)
+        assert isinstance(leaf.sharding, NamedSharding)
+        assert leaf.sharding.is_equivalent_to(sharded, leaf.ndim), path

@@ -1,0 +1,221 @@
+"""The summary's numbers, each against a second way to the same number."""
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgsd_jax import summary
+
+
+def make_row(
+    model: str = "base",
+    mode: str = "picture",
+    task: str = "maze",
+    level: int = 3,
+    index: int = 0,
+    success: bool = False,
+    **changes: Any,
+) -> dict[str, Any]:
+    """One fabricated row; `changes` go to the outcome where it has the key, else to the row."""
+    outcome = {
+        "success": success,
+        "optimal": success,
+        "parsed": True,
+        "legal": True,
+        "reason": "success" if success else "not_reached",
+        "steps": 3,
+        "progress": float(success),
+    }
+    row = {
+        "id": f"{model}/{mode}/{task}/{level}/{index}",
+        "model": model,
+        "mode": mode,
+        "task": task,
+        "level": level,
+        "index": index,
+        "task_text": f"{task} {level} {index}",
+        "response": "",
+        "outcome": outcome,
+        "plan": ["up"],
+        "truncated": False,
+        "response_tokens": 10,
+        "state_f1": 1.0,
+        "state_exact": True,
+        "plan_given_own_state": success,
+    }
+    for key, value in changes.items():
+        (outcome if key in outcome else row)[key] = value
+    return row
+
+
+def series(model: str, mode: str, successes: list[bool], **where: Any) -> list[dict[str, Any]]:
+    """Rows of one model, mode, task and level, one a board."""
+    return [make_row(model, mode, index=i, success=s, **where) for i, s in enumerate(successes)]
+
+
+def test_macro_balances_levels_and_tasks_and_upstream_does_not() -> None:
+    rows = series("base", "picture", [True] * 2, task="maze", level=3)
+    rows += series("base", "picture", [False] * 8, task="maze", level=4)
+    rows += series("base", "picture", [True, False], task="frozenlake", level=5)
+    part = summary.summarize(rows)["models"]["base"]["picture"]
+    assert part["macro"]["value"] == pytest.approx(((1 + 0) / 2 + 0.5) / 2)
+    assert part["macro_upstream"] == pytest.approx((2 / 10 + 1 / 2) / 2)
+    assert part["tasks"]["maze"]["success"]["value"] == pytest.approx(0.2)
+    assert part["tasks"]["maze"]["level_mean"]["value"] == pytest.approx(0.5)
+    assert part["tasks"]["maze"]["levels"]["4"]["n"] == part["macro"]["n"] - 4 == 8
+
+
+def test_wilson_interval_of_a_level() -> None:
+    rows = series("base", "picture", [True] * 2 + [False] * 8)
+    level = summary.summarize(rows)["models"]["base"]["picture"]["tasks"]["maze"]["levels"]["3"]
+    # The two roots of (p - 0.2)^2 = z^2 p (1 - p) / 10.
+    z2 = 1.959964**2
+    low, high = sorted(np.roots([1 + z2 / 10, -(0.4 + z2 / 10), 0.04]))
+    assert level["success"]["low"] == pytest.approx(low, abs=1e-6)
+    assert level["success"]["high"] == pytest.approx(high, abs=1e-6)
+
+
+def test_intervals_hold_their_value_and_stay_open_at_0_and_1() -> None:
+    for successes in ([False] * 20, [True] * 20, [True, False] * 10):
+        macro = summary.summarize(series("base", "picture", successes))["models"]["base"]
+        measure = macro["picture"]["macro"]
+        assert 0 <= measure["low"] <= measure["value"] <= measure["high"] <= 1
+        assert measure["high"] - measure["low"] > 0.1
+
+
+def test_every_answer_counts_under_one_error_and_they_add_up() -> None:
+    flags = (True, False)
+    rows = []
+    for success, optimal, parsed, legal, truncated in itertools.product(flags, repeat=5):
+        for exact in (True, False, None):
+            rows.append(
+                make_row(
+                    index=len(rows),
+                    success=success,
+                    optimal=optimal,
+                    parsed=parsed,
+                    legal=legal,
+                    truncated=truncated,
+                    state_exact=exact,
+                )
+            )
+    part = summary.summarize(rows)["models"]["base"]["picture"]
+    assert sum(part["errors"].values()) == part["n"] == len(rows)
+    assert set(part["errors"]) == set(summary.ERRORS)
+    assert all(part["errors"].values())
+    assert sum(part["reasons"].values()) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"success": True}, "success"),
+        ({"success": True, "optimal": False}, "not_optimal"),
+        ({"truncated": True, "parsed": False}, "truncated"),
+        ({"parsed": False, "state_exact": False}, "unparsed"),
+        ({"state_exact": False, "legal": False}, "wrong_state"),
+        ({"legal": False}, "illegal_plan"),
+        ({}, "not_successful"),
+        ({"state_exact": None, "legal": False}, "illegal_plan"),
+    ],
+)
+def test_error_of(changes: dict[str, Any], want: str) -> None:
+    assert summary.error_of(make_row(**changes)) == want
+
+
+def test_diagnostics_come_from_their_modes() -> None:
+    rows = series("base", "picture", [True, False, False, False])
+    rows[0]["state_f1"], rows[1]["state_f1"] = 0.5, None
+    rows[3]["plan_given_own_state"] = None
+    rows += series("base", "text", [True, True, True, False])
+    found = summary.summarize(rows)["diagnostics"]["base"]
+    assert found["e2e"]["value"] == pytest.approx(0.25)
+    assert found["plan_on_gt"]["value"] == pytest.approx(0.75)
+    assert (found["state_f1"]["value"], found["state_f1"]["n"]) == (pytest.approx(2.5 / 3), 3)
+    assert found["plan_given_own_state"]["value"] == pytest.approx(1 / 3)
+
+
+def test_gap_and_how_much_of_it_is_closed() -> None:
+    rows = series("base", "text", [True] * 80 + [False] * 20)
+    rows += series("base", "picture", [True] * 20 + [False] * 80)
+    rows += series("distilled", "picture", [True] * 50 + [False] * 50)
+    found = summary.summarize(rows)
+    assert found["modality_gap"]["base"]["value"] == pytest.approx(0.6)
+    assert found["modality_gap"]["distilled"] is None
+    assert found["gap_closed"]["value"] == pytest.approx(0.5)
+    assert 0.3 < found["gap_closed"]["low"] < 0.5 < found["gap_closed"]["high"] < 0.7
+    difference = found["differences"]["distilled - base"]
+    assert difference["value"] == pytest.approx(0.3) and difference["low"] > 0
+
+
+def test_a_paired_difference_is_tighter_than_an_unpaired_one() -> None:
+    base = [True] * 50 + [False] * 50
+    better = [True] * 60 + [False] * 40
+    worse_pairing = [False] * 40 + [True] * 60
+    widths = []
+    for successes in (better, worse_pairing):
+        rows = series("base", "picture", base) + series("distilled", "picture", successes)
+        found = summary.summarize(rows)["differences"]["distilled - base"]
+        assert found["value"] == pytest.approx(0.1)
+        widths.append(found["high"] - found["low"])
+    assert widths[0] < widths[1] / 2
+
+
+def test_no_gap_has_no_share_closed() -> None:
+    rows = series("base", "text", [True, False] * 10) + series(
+        "base", "picture", [True, False] * 10
+    )
+    rows += series("distilled", "picture", [True] * 20)
+    assert summary.summarize(rows)["gap_closed"]["value"] is None
+
+
+def test_perception_by_question() -> None:
+    rows = []
+    for index, (size, player) in enumerate([(True, True), (True, False), (False, False)]):
+        row = make_row("base", "perception", index=index)
+        del row["outcome"]
+        rows.append(row | {"perception": {"size": size, "player": player}})
+    part = summary.summarize(rows)["models"]["base"]["perception"]
+    questions = part["tasks"]["maze"]["questions"]
+    assert questions["size"]["value"] == pytest.approx(2 / 3)
+    assert questions["player"]["value"] == pytest.approx(1 / 3)
+    assert part["macro"]["value"] == pytest.approx(0.5)
+    assert part["all_right"]["value"] == pytest.approx(1 / 3)
+
+
+def test_the_summary_is_plain_json_and_independent_of_the_order_of_rows() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for model, mode in itertools.product(("distilled", "base", "extra"), ("picture", "text")):
+        for task, level in itertools.product(("maze", "frozenlake"), (3, 10)):
+            found = [bool(s) for s in rng.random(12) < 0.5]
+            rows += series(model, mode, found, task=task, level=level)
+    made = summary.summarize(rows)
+    assert list(made["models"]) == ["base", "distilled", "extra"]
+    assert list(made["models"]["base"]["text"]["tasks"]["maze"]["levels"]) == ["3", "10"]
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    shuffled = summary.summarize([rows[i] for i in rng.permutation(len(rows))])
+    assert json.dumps(shuffled) == json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows.clear(), "rows.jsonl: got no rows, want"),
+        (lambda rows: rows[1].pop("plan"), r"row 2 \(base.*want \['plan'\]"),
+        (lambda rows: rows[1]["outcome"].pop("legal"), r"row 2 .*outcome.*want \['legal'\]"),
+        (lambda rows: rows[0].update(mode="sound"), "got mode 'sound', want one of"),
+        (lambda rows: rows[0].update(task="chess"), "got task 'chess', want one of"),
+        (lambda rows: rows.append(rows[0]), "row 3 .* twice, want it once"),
+        (lambda rows: rows.append(make_row("grounded", task_text="?")), "two boards named"),
+        (lambda rows: rows[0].update(mode="perception"), r"want \['perception'\]"),
+    ],
+)
+def test_bad_rows_raise_with_file_got_and_want(spoil: Any, message: str) -> None:
+    rows = series("base", "picture", [True, False])
+    spoil(rows)
+    with pytest.raises(ValueError, match=message):
+        summary.summarize(rows, source="rows.jsonl")

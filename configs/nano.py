@@ -12,7 +12,8 @@ from mgsd_jax import config as c
 BASE = str(pathlib.Path(c.__file__).parent / "assets" / "nano_base")
 
 BOARDS = (
-    c.LevelSet("frozenlake", levels=(3, 4), train=1000, val=48, test=100),
+    c.LevelSet("frozenlake", levels=(3,), train=900, val=48, test=100),  # 1,218 exist in all
+    c.LevelSet("frozenlake", levels=(4,), train=1500, val=48, test=100),
     c.LevelSet("maze", levels=(3,), train=2000, val=96, test=200),
     c.LevelSet("minibehaviour", levels=(5,), train=1500, val=96, test=200),
 )
@@ -26,7 +27,7 @@ def get_config() -> c.Config:
             boards=BOARDS,
             picture_size=0,
             cell_pixels=32,
-            prompt_buckets=(40,),
+            prompt_buckets=(44,),
             teacher_buckets=(44,),
             sequence_buckets=(98,),
             patch_buckets=(100,),

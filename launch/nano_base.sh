@@ -7,6 +7,10 @@ install_package "${EXTRAS:-}"
 
 WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR}
 mkdir -p "$WORKDIR"
-for stage in init grounding export; do
-  "$VENV/bin/python" -m mgsd_jax.main --stage="$stage" --config=configs/nano_base.py --workdir="$WORKDIR"
-done
+run() {
+  "$VENV/bin/python" -m mgsd_jax.main --config="configs/$1.py" "${@:2}"
+}
+run nano_base --stage=init --workdir="$WORKDIR"
+run nano_base --stage=grounding --workdir="$WORKDIR/text" --set model.path="$WORKDIR/init"
+run nano_sight --stage=grounding --workdir="$WORKDIR"
+run nano_sight --stage=export --workdir="$WORKDIR"

@@ -57,9 +57,13 @@ def _fused(spec: FusedLoss, *arrays: Any) -> tuple[jax.Array, Any]:
 
 def _fused_forward(spec: FusedLoss, hidden: Any, head: Any, *others: Any) -> tuple[Any, Any]:
     wanted = (hidden.perturbed, head.perturbed and spec.train_head)
-    others = jax.tree.map(lambda x: x.value, others, is_leaf=lambda x: hasattr(x, "perturbed"))
+    others = jax.tree.map(lambda x: x.value, others, is_leaf=_is_primal)
     loss, stats, gradients = _run(spec, wanted, hidden.value, head.value, *others)
     return (loss, stats), gradients
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def _fused_backward(_: FusedLoss, gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -131,10 +135,12 @@ def _over_packed_chunks(
     total = counted.shape[0]
     chunk = min(token_chunk, total)
     slots = -(-total // chunk) * chunk
-    counted_rows = jnp.nonzero(counted, size=slots, fill_value=total)[0]
+    # Where each row goes, and, of each slot, which row it holds; out of range where none.
+    place = jnp.where(counted, jnp.cumsum(counted) - 1, slots)
+    held = jnp.full(slots, total).at[place].set(jnp.arange(total), mode="drop")
 
     def pick(start: jax.Array) -> Any:
-        index = jax.lax.dynamic_slice_in_dim(counted_rows, start, chunk)
+        index = jax.lax.dynamic_slice_in_dim(held, start, chunk)
         return jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
 
     def body(i: jax.Array, state: Any) -> Any:
@@ -147,7 +153,6 @@ def _over_packed_chunks(
     packed = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape[1:]), s.dtype), shapes)
     trips = (jnp.sum(counted) + chunk - 1) // chunk
     carry, packed = jax.lax.fori_loop(0, trips, body, (carry, packed))
-    place = jnp.where(counted, jnp.cumsum(counted) - 1, slots)
     return carry, jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), packed)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import prompts as prompts_lib
+from mgsd_jax import tree
 from mgsd_jax.config import Config, NanoConfig
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model import hf
@@ -67,10 +68,28 @@ def run(config: Config, workdir: str) -> None:
     written = hf_config(config.nano, tokenizer)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     model_config = ModelConfig.from_hf(written, source=str(folder / "config.json"))
-    params = init_params(model_config, jax.random.key(config.seed))
+    params = widen_vision(init_params(model_config, jax.random.key(config.seed)))
     hf.save_params(params, model_config, folder, dtype="float32")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     logging.info("%s: %d parameters, %d tokens", folder, count, len(tokenizer))
+
+
+def widen_vision(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with a vision tower that starts at full signal strength.
+
+    A deviation of 0.02 suits widths in the thousands. At a width of 96 it nearly silences every
+    layer and the position table, and hundreds of steps would go by before the tower sees anything:
+    kernels get 1 / sqrt(inputs) instead, the table 0.5 (patches come out at about 1).
+    """
+
+    def scaled(path: str, leaf: jax.Array) -> jax.Array:
+        if path == "visual/pos_embed/embedding":
+            return leaf * (0.5 / 0.02)
+        if path.startswith("visual/") and path.endswith("/kernel"):
+            return leaf * (leaf.shape[-2] ** -0.5 / 0.02)
+        return leaf
+
+    return tree.map_named(scaled, params)
 
 
 def constant_text() -> list[str]:

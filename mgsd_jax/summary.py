@@ -8,12 +8,12 @@ levels are strings, nothing is NaN.
 """
 
 import collections
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from mgsd_jax import stats
 from mgsd_jax.envs import ENVS
 
 Row = Mapping[str, Any]
@@ -32,7 +32,6 @@ ERRORS = (
     "illegal_plan",
     "not_successful",
 )
-_DRAWS, _TAIL = 4000, 0.025  # of the bootstrap
 _ROW_KEYS = ("id", "model", "mode", "task", "level", "index", "task_text", "response")
 _PLAN_KEYS = ("outcome", "plan", "truncated", "response_tokens", "state_f1", "state_exact")
 _OUTCOME_KEYS = ("success", "optimal", "parsed", "legal", "reason", "steps", "progress")
@@ -265,41 +264,46 @@ def _by_level(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
 
 
 def _rate(rows: Sequence[Row], get: Getter) -> Measure:
-    values = [float(value) for value in map(get, rows) if value is not None]
+    values = _values(rows, get)
     if not values:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    low, high = _wilson(sum(values), len(values))
+        return _measure(None)
+    low, high = stats.wilson(sum(values), len(values))
     return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
 
 
 def _balanced(rows: Sequence[Row], get: Getter) -> Measure:
-    tasks = []
-    for _, part in _by_task(rows):
-        rates = [_rate(some, get) for _, some in _by_level(part)]
-        tasks.append([rate for rate in rates if rate["n"]])
-    tasks = [rates for rates in tasks if rates]
-    cells = [(rate, 1 / len(tasks) / len(rates)) for rates in tasks for rate in rates]
-    if not cells:
+    strata = {
+        task: {level: _values(some, get) for level, some in _by_level(part)}
+        for task, part in _by_task(rows)
+    }
+    strata = {
+        task: {level: values for level, values in levels.items() if values}
+        for task, levels in strata.items()
+        if any(levels.values())
+    }
+    return _measure(stats.macro_mean(strata)) if strata else _measure(None)
+
+
+def _values(rows: Sequence[Row], get: Getter) -> list[float]:
+    return [float(value) for value in map(get, rows) if value is not None]
+
+
+def _measure(estimate: stats.Estimate | stats.Difference | None) -> Measure:
+    """An estimate as JSON: what is not defined is None, not NaN."""
+    if estimate is None:
         return {"value": None, "low": None, "high": None, "n": 0}
-    # The intervals of independent cells add up in squares, each side on its own.
-    value = sum(weight * rate["value"] for rate, weight in cells)
-    below = sum((weight * (rate["value"] - rate["low"])) ** 2 for rate, weight in cells)
-    above = sum((weight * (rate["high"] - rate["value"])) ** 2 for rate, weight in cells)
-    n = sum(rate["n"] for rate, _ in cells)
-    return {"value": value, "low": value - below**0.5, "high": value + above**0.5, "n": n}
+    limits = {key: getattr(estimate, key) for key in ("value", "low", "high")}
+    return {k: None if math.isnan(v) else v for k, v in limits.items()} | {"n": estimate.n}
 
 
-def _wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+# Comparisons of success on the boards that all sides were asked.
 
 
 def _difference(rows: Sequence[Row] | None, others: Sequence[Row] | None) -> Measure | None:
     if rows is None or others is None:
         return None
-    return _paired((rows, others), lambda mine, other: mine - other)
+    mine, theirs = _paired(rows, others)
+    return _measure(stats.paired_difference(mine, theirs) if mine else None)
 
 
 def _gap_closed(groups: Mapping[str, Mapping[str, Sequence[Row]]], name: str) -> Measure | None:
@@ -308,42 +312,20 @@ def _gap_closed(groups: Mapping[str, Mapping[str, Sequence[Row]]], name: str) ->
         return None
     if "picture" not in groups[name]:
         return None
-    parts = (groups["base"]["text"], groups["base"]["picture"], groups[name]["picture"])
-
-    def share(text: np.ndarray, base: np.ndarray, model: np.ndarray) -> np.ndarray:
-        gap = np.where(text > base, text - base, np.nan)
-        return (model - base) / gap
-
-    return _paired(parts, share)
+    sides = (groups["base"]["picture"], groups["base"]["text"], groups[name]["picture"])
+    base, text, model = _paired(*sides)
+    return _measure(stats.gap_closed(base, text, model) if base else None)
 
 
-def _paired(parts: Sequence[Sequence[Row]], combine: Callable[..., np.ndarray]) -> Measure:
-    """`combine` of the level-balanced success of k parts on the boards that all of them share.
-
-    The interval is of a bootstrap over the boards of each task and level, drawn for all parts
-    together. Where `combine` is not defined (NaN), so is the value, and where it is not for more
-    than the tail of the draws, so are the limits.
-    """
-    tables = [{board_of(row): bool(row["outcome"]["success"]) for row in part} for part in parts]
-    shared = set.intersection(*(set(table) for table in tables))
-    # Boards with the same outcomes are drawn together: there are at most 2^k kinds of them.
-    cells: dict[tuple[str, int], collections.Counter[tuple[bool, ...]]] = {}
-    for board in sorted(shared):
-        kinds = cells.setdefault(board[:2], collections.Counter())
-        kinds[tuple(table[board] for table in tables)] += 1
-    tasks = collections.Counter(task for task, _ in cells)
-    rng = np.random.default_rng(0)
-    means, draws = np.full(len(parts), 0.0 if cells else np.nan), np.zeros((_DRAWS, len(parts)))
-    for (task, _), kinds in cells.items():
-        outcomes, counts = np.array(sorted(kinds), float), [kinds[kind] for kind in sorted(kinds)]
-        weight = 1 / len(tasks) / tasks[task]
-        shares = np.array(counts) / sum(counts)
-        means += weight * shares @ outcomes
-        draws += weight * rng.multinomial(sum(counts), shares, _DRAWS) / sum(counts) @ outcomes
-    value, samples = float(combine(*means)), combine(*draws.T)
-    if np.isnan(value):
-        return {"value": None, "low": None, "high": None, "n": len(shared)}
-    low = high = None
-    if np.isnan(samples).mean() <= _TAIL:
-        low, high = map(float, np.nanquantile(samples, [_TAIL, 1 - _TAIL]))
-    return {"value": value, "low": low, "high": high, "n": len(shared)}
+def _paired(*sides: Sequence[Row]) -> list[dict[str, dict[int, list[float]]]]:
+    """Success by task and level of each side, on the boards that all share, in one order."""
+    tables = [{board_of(row): float(row["outcome"]["success"]) for row in rows} for rows in sides]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    paired = []
+    for table in tables:
+        strata: dict[str, dict[int, list[float]]] = {}
+        for task, level, index in shared:
+            values = strata.setdefault(task, {}).setdefault(level, [])
+            values.append(table[task, level, index])
+        paired.append(strata)
+    return paired

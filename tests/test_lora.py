@@ -1,6 +1,5 @@
 """Low-rank adapters: the no-op at the start, merging, PEFT's folders in both directions."""
 
-import functools
 import json
 import math
 import re
@@ -47,14 +46,15 @@ def inputs(rows: list[Row]) -> Inputs:
     return to_inputs(CONFIG, rows, side="left")
 
 
-# compiling is most of what these tests cost, and the tiny model needs no optimizing
-@functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
-def our_logits(config: ModelConfig, params: dict, adapters: dict | None, inputs: Inputs) -> Any:
+def model_logits(config: ModelConfig, params: dict, adapters: dict | None, inputs: Inputs) -> Any:
     variables = {"params": params} if adapters is None else {"params": params, "adapters": adapters}
     hidden = Qwen3VL(config).apply(variables, inputs, method="hidden")
     return logits(hidden, head(params))
+
+
+# compiling is most of what these tests cost, and the tiny model needs no optimizing
+FAST = {"xla_backend_optimization_level": 0}
+our_logits = jax.jit(model_logits, static_argnums=0, compiler_options=FAST)
 
 
 def spec_of(name: str, rank: int = 3, alpha: float = 6.0) -> LoraSpec:
@@ -156,9 +156,9 @@ def test_scale_is_not_trained(params: dict, inputs: Inputs) -> None:
     assert_same_tree(lora.with_scale(trained, spec), adapters)
 
     def loss(trained: dict) -> jax.Array:
-        return our_logits(CONFIG, params, lora.with_scale(trained, spec), inputs).sum()
+        return model_logits(CONFIG, params, lora.with_scale(trained, spec), inputs).sum()
 
-    gradient = jax.grad(loss)(trained)
+    gradient = jax.jit(jax.grad(loss), compiler_options=FAST)(trained)
     assert jax.tree.structure(gradient) == jax.tree.structure(trained)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 

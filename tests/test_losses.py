@@ -50,13 +50,24 @@ def make_case(
     return Case(*(jnp.asarray(a, jnp.float32) for a in arrays), jnp.asarray(targets))
 
 
-def logits_case(student: Any, teacher: Any, targets: Any = None, weights: Any = None) -> Case:
-    """The case whose logits are these [N, V]: the heads are identities."""
-    student, teacher = jnp.atleast_2d(jnp.float32(student)), jnp.atleast_2d(jnp.float32(teacher))
+def logits_case(student: Any, teacher: Any, targets: Any = 0, weights: Any = 1.0) -> Case:
+    """The case whose logits are these [N, V]: the heads are identities.
+
+    It is filled up to 5 tokens of weight 0 and 32 words of no probability, so that most cases are
+    one shape and need compiling once.
+    """
+    student, teacher = np.atleast_2d(student), np.atleast_2d(teacher)
     tokens, vocabulary = student.shape
-    weights = jnp.ones(tokens) if weights is None else jnp.float32(weights)
-    targets = jnp.zeros(tokens, jnp.int32) if targets is None else jnp.int32(targets)
-    return Case(student, jnp.eye(vocabulary), teacher, jnp.eye(vocabulary), weights, targets)
+    widths = [(0, max(5 - tokens, 0)), (0, max(32 - vocabulary, 0))]
+
+    def fill(values: Any, value: float) -> Any:
+        return np.pad(np.broadcast_to(values, tokens), widths[0], constant_values=value)
+
+    logits = [jnp.float32(np.pad(z, widths, constant_values=-2e4)) for z in (student, teacher)]
+    head = jnp.eye(logits[0].shape[1])
+    return Case(
+        logits[0], head, logits[1], head, jnp.float32(fill(weights, 0)), jnp.int32(fill(targets, 0))
+    )
 
 
 @functools.cache
@@ -230,7 +241,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(name: str) -
 
 def test_a_constant_added_to_all_logits_changes_nothing() -> None:
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 5, 40)).astype(np.float32) * 4
+    student, teacher = rng.normal(size=(2, 5, 32)).astype(np.float32) * 4
     plain = compute(logits_case(student, teacher), REVERSE)
     shifted = compute(logits_case(student + 16.0, teacher - 8.0), REVERSE)
     np.testing.assert_allclose(plain[0], shifted[0], rtol=1e-5)
@@ -240,21 +251,22 @@ def test_a_constant_added_to_all_logits_changes_nothing() -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_in_the_logits_sum_to_zero(name: str) -> None:
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 5, 300)).astype(np.float32) * 4
-    d_logits = compute(logits_case(student, teacher), OBJECTIVES[name])[2]
-    # float32 knows the mean log-ratio, about a nat, to 1e-6.
-    assert np.abs(np.float64(d_logits).sum(-1)).max() < 1e-6
+    student, teacher = rng.normal(size=(2, 5, 32)) * 4
+    _, stats, d_logits, _ = compute(logits_case(student, teacher), OBJECTIVES[name])
+    # What float32 leaves is the rounding of the mean log-ratio, as large as the divergence.
+    unit = np.abs(d_logits).sum(-1) + stats.kl / OBJECTIVES[name].loss_temperature
+    assert (np.abs(np.float64(d_logits).sum(-1)) < 1e-6 * unit).all()
 
 
 def test_the_sampled_gradient_is_the_exact_one_in_expectation() -> None:
     """Every token of the vocabulary as the sample, weighted with its probability."""
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 30)).astype(np.float32) * 2
+    student, teacher = rng.normal(size=(2, 32)).astype(np.float32) * 2
     exact = compute(logits_case(student, teacher), REVERSE)
     copies = logits_case(
-        np.tile(student, (30, 1)),
-        np.tile(teacher, (30, 1)),
-        targets=np.arange(30),
+        np.tile(student, (32, 1)),
+        np.tile(teacher, (32, 1)),
+        targets=np.arange(32),
         weights=np.exp(log_softmax64(np.float64(student))),
     )
     sampled = compute(copies, REVERSE, losses.sampled_reverse_kl)
@@ -264,13 +276,13 @@ def test_the_sampled_gradient_is_the_exact_one_in_expectation() -> None:
 
 def test_the_mean_of_many_samples_points_where_the_exact_gradient_does() -> None:
     rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 16)).astype(np.float32)
+    student, teacher = rng.normal(size=(2, 32)).astype(np.float32)
     number = 4096
     probs = np.exp(log_softmax64(np.float64(student)))
     copies = logits_case(
         np.tile(student, (number, 1)),
         np.tile(teacher, (number, 1)),
-        targets=rng.choice(16, number, p=probs / probs.sum()),
+        targets=rng.choice(32, number, p=probs / probs.sum()),
         weights=np.full(number, 1 / number),
     )
     mean = compute(copies, DistillLossConfig(), losses.sampled_reverse_kl)[2].sum(0)
@@ -314,8 +326,8 @@ def test_policy_clip_cases(ratio: float, better: bool) -> None:
     """PPO with clips 0.2, 0.3 and 3: where the gradient stops, and what the loss is there."""
     student, teacher = np.log([0.3, 0.7]), np.log([0.6, 0.4] if better else [0.1, 0.9])
     advantage = np.log(2.0) if better else np.log(1 / 3)
-    case = logits_case(student, teacher, targets=[0])
-    old = jnp.float32(np.log([0.3 / ratio]))
+    case = logits_case(student, teacher, targets=0)
+    old = jnp.full(5, jnp.log(0.3 / ratio))
     value, stats, d_logits, _ = compute(
         case, REVERSE, losses.sampled_reverse_kl, clip=PolicyClip(), old_logprobs=old
     )
@@ -325,7 +337,7 @@ def test_policy_clip_cases(ratio: float, better: bool) -> None:
     assert value == pytest.approx(-advantage * effective, rel=1e-5)
     assert stats.clipped[0] == is_clipped
     want = np.zeros(2) if is_clipped else -advantage * ratio * np.array([0.7, -0.7])
-    np.testing.assert_allclose(d_logits[0], want, atol=1e-6)
+    np.testing.assert_allclose(d_logits[0, :2], want, atol=1e-6)
 
 
 def test_clips_are_inert_on_the_weights_that_sampled() -> None:
@@ -343,7 +355,7 @@ def test_advantage_clip_bounds_the_slope() -> None:
     )
     assert value == pytest.approx(2.0)
     assert stats.clipped[0] == 1
-    np.testing.assert_allclose(d_logits[0], [1.4, -1.4], rtol=1e-5)
+    np.testing.assert_allclose(d_logits[0, :2], [1.4, -1.4], rtol=1e-5)
 
 
 def test_both_objectives_report_the_same_statistics() -> None:
@@ -356,17 +368,17 @@ def test_both_objectives_report_the_same_statistics() -> None:
 
 
 @pytest.mark.parametrize("loss", [losses.reverse_kl, losses.sampled_reverse_kl])
-@pytest.mark.parametrize("token_chunk", [1, 8, 64])
+@pytest.mark.parametrize("token_chunk", [1, 8])
 def test_the_chunk_changes_nothing(loss: Any, token_chunk: int) -> None:
-    case = make_case(tokens=50)
-    want = compute(case, DistillLossConfig(token_chunk=50), loss)
+    case = make_case()
+    want = compute(case, DistillLossConfig(token_chunk=21), loss)
     got = compute(case, DistillLossConfig(token_chunk=token_chunk), loss)
     assert_close(got, want)
 
 
 def test_the_order_of_tokens_changes_nothing() -> None:
-    case = make_case(tokens=50)
-    order = np.random.default_rng(0).permutation(50)
+    case = make_case()
+    order = np.random.default_rng(0).permutation(21)
     shuffled = Case(*(a if i in (1, 3) else a[order] for i, a in enumerate(case)))
     value, stats, d_hidden, d_head = compute(case, REVERSE)
     back = compute(shuffled, REVERSE)
@@ -375,19 +387,19 @@ def test_the_order_of_tokens_changes_nothing() -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    case = make_case(tokens=20)
+    case = make_case()
     padded = pad(case, 37, fill=np.nan)
     value, stats, d_hidden, d_head = compute(padded, REVERSE)
-    got = (value, jax.tree.map(lambda x: x[:20], stats), d_hidden[:20], d_head)
+    got = (value, jax.tree.map(lambda x: x[:21], stats), d_hidden[:21], d_head)
     assert_close(got, compute(case, REVERSE))
-    np.testing.assert_array_equal(d_hidden[20:], 0)
+    np.testing.assert_array_equal(d_hidden[21:], 0)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
-    case = make_case(tokens=40)
+    case = make_case()
     parts = [
-        compute(Case(*(a if i in (1, 3) else a[s : s + 10] for i, a in enumerate(case))), REVERSE)
-        for s in range(0, 40, 10)
+        compute(Case(*(a if i in (1, 3) else a[s : s + 7] for i, a in enumerate(case))), REVERSE)
+        for s in range(0, 21, 7)
     ]
     value, _, d_hidden, d_head = compute(case, REVERSE)
     np.testing.assert_allclose(sum(p[0] for p in parts), value, rtol=1e-5)
@@ -499,17 +511,8 @@ def test_valid_rows_of_weight_zero_are_measured_but_not_trained() -> None:
     assert_close((value, d_hidden, d_head), (want[0], want[2], want[3]))
 
 
-@pytest.mark.parametrize(
-    ("name", "loss"),
-    [
-        ("reverse", losses.reverse_kl),
-        ("forward", losses.reverse_kl),
-        ("jsd", losses.reverse_kl),
-        ("reverse", losses.sampled_reverse_kl),
-    ],
-)
-def test_a_vocab_mask_is_a_smaller_vocabulary(name: str, loss: Any) -> None:
-    config = OBJECTIVES[name]
+@pytest.mark.parametrize("loss", [losses.reverse_kl, losses.sampled_reverse_kl])
+def test_a_vocab_mask_is_a_smaller_vocabulary(loss: Any) -> None:
     case = make_case()
     allowed = np.arange(97) % 5 != 0
     smaller = case._replace(head=case.head[allowed], teacher_head=case.teacher_head[allowed])
@@ -517,9 +520,9 @@ def test_a_vocab_mask_is_a_smaller_vocabulary(name: str, loss: Any) -> None:
     targets = jnp.where(allowed[case.targets], case.targets, 1)
     smaller = smaller._replace(targets=jnp.int32(places[targets]))
     value, stats, d_hidden, d_head = compute(
-        case._replace(targets=targets), config, loss, vocab_mask=jnp.asarray(allowed)
+        case._replace(targets=targets), REVERSE, loss, vocab_mask=jnp.asarray(allowed)
     )
-    want = compute(smaller, config, loss)
+    want = compute(smaller, REVERSE, loss)
     assert_close((value, stats, d_hidden, d_head[allowed]), want)
     np.testing.assert_array_equal(d_head[~allowed], 0)
 
@@ -529,28 +532,31 @@ def test_a_vocab_mask_is_a_smaller_vocabulary(name: str, loss: Any) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_extreme_logits_stay_exact(name: str) -> None:
-    pairs = [
-        ([1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]),
-        ([200.0, 0.0, 0.0], [0.0, 0.0, 0.0]),  # one-hot p
-        ([0.0, 0.0, 0.0], [0.0, 0.0, -150.0]),  # q underflows where p does not
-        ([0.0, 0.0, -150.0], [0.0, 0.0, 0.0]),  # d = -150: expm1(-d) would overflow
-        ([300.0, 0.0, -300.0], [-300.0, 0.0, 300.0]),
+    student = [
+        [1e4, -1e4, 0.0],
+        [200.0, 0.0, 0.0],  # one-hot p
+        [0.0, 0.0, 0.0],
+        [0.0, 0.0, -150.0],  # log p - log q = -150: expm1(150) would overflow
+        [300.0, 0.0, -300.0],
     ]
-    measured = {"config": OBJECTIVES[name], "valid": jnp.ones(len(pairs), bool)}
-    student, teacher = map(list, zip(*pairs, strict=True))
-    for row in range(len(pairs)):
-        weights = np.arange(len(pairs)) == row
-        case = logits_case(student, teacher, weights=weights)
-        value, stats, d_logits, _ = compute(case, **measured)
+    teacher = [
+        [-1e4, 1e4, 0.0],
+        [0.0, 0.0, 0.0],
+        [0.0, 0.0, -150.0],  # q underflows where p does not
+        [0.0, 0.0, 0.0],
+        [-300.0, 0.0, 300.0],
+    ]
+    for row in range(5):
+        case = logits_case(student, teacher, weights=np.arange(5) == row)
+        value, stats, d_logits, _ = compute(case, OBJECTIVES[name])
         with np.errstate(divide="ignore", invalid="ignore"):
             single = logits_case(student[row], teacher[row])
             want, d_want, _ = reference(single, OBJECTIVES[name])
         assert all(np.isfinite(x).all() for x in stats)
         assert value == pytest.approx(want, rel=1e-5, abs=1e-6)
         # The float64 formula itself has q / p with p = 0 here and there.
-        np.testing.assert_allclose(
-            d_logits[row], np.where(np.isfinite(d_want[0]), d_want[0], d_logits[row]), atol=1e-6
-        )
+        d_want = np.where(np.isfinite(d_want[0]), d_want[0], d_logits[row])
+        np.testing.assert_allclose(d_logits[row], d_want, rtol=1e-5, atol=1e-6)
         assert np.isfinite(d_logits).all()
 
 

@@ -1,5 +1,6 @@
 """The model against transformers' Qwen3-VL on the same random float32 weights."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -142,6 +143,23 @@ def decoded_logits(
     _, rest = jax.lax.scan(step, (prompts.next_position, cache), responses.T)
     hidden = jnp.concatenate([hidden[None], rest]).swapaxes(0, 1)
     return logits(hidden, head(params))
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers_is() -> None:
+    """The casts stand where transformers has them: same weights, both in bfloat16."""
+    config, (model, params) = MODELS["tied_gqa"], build("tied_gqa")
+    rows = random_rows(config, BATCHES["pictures"])
+    inputs = to_inputs(config, rows, side="left")
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    want = np.asarray(our_logits(config, exact, inputs))[inputs.valid]
+    apply = jax.jit(Qwen3VL(config, dtype=jnp.bfloat16).apply, static_argnames="method")
+    hidden = apply({"params": half}, inputs, method="hidden")
+    ours = np.asarray(logits(hidden, head(half)))[inputs.valid]
+    batch = helpers_hf.to_torch(config, rows, side="left")
+    with torch.no_grad():
+        theirs = copy.deepcopy(model).bfloat16()(**batch).logits.float().numpy()[inputs.valid]
+    assert np.abs(ours - want).mean() <= 1.1 * np.abs(theirs - want).mean()
 
 
 def test_greedy_rollout_equals_generate_token_for_token() -> None:

@@ -313,10 +313,10 @@ def test_bins_keep_mean_and_extremes() -> None:
 
 
 def test_curves_come_in_the_order_of_a_reader() -> None:
-    names = ("seconds/rollout", "lr", "grad_norm", "success/maze", "kl", "loss")
+    names = ("seconds/rollout", "lr", "grad_norm", "val/success", "kl/state", "loss")
     curves = [inputs.Curve(name, (1,), (1.0,), 0) for name in names]
     found = [curve.name for curve in page.sort_curves(curves)]
-    assert found == ["loss", "kl", "success/maze", "grad_norm", "seconds/rollout", "lr"]
+    assert found == ["loss", "val/success", "kl/state", "grad_norm", "seconds/rollout", "lr"]
 
 
 def spoil_model(folder: pathlib.Path) -> None:
@@ -359,3 +359,33 @@ def test_what_is_missing_or_wrong_is_one_clear_error(
 def test_a_path_that_is_no_html_is_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"got path .*report\.md'.* want one that ends in"):
         build_report(folder, {}, tmp_path / "report.md", title="t")
+
+
+def test_an_evaluation_of_questions_alone_has_a_page_too(tmp_path: pathlib.Path) -> None:
+    rows = [row for row in make_rows() if row["mode"] == "perception"]
+    folder = write_folder(tmp_path / "evaluation", rows)
+    path = build_report(folder, {}, tmp_path / "r.html", title="t")
+    text = path.read_text(encoding="utf-8")
+    assert "No model was asked for a plan in this evaluation." in text
+    assert "No board was answered from the picture by every model." in text
+    assert "map size" in text and Tags(text).stack == []
+
+
+def test_sections_of_the_page_are_the_sections_of_its_twin(report: pathlib.Path) -> None:
+    markdown = report.with_suffix(".md").read_text()
+    tags = Tags(report.read_text(encoding="utf-8"))
+    assert [attrs["id"] for attrs in tags.of("section")] == list(page.HEADINGS)
+    found = re.findall(r"^## (.*)$", markdown, re.M)
+    assert found == [heading for name, heading in page.HEADINGS.items() if name != "boards"]
+
+
+def test_numbers_read_well() -> None:
+    measure = {"value": 0.4, "low": 0.25, "high": 0.551, "n": 9}
+    assert words.spelled(measure) == "40.0 % (25.0–55.1)"
+    assert words.interval(measure | {"low": -0.1}) == "−10.0 to 55.1"
+    assert words.signed(measure | {"low": -0.1}) == "−10.0 to +55.1"
+    assert words.spelled(measure | {"low": None, "high": None}) == "40.0 %"
+    assert words.spelled(None) == words.DASH
+    assert [plots.short(x) for x in (0.41234, 1.4e-6, 12345.0, 999.9, 0.0)] == [
+        *("0.412", "1.4e-6", "12.3k", "1000", "0"),
+    ]

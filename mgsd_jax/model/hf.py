@@ -21,7 +21,8 @@ from mgsd_jax.model.table import EMBEDDING, LM_HEAD, Layout, Leaf, Tree, leaves,
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_FILES = "model-*-of-*.safetensors"
-STRIP = 128  # rows a time: a strip stays in cache, 3x faster than one big numpy transpose
+STRIP = 128  # rows read at a time: they stay in cache on the way to their transposed place
+THREADS = min(8, os.cpu_count() or 1)
 
 Bounds = tuple[tuple[int, int], ...]
 Handles = dict[str, Any]  # tensor name -> open safetensors file
@@ -62,17 +63,18 @@ def load_params(
     handles = _open_checked(Path(folder), config)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     params: Tree = {}
-    for leaf in leaves(config):
-        sharding = device if shardings is None else tree.get(shardings, leaf.path)
-        # cached: devices that hold the same part share one read
-        read = functools.cache(functools.partial(_read, leaf, handles, kind))
-        array = jax.make_array_from_callback(
-            leaf.shape,
-            sharding,
-            lambda index, read=read, shape=leaf.shape: read(_bounds(index or (), shape)),
-        )
-        # without the wait, copies of many leaves would queue up in host memory
-        put(params, leaf.path, jax.block_until_ready(array))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for leaf in leaves(config):
+            sharding = device if shardings is None else tree.get(shardings, leaf.path)
+            # cached: devices that hold the same part share one read
+            read = functools.cache(functools.partial(_read, leaf, handles, kind, pool))
+            array = jax.make_array_from_callback(
+                leaf.shape,
+                sharding,
+                lambda index, read=read, shape=leaf.shape: read(_bounds(index or (), shape)),
+            )
+            # without the wait, copies of many leaves would queue up in host memory
+            put(params, leaf.path, jax.block_until_ready(array))
     return params
 
 
@@ -222,7 +224,9 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _read(leaf: Leaf, handles: Handles, dtype: np.dtype, bounds: Bounds) -> np.ndarray:
+def _read(
+    leaf: Leaf, handles: Handles, dtype: np.dtype, pool: ThreadPoolExecutor, bounds: Bounds
+) -> np.ndarray:
     """Return the part of a leaf within `bounds` (start, stop a dimension), layer by layer."""
     first, last = bounds[0] if leaf.is_stacked else (0, 1)
     inner = bounds[1:] if leaf.is_stacked else bounds
@@ -233,24 +237,28 @@ def _read(leaf: Leaf, handles: Handles, dtype: np.dtype, bounds: Bounds) -> np.n
         part = handles[names[row]].get_slice(names[row])
         _fill_block(out[row], part, leaf.layout, tuple(slice(*bound) for bound in inner))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(names))) as pool:
-        list(pool.map(fill, range(len(names))))  # list: an exception in a thread is raised here
+    list(pool.map(fill, range(len(names))))  # list: an exception in a thread is raised here
     return out if leaf.is_stacked else out[0]
 
 
 def _fill_block(out: np.ndarray, part: Any, layout: Layout, index: tuple[slice, ...]) -> None:
-    """Copy the values at our `index` of one tensor into `out`, in our layout."""
-    if layout == "same":
-        np.copyto(out, part[index], casting="unsafe")
-        return
-    rows = part[index[1], index[0]] if layout == "transpose" else part[index[1]]
-    if layout == "conv":  # [Dv, c, t, p, p]: its channels flatten in the order of the patches
-        rows = rows.reshape(rows.shape[0], -1)[:, index[0]]
+    """Copy the values at our `index` of one tensor into `out`, in our layout, strip by strip."""
+    # the first axis of the tensor in the file is the last of ours, unless nothing is transposed
+    rows, rest = (index[0], index[1:]) if layout == "same" else (index[-1], index[:-1])
     # numpy copies bfloat16 element by element under the interpreter's lock, but integers not
     bits = np.dtype(f"u{out.itemsize}")
-    for start in range(0, rows.shape[0], STRIP):
-        strip = rows[start : start + STRIP].astype(out.dtype, copy=False)
-        out.view(bits)[:, start : start + STRIP] = strip.view(bits).T
+    for start in range(rows.start, rows.stop, STRIP):
+        stop = min(start + STRIP, rows.stop)
+        if layout == "conv":  # [Dv, c, t, p, p]: its channels flatten in the order of the patches
+            strip = part[start:stop].reshape(stop - start, -1)[:, rest[0]]
+        else:
+            strip = part[(slice(start, stop), *rest)]
+        strip = strip.astype(out.dtype, copy=False).view(bits)
+        ours = slice(start - rows.start, stop - rows.start)
+        if layout == "same":
+            out[ours].view(bits)[...] = strip
+        else:
+            out[:, ours].view(bits)[...] = strip.T
 
 
 def _check_params(params: Tree, config: ModelConfig) -> None:

@@ -4,8 +4,32 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from absl import logging
+
+from mgsd_jax.config import Config
 from mgsd_jax.report import boards, page
 from mgsd_jax.report.inputs import STAGES, PathLike, read_evaluation, read_stage
+
+
+def run(config: Config, workdir: str) -> None:
+    """Writes `{workdir}/report/index.html` from the evaluation and the stages in `workdir`."""
+    root = pathlib.Path(workdir)
+    models = ", ".join(f"{name} = {source}" for name, source in config.evaluate.models)
+    stages = ("generate", *STAGES, "evaluate", "report")
+    path = build_report(
+        root / "evaluate",
+        {name: root / name for name in STAGES},
+        root / "report" / "index.html",
+        title=f"Planning from pictures: {root.name}",
+        commands=(
+            *(
+                f"python -m mgsd_jax.main --stage={name} --config=... --workdir=..."
+                for name in stages
+            ),
+            f"models: {models}; teacher context: {config.distillation.teacher_context}",
+        ),
+    )
+    logging.info("%s: written", path)
 
 
 def build_report(

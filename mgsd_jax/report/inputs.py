@@ -13,6 +13,7 @@ from mgsd_jax.summary import Row, check_rows
 
 ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
+_SUMMARY_KEYS = ("models", "diagnostics", "modality_gap", "differences", "gap_closed_by")
 STAGES = ("grounding", "distillation")
 PathLike = str | os.PathLike[str]
 
@@ -58,8 +59,9 @@ def read_evaluation(folder: PathLike) -> Evaluation:
     )
     check_rows(rows, source=str(rows_path))
     summary = _parse(_read(summary_path), str(summary_path))
-    if "models" not in summary:
-        raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want 'models' among them")
+    missing = [key for key in _SUMMARY_KEYS if key not in summary]
+    if missing:
+        raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want {missing} as well")
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["model"] not in summary["models"]:

@@ -23,26 +23,40 @@ PUBLISHED = (
     "Published macro averages, on other boards and models of other sizes: Qwen3-VL-4B "
     "11.2 → 30.5 %, Qwen3-VL-8B 17.2 → 35.6 %, GPT-5 41.3 %, Gemini-3-Flash 67.0 %."
 )
-_SHOWN_CURVES = 9
+HEADINGS = {
+    "results": "Results",
+    "levels": "By task and level",
+    "diagnostics": "State or plan?",
+    "errors": "How answers end",
+    "perception": "Questions about the picture",
+    "curves": "Learning curves",
+    "boards": "Boards",
+    "making": "How this was made",
+}
+_SHOWN_CURVES = 12
 # First match first; what matches nothing comes last. Ties are in order of name.
 _CURVE_ORDER = (
     r"loss$",
-    r"^kl$",
-    r"success",
-    r"optimal",
-    r"accuracy|f1|right",
+    r"^val/success$",
+    r"^val/",
+    r"^(rollout/)?success$",
+    r"^kl(/|$)",
+    r"accuracy|exact",
+    r"optimal$",
     r"entropy|agree",
     r"grad_norm",
-    r"length|tokens$",
+    r"length$",
     r"truncated",
-    r"parsed|legal",
-    r"kl",
+    r"(parsed|legal)$",
+    r"^rollout/",
+    r"^kl",
     r"seconds",
 )
 _CURVE_NOTE = (
     "<p>The line is the mean of neighbouring steps, the band their lowest and highest value, the "
     "number the last value.</p>"
 )
+_NO_PLANS = "No model was asked for a plan in this evaluation."
 _OPEN_FOR_PRINT = (
     "addEventListener('beforeprint',()=>document.querySelectorAll('main>section>details')"
     ".forEach(d=>d.open=true))"
@@ -76,20 +90,20 @@ def page(
     """Return the whole report as one HTML document that needs no other file and no script."""
     summary = evaluation.summary
     made = tables_of(summary)
-    sections = [
-        ("results", "Results", _results(summary, made["results"])),
-        ("levels", "By task and level", _levels(summary, made["levels"])),
-        ("state", "State or plan?", _html(made["diagnostics"])),
-        ("errors", "How answers end", _errors(summary, made["errors"])),
-        ("perception", "Questions about the picture", _perception(made["perception"])),
-        ("curves", "Learning curves", _CURVE_NOTE + "".join(_stage(stage) for stage in stages)),
-        ("boards", "Boards", _gallery(picks)),
-        ("making", "How this was made", _making(commands, summary)),
-    ]
-    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
+    sections = {
+        "results": _results(summary, made["results"]),
+        "levels": _levels(summary, made["levels"]),
+        "diagnostics": _html(made["diagnostics"]) or _missing(_NO_PLANS),
+        "errors": _errors(summary, made["errors"]),
+        "perception": _perception(made["perception"]),
+        "curves": _CURVE_NOTE + "".join(_stage(stage) for stage in stages),
+        "boards": _gallery(picks),
+        "making": _making(commands, summary),
+    }
+    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in HEADINGS.items())
     body = "".join(
-        f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
-        for name, heading, content in sections
+        f'<section id="{name}"><h2>{HEADINGS[name]}</h2>{content}</section>'
+        for name, content in sections.items()
     )
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -110,13 +124,14 @@ def markdown(
 ) -> str:
     """Return the verdict, every table, what is missing and the commands as GitHub markdown."""
     parts = [f"# {title}", "", f"**{order(summary)}.** {verdict(summary)}", ""]
-    for made in tables_of(summary).values():
-        parts += [tables.to_markdown(table) for table in made]
-    parts += ["### Learning curves", ""]
+    for name, made in tables_of(summary).items():
+        if made:
+            parts += [f"## {HEADINGS[name]}", "", *map(tables.to_markdown, made)]
+    parts += [f"## {HEADINGS['curves']}", ""]
     parts += [f"- {stage.name}: {stage.missing or _curve_words(stage)}" for stage in stages]
     parts += ["", PUBLISHED, ""]
     if commands:
-        parts += ["### How this was made", "", "```sh", *commands, "```", ""]
+        parts += [f"## {HEADINGS['making']}", "", "```sh", *commands, "```", ""]
     return "\n".join(parts)
 
 
@@ -173,11 +188,13 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 
 def _results(summary: Mapping[str, Any], made: Sequence[tables.Table]) -> str:
     if not made:
-        return _missing("No model was asked for a plan in this evaluation.")
+        return _missing(_NO_PLANS)
     return f'{plots.dot_plot(summary)}{_html(made)}<p class="note">{PUBLISHED}</p>'
 
 
 def _levels(summary: Mapping[str, Any], made: Sequence[tables.Table]) -> str:
+    if not made:
+        return _missing(_NO_PLANS)
     tasks = [task for task, label in TASKS.items() if label in {table.title for table in made}]
     panels = "".join(plots.level_plot(summary, task) for task in tasks)
     return f'{plots.legend(summary)}<div class="panels">{panels}</div>{_html(made)}'
@@ -185,7 +202,7 @@ def _levels(summary: Mapping[str, Any], made: Sequence[tables.Table]) -> str:
 
 def _errors(summary: Mapping[str, Any], made: Sequence[tables.Table]) -> str:
     if not made:
-        return _missing("No model was asked for a plan in this evaluation.")
+        return _missing(_NO_PLANS)
     return (
         f"{plots.stacked_bars(summary)}<details><summary>The numbers, and what the simulator said"
         f"</summary>{_html(made)}</details>"

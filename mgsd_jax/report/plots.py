@@ -35,7 +35,7 @@ def colour(model: str, models: Sequence[str]) -> str:
 
 def mark(model: str, mode: str, models: Sequence[str]) -> str:
     """Return the mark of a model and mode round (0, 0): filled from the picture, hollow from text,
-    a cross without a picture."""
+    a cross from the wrong picture."""
     style = {"picture": "full", "text": "hollow", "blind": "cross"}[mode]
     shape = _CROSS if mode == "blind" else _SHAPES.get(model, _OTHER_SHAPE)
     return f'<g class="mark {style}" style="--c:{colour(model, models)}">{shape}</g>'
@@ -290,4 +290,4 @@ def short(value: float) -> str:
         return f"{digits}e{int(exponent)}"
     if size >= 1e4:
         return f"{value / 1e3:.3g}k"
-    return f"{value:.3g}" if size < 1e3 else f"{value:.0f}"
+    return f"{value:.0f}" if size >= 999.5 else f"{value:.3g}"

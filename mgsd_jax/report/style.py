@@ -53,14 +53,14 @@ svg text{fill:var(--muted);font-size:11px}
 .link{fill:none;stroke:var(--c);stroke-width:1.5}
 .dots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:28px 40px;
  margin:20px 0}
-.row{display:grid;grid-template-columns:9.6em 1fr 8.2em;gap:0 12px;align-items:center;padding:3px 0;
+.row{display:grid;grid-template-columns:11.6em 1fr 8.2em;gap:0 12px;align-items:center;padding:3px 0;
  font-size:.875rem}
 .row .num{text-align:right;white-space:nowrap}
 .row small,td small,th small{color:var(--muted)}
 .row.axis{padding:0}
 .track,.stack{width:100%;overflow:visible}
 .bars{margin:14px 0 8px}
-.bars .row{grid-template-columns:9.6em 1fr 4em}
+.bars .row{grid-template-columns:11.6em 1fr 4em}
 .stack text{font-size:13px;font-weight:600}
 .stack rect{stroke:var(--page);stroke-width:1}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:12px 0;padding:0;
@@ -140,7 +140,7 @@ footer{color:var(--muted);font-size:.875rem;padding-top:40px;padding-bottom:48px
  .card{padding:12px 12px 0}
  h3 small{display:block;margin:2px 0 0}
  .boards{column-gap:12px}
- th,td{padding:6px 9px}
+ th,td{padding:6px 9px}tbody th{white-space:normal;max-width:44vw}
 }
 @page{margin:14mm}
 @media print{

@@ -65,7 +65,8 @@ def overall(summary: Mapping[str, Any]) -> Table:
         tuple(rows),
         "Success is the mean over tasks of the mean over levels; 'unbalanced' is the mean over "
         "tasks of all their boards, as the public scorer has it. Progress is the share of the "
-        "shortest way that was covered. Intervals: 95 %.",
+        "shortest way that was covered. Wrong picture: asked with the picture of another board of "
+        "the same task and level, which measures guessing. Intervals: 95 %.",
         labels=2,
     )
 

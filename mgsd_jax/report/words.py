@@ -11,7 +11,7 @@ TASKS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehav
 MODES = {
     "picture": "picture",
     "text": "text",
-    "blind": "no picture",
+    "blind": "wrong picture",
     "perception": "questions",
 }
 # Best first: the order of the stacked bars.
@@ -51,7 +51,8 @@ def interval(measure: Measure | None, digits: int = 1) -> str:
     """Return the interval of shares as '37.0–45.4', or nothing."""
     if measure is None or measure["low"] is None:
         return ""
-    return f"{100 * measure['low']:.{digits}f}–{100 * measure['high']:.{digits}f}"
+    limits = [f"{100 * measure[key]:.{digits}f}".replace("-", "−") for key in ("low", "high")]
+    return (" to " if measure["low"] < 0 else "–").join(limits)
 
 
 def spelled(measure: Measure | None, digits: int = 1) -> str:

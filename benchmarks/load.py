@@ -1,0 +1,109 @@
+"""Weights out to and in from a Hugging Face folder: GB/s, and host memory beyond the parameters.
+
+    python benchmarks/load.py --workdir=/tmp/load
+
+prints one JSON line. The model has the shape of Qwen3-VL with fewer layers; files are read from a
+warm page cache, so the numbers are those of the code and not of the disk. On a CPU the parameters
+themselves are in host memory; `beyond` is what comes on top, `largest_leaf` what it is held
+against. Targets: both directions >= 0.3 GB/s on one core; loading stays within 1.5 of the largest
+leaf.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from mgsd_jax import tree
+from mgsd_jax.model import hf, table
+from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
+
+
+@dataclasses.dataclass
+class Measured:
+    """Filled at the end of the block that it measures."""
+
+    seconds: float = 0.0
+    peak: int = 0  # bytes of anonymous memory above the start
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not of mapped files, whose pages are a cache."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[Measured]:
+    result, stop = Measured(), threading.Event()
+    start = anonymous_bytes()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            result.peak = max(result.peak, anonymous_bytes() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    before = time.perf_counter()
+    try:
+        yield result
+    finally:
+        result.seconds = time.perf_counter() - before
+        stop.set()
+        thread.join()
+
+
+def shape(layers: int) -> ModelConfig:
+    """Widths of the 2B model, so that single tensors are of a real size."""
+    text = TextConfig(32_768, 2048, 6144, layers, 16, 8, 128, 5e6)
+    vision = VisionConfig(4, 1024, 4096, 16, 2048, (0, 1, 2))
+    return ModelConfig(text, vision, tie_word_embeddings=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    args = parser.parse_args()
+
+    config = shape(args.layers)
+    rng = np.random.default_rng(0)
+    params = tree.map_named(
+        lambda _, leaf: jax.device_put(rng.random(leaf.shape, np.float32).astype(leaf.dtype)),
+        table.abstract_params(config, args.dtype),
+    )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    folder = pathlib.Path(args.workdir) / "weights"
+    with measured() as save:
+        hf.save_params(params, config, folder, dtype=args.dtype, max_shard_bytes=5e8)
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+    with measured() as load:
+        params = hf.load_params(folder, config, dtype=args.dtype)
+    shutil.rmtree(folder)
+    print(
+        json.dumps(
+            {
+                "gigabytes": round(size / 1e9, 3),
+                "save_gb_per_s": round(size / 1e9 / save.seconds, 3),
+                "load_gb_per_s": round(size / 1e9 / load.seconds, 3),
+                "save_beyond_gb": round(save.peak / 1e9, 3),
+                "load_beyond_gb": round((load.peak - size) / 1e9, 3),
+                "largest_leaf_gb": round(largest / 1e9, 3),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Means over boards with their uncertainty: intervals, paired comparisons, pass@k.
+
+A macro mean is the mean over tasks of the mean over levels: every task counts the same, and every
+level of a task. Boards are drawn at random within a level (a stratum) and nowhere else, so that
+is what the intervals and the bootstrap take as random. Values lie in 0..1 (success, F1, progress).
+
+All but `wilson` add two made-up boards to each stratum where they judge its spread, never where
+they take its mean: one all right and one all wrong, or for k measures on the same boards, all
+2^k combinations of right and wrong, 2 / 2^k of a board each. Without them a stratum of 50
+successes would claim to have no spread at all. Source: Agresti and Coull, "Approximate is better
+than 'exact'" (1998), for one measure, and Agresti and Min, "Simple improved confidence intervals
+for comparing matched proportions" (2005), for two.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Values = Sequence[float] | np.ndarray
+Strata = Mapping[str, Mapping[int, Values]]  # {task: {level: values of its boards}}
+
+ADDED_BOARDS = 2.0
+
+
+class Estimate(NamedTuple):
+    """A value with its interval over n boards; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """A paired difference with its interval, over n boards."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float  # two-sided, of no difference
+    n: int
+
+
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval (low, high) of a share; (0, 1) at n = 0.
+
+    A sum of values in 0..1 will do for `successes`; the interval is then too wide, never too
+    narrow. Source: Wilson, "Probable inference" (1927).
+    """
+    if n < 0 or not 0 <= successes <= n:
+        raise ValueError(f"got {successes} successes of {n}, want 0 <= successes <= n")
+    z = _z(confidence)
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At the ends the limits are 0 and 1 exactly, which rounding would miss.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    return low, 1.0 if successes == n else min(1.0, centre + half)
+
+
+def macro_mean(strata: Strata, confidence: float = 0.95) -> Estimate:
+    """Return the macro mean with an interval that is never of width zero.
+
+    The interval is that of Agresti and Coull for a share, at the number of boards that, drawn
+    from one pot, would leave the variance that the strata leave (Korn and Graubard, 1998).
+    Simulated coverage at 95 %: at least 93 % from 10 boards a stratum on, for one to twelve
+    strata with rates from 0.02 to 0.98. Adding up the strata's own Wilson intervals in squares
+    is no substitute: 89 % at twelve strata of rate 0.02.
+    """
+    z = _z(confidence)
+    mean = spread_mean = variance = 0.0
+    n = 0
+    for weight, (values,) in _weighted((strata,)):
+        added = len(values) + ADDED_BOARDS
+        smooth = (values.sum() + ADDED_BOARDS / 2) / added
+        squares = (np.square(values).sum() + ADDED_BOARDS / 2) / added
+        mean += weight * values.mean()
+        spread_mean += weight * smooth
+        variance += weight**2 * (squares - smooth**2) / len(values)
+        n += len(values)
+    size = spread_mean * (1 - spread_mean) / variance
+    centre = (mean * size + z * z / 2) / (size + z * z)
+    half = z * math.sqrt(centre * (1 - centre) / (size + z * z))
+    return Estimate(float(mean), float(max(0.0, centre - half)), float(min(1.0, centre + half)), n)
+
+
+def paired_difference(
+    ours: Strata,
+    theirs: Strata,
+    *,
+    confidence: float = 0.95,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Difference:
+    """Return the macro mean of `ours` minus that of `theirs` on the same boards.
+
+    Values are paired by task, level and place. The interval is of a bootstrap over the boards of
+    each stratum, both measures of a board drawn together; `p_value` is the smallest level whose
+    interval leaves out 0, at least 2 / (draws + 1). Raises ValueError where the boards differ.
+    """
+    means, samples, n = _bootstrap((ours, theirs), draws, seed)
+    value, differences = means[0] - means[1], samples[:, 0] - samples[:, 1]
+    low, high = np.quantile(differences, _tails(confidence))
+    # Equal draws count on both sides, the value itself as one draw.
+    below, above = np.sum(differences <= 0), np.sum(differences >= 0)
+    p_value = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
+    return Difference(float(value), max(-1.0, float(low)), min(1.0, float(high)), p_value, n)
+
+
+def gap_closed(
+    base: Strata,
+    ceiling: Strata,
+    ours: Strata,
+    *,
+    confidence: float = 0.95,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Estimate:
+    """Return (ours - base) / (ceiling - base) of macro means on the same boards.
+
+    1: the gap is closed, 0: as base; below 0 and above 1 happen. NaN where there is no gap
+    (ceiling <= base); NaN limits where so many draws of the bootstrap have none that the interval
+    would have no end. Pairing and errors as in `paired_difference`.
+    """
+    means, samples, n = _bootstrap((base, ceiling, ours), draws, seed)
+    gap, gaps = means[1] - means[0], samples[:, 1] - samples[:, 0]
+    if gap <= 0:
+        return Estimate(math.nan, math.nan, math.nan, n)
+    value = float((means[2] - means[0]) / gap)
+    has_gap = gaps > 0
+    tails = _tails(confidence)
+    if 1 - has_gap.mean() > tails[0]:
+        return Estimate(value, math.nan, math.nan, n)
+    shares = (samples[has_gap, 2] - samples[has_gap, 0]) / gaps[has_gap]
+    low, high = np.quantile(shares, tails)
+    return Estimate(value, float(low), float(high), n)
+
+
+def pass_at_k(n: int, successes: int, k: int) -> float:
+    """Return the chance that one of k answers is right, of n sampled with `successes` right.
+
+    Unbiased: the share of the k-subsets of the n answers that hold a right one. Source: Chen et
+    al., "Evaluating large language models trained on code" (2021), section 2.1.
+    """
+    if not 0 <= successes <= n or not 1 <= k <= n:
+        raise ValueError(
+            f"got n {n}, successes {successes}, k {k}, want 0 <= successes <= n, 1 <= k <= n"
+        )
+    return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
+
+
+def _z(confidence: float) -> float:
+    return -statistics.NormalDist().inv_cdf(_tails(confidence)[0])
+
+
+def _tails(confidence: float) -> tuple[float, float]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: got {confidence}, want between 0 and 1")
+    return (1 - confidence) / 2, (1 + confidence) / 2
+
+
+def _weighted(parts: Sequence[Strata]) -> list[tuple[float, np.ndarray]]:
+    """[(weight in the macro mean, values [k, n])] of the strata of k measures of the same boards.
+
+    Raises ValueError naming the stratum where boards are missing, or values are not in 0..1.
+    """
+    sizes = [
+        {
+            (task, level): len(values)
+            for task, levels in part.items()
+            for level, values in levels.items()
+        }
+        for part in parts
+    ]
+    if not sizes[0] or 0 in sizes[0].values():
+        raise ValueError(f"got boards by task and level {sizes[0]}, want at least one in each")
+    for other in sizes[1:]:
+        if other != sizes[0]:
+            raise ValueError(f"got other boards, {other}, want the same for all, {sizes[0]}")
+    tasks = parts[0]
+    weighted = []
+    for task, levels in tasks.items():
+        for level in levels:
+            values = np.array([np.asarray(part[task][level], float) for part in parts])
+            if not np.all((values >= 0) & (values <= 1)):
+                raise ValueError(f"{task}, level {level}: got {values.tolist()}, want 0..1 only")
+            weighted.append((1 / len(tasks) / len(levels), values))
+    return weighted
+
+
+def _bootstrap(
+    parts: Sequence[Strata], draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(macro means [k], draws of them [draws, k], boards) of k measures of the same boards."""
+    rng = np.random.default_rng(seed)
+    corners = np.array(list(itertools.product((0.0, 1.0), repeat=len(parts))))  # [2^k, k]
+    means, samples, n = np.zeros(len(parts)), np.zeros((draws, len(parts))), 0
+    for weight, values in _weighted(parts):
+        # Boards with the same values are drawn together: there are few kinds of them.
+        kinds, counts = np.unique(values.T, axis=0, return_counts=True)
+        kinds = np.concatenate([kinds, corners])
+        counts = np.concatenate([counts, np.full(len(corners), ADDED_BOARDS / len(corners))])
+        shares, boards = counts / counts.sum(), values.shape[1]
+        drawn = rng.multinomial(boards, shares, size=draws) @ kinds / boards
+        mean = values.mean(axis=1)
+        means += weight * mean
+        samples += weight * (drawn + mean - shares @ kinds)  # the spread with, the mean without
+        n += boards
+    return means, samples, n

@@ -1,0 +1,249 @@
+"""The whole pipeline on a tiny model: it runs, resumes bit for bit, and exports what it trained."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from mgsd_jax import (
+    checkpoint,
+    distillation,
+    evaluate,
+    export,
+    generate,
+    grounding,
+    loading,
+    nano,
+    report,
+    tree,
+)
+from mgsd_jax import config as config_lib
+from mgsd_jax.config import Config
+from helpers_tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path]:
+    """A folder with a random tiny model and its boards, and the config of it."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config(workdir)
+    nano.run(config, str(workdir))
+    generate.run(config, str(workdir))
+    return config, workdir
+
+
+@pytest.fixture(scope="module")
+def trained(base: tuple[Config, pathlib.Path]) -> tuple[Config, pathlib.Path]:
+    config, workdir = base
+    grounding.run(config, str(workdir))
+    distillation.run(config, str(workdir))
+    return config, workdir
+
+
+def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    return dict(tree.named_leaves(checkpoint.load_params(folder / "checkpoints")))
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not np.array_equal(a[name], b[name])]
+    assert different == []
+
+
+def records(folder: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    timed = ("time", "seconds", "data", "rollout", "device", "validation")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.Path]) -> None:
+    config, workdir = trained
+    start = dict(tree.named_leaves({"params": loading.load("{model}", config, str(workdir)).params}))
+    grounded, distilled = weights(workdir / "grounding"), weights(workdir / "distillation")
+    assert start.keys() == grounded.keys() == distilled.keys()
+    for before, after in ((start, grounded), (grounded, distilled)):
+        moved = [name for name in before if not np.array_equal(before[name], after[name])]
+        assert len(moved) > 0.9 * len(before)
+    steps = records(workdir / "distillation")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for name in (
+        *("loss", "kl/state", "kl/plan", "kl/format", "student_entropy", "teacher_agreement"),
+        *("rollout/length", "rollout/truncated", "rollout/parsed", "rollout/legal"),
+        *("rollout/success", "rollout/optimal/maze", "grad_norm", "seconds", "rollout"),
+    ):
+        assert name in steps[-1], name
+    assert "val/success" in steps[1] and "val/success" not in steps[0]
+
+
+@pytest.mark.parametrize("stage", ["grounding", "distillation"])
+def test_stopping_and_resuming_changes_nothing(
+    trained: tuple[Config, pathlib.Path], stage: str, tmp_path: pathlib.Path
+) -> None:
+    """A run stopped in the middle of step 4 (the last save is of step 2) ends bit for bit alike."""
+    config, workdir = trained
+    run: Callable[[Config, str], None] = {
+        "grounding": grounding.run,
+        "distillation": distillation.run,
+    }[stage]
+    config = config_lib.override(
+        config,
+        [f"data.folder={workdir}/data", f"distillation.student={workdir}/grounding"],
+    )
+    run(config, str(tmp_path / "whole"))
+    run(config, str(tmp_path / "stopped"))
+    # What a kill after the save of step 2 leaves: later checkpoints are not there.
+    for step in ("3", "4"):
+        remove(tmp_path / "stopped" / stage / "checkpoints" / step)
+    run(config, str(tmp_path / "stopped"))
+    assert_same(*(weights(tmp_path / name / stage) for name in ("whole", "stopped")))
+    whole, stopped = (records(tmp_path / name / stage) for name in ("whole", "stopped"))
+    assert without_times(whole) == without_times(stopped)
+
+
+def remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            remove(child)
+        path.rmdir()
+    elif path.exists():
+        path.unlink()
+
+
+@pytest.mark.parametrize("stage", ["grounding", "distillation"])
+def test_microbatches_change_nothing_but_rounding(
+    trained: tuple[Config, pathlib.Path], stage: str, tmp_path: pathlib.Path
+) -> None:
+    config, workdir = trained
+    run = {"grounding": grounding.run, "distillation": distillation.run}[stage]
+    config = config_lib.override(
+        config,
+        [
+            f"data.folder={workdir}/data",
+            f"distillation.student={workdir}/grounding",
+            f"{stage}.steps=1",
+        ],
+    )
+    run(config, str(tmp_path / "1"))
+    run(config_lib.override(config, [f"{stage}.microbatches=2"]), str(tmp_path / "2"))
+    one, two = (records(tmp_path / name / stage)[0] for name in ("1", "2"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_lora_trains_adapters_only_and_the_next_stage_merges_them(
+    trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    config, workdir = trained
+    config = config_lib.override(
+        config, [f"data.folder={workdir}/data", "grounding.lora.rank=2", "grounding.optim.lr=0.1"]
+    )
+    grounding.run(config, str(tmp_path))
+    names = set(weights(tmp_path / "grounding"))
+    assert names and all(name.startswith("adapters/language/") for name in names)
+    base = loading.load("{model}", config, str(tmp_path)).params
+    merged = loading.load("{workdir}/grounding", config, str(tmp_path)).params
+    moved = {
+        name
+        for (name, a), (_, b) in zip(tree.named_leaves(base), tree.named_leaves(merged), strict=True)
+        if not np.array_equal(a, b)
+    }
+    assert moved == {n.removeprefix("adapters/")[:-2] + "/kernel" for n in names}
+
+
+def test_part_of_the_parameters_can_be_frozen(
+    trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    config, workdir = trained
+    config = config_lib.override(
+        config, [f"data.folder={workdir}/data", "grounding.optim.trainable=^language/"]
+    )
+    grounding.run(config, str(tmp_path))
+    base = dict(tree.named_leaves(loading.load("{model}", config, str(tmp_path)).params))
+    after = dict(
+        tree.named_leaves(loading.load("{workdir}/grounding", config, str(tmp_path)).params)
+    )
+    assert base.keys() == after.keys()
+    for name, leaf in base.items():
+        if name.startswith("visual/"):
+            assert np.array_equal(leaf, after[name]), name
+
+
+def test_a_workdir_of_another_config_is_refused(trained: tuple[Config, pathlib.Path]) -> None:
+    config, workdir = trained
+    other = config_lib.override(config, ["grounding.optim.lr=0.5"])
+    with pytest.raises(ValueError, match=r"grounding/optim/lr.*0\.5|0\.5.*grounding/optim/lr"):
+        grounding.run(other, str(workdir))
+
+
+def test_evaluate_export_and_report(trained: tuple[Config, pathlib.Path]) -> None:
+    config, workdir = trained
+    evaluate.run(config, str(workdir))
+    rows = [json.loads(x) for x in (workdir / "evaluate" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 4 * 6, "3 models, 4 modes, 6 boards"
+    assert len({(row["model"], row["id"]) for row in rows}) == len(rows)
+
+    # A kill in the middle of a row: what is whole stays, what is missing is asked again.
+    path = workdir / "evaluate" / "rows.jsonl"
+    text = path.read_text()
+    path.write_text(text[: len(text) * 2 // 3])
+    evaluate.run(config, str(workdir))
+    again = [json.loads(x) for x in path.read_text().splitlines()]
+    key = lambda row: (row["model"], row["id"])  # noqa: E731
+    assert sorted(again, key=key) == sorted(rows, key=key)
+
+    export.run(config, str(workdir))
+    exported = loading.load("{workdir}/export", config, str(workdir)).params
+    trained_params = loading.load("{workdir}/distillation", config, str(workdir)).params
+    for (name, a), (_, b) in zip(
+        tree.named_leaves(exported), tree.named_leaves(trained_params), strict=True
+    ):
+        want = np.asarray(b).astype(jax.numpy.bfloat16).astype(np.float32)
+        assert np.array_equal(np.asarray(a), want), name
+
+    report.run(config, str(workdir))
+    page = (workdir / "report" / "index.html").read_text()
+    assert "distilled" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_transformers_answers_the_same_with_the_export(
+    trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """Greedy responses of the exported float32 model, token for token, through its own processor."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config, workdir = trained
+    config = config_lib.override(config, [f"export.folder={tmp_path}/hf", "export.dtype=float32"])
+    export.run(config, str(workdir))
+    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    loaded = loading.load(str(tmp_path / "hf"), config, str(workdir))
+    encoder = evaluate.stage.encoder(config, loaded.processor)
+    settings = dataclasses.replace(config.evaluate, batch_size=6)
+    boards = evaluate.stage.boards(config, str(workdir), "test")
+    rows = evaluate.make_answerer(loaded.model, encoder, settings)(
+        {"params": loaded.params}, boards, "picture"
+    )
+    for board, row in zip(boards, rows, strict=True):
+        encoded = evaluate.encode_prompt(encoder, board, "picture")
+        picture = encoded.pictures[0]
+        tokens = torch.tensor(encoded.tokens)[None].long()
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                mm_token_type_ids=(tokens == loaded.processor.image_token_id).int(),
+                pixel_values=torch.tensor(picture.patches),
+                image_grid_thw=torch.tensor([picture.grid]),
+                do_sample=False,
+                max_new_tokens=settings.sampling.max_new_tokens,
+            )
+        text = loaded.processor.tokenizer.decode(
+            out[0, tokens.shape[1] :], skip_special_tokens=True
+        )
+        assert text == row["response"]

@@ -110,6 +110,7 @@ class GroundingConfig:
     steps: int = 828
     batch_size: int = 64
     microbatches: int = 1
+    token_chunk: int = 2048  # tokens whose logits are held at once
     mixture: tuple[tuple[Record, float], ...] = (("questions", 1.0),)
     eval_every: int = 100  # steps between validations of the loss
     eval_batches: int = 4

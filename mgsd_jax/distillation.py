@@ -5,10 +5,13 @@ Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import evaluate, loading, losses, optimizer, sampler, stage, trainable, tree
@@ -65,7 +68,7 @@ def loss_fn(
     student: Qwen3VL,
     teacher: Qwen3VL,
     settings: DistillationConfig,
-    vocab_mask: jax.Array,
+    vocab_mask: np.ndarray,
 ) -> tuple[jax.Array, jax.Array, TokenStats]:
     """Summed divergence over the response tokens in nats, their number, and statistics [B, R]."""
     variables = tree.combine(trained, frozen)
@@ -86,9 +89,47 @@ def loss_fn(
         weights,
         config=loss_config(settings),
         targets=batch.tokens.reshape(-1),
-        vocab_mask=vocab_mask,
+        vocab_mask=jnp.asarray(vocab_mask),
     )
     return loss, weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats)
+
+
+def make_update(
+    student: Qwen3VL,
+    teacher: Qwen3VL,
+    settings: DistillationConfig,
+    tx: optax.GradientTransformation,
+    banned_ids: tuple[int, ...],
+) -> Callable[..., tuple[optimizer.TrainState, dict[str, Any], TokenStats]]:
+    """One jitted program: teacher forward, student forward and backward, optimiser.
+
+    update(state, frozen, teacher_params, batch) -> (state, metrics, statistics [B, R]); the state
+    is donated. `banned_ids` can be sampled by neither reader.
+    """
+    vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
+
+    def update(
+        state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
+    ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
+        def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
+            return loss_fn(
+                trained,
+                frozen,
+                teacher_params,
+                batch,
+                student=student,
+                teacher=teacher,
+                settings=settings,
+                vocab_mask=vocab_mask,
+            )
+
+        grads, loss, stats = optimizer.accumulate(
+            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+        )
+        state, norms = optimizer.update(state, grads, tx)
+        return state, {"loss": loss, **norms}, stats
+
+    return jax.jit(update, donate_argnums=0)
 
 
 def run(config: Config, workdir: str) -> None:
@@ -134,32 +175,9 @@ def run(config: Config, workdir: str) -> None:
         pad_id=student.processor.pad_id,
     )
     answer = evaluate.make_answerer(student.model, encoder, config.evaluate)
-    vocab = student.model.config.text.vocab_size
-    vocab_mask = ~np.isin(np.arange(vocab), banned)
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
 
-    def update(
-        state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
-    ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
-        def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
-            return loss_fn(
-                trained,
-                frozen,
-                teacher_params,
-                batch,
-                student=student.model,
-                teacher=teacher.model,
-                settings=settings,
-                vocab_mask=vocab_mask,
-            )
-
-        grads, loss, stats = optimizer.accumulate(
-            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
-        )
-        state, norms = optimizer.update(state, grads, tx)
-        return state, {"loss": loss, **norms}, stats
-
-    update = jax.jit(update, donate_argnums=0)
+    update = make_update(student.model, teacher.model, settings, tx, banned)
     rng = jax.random.key(config.seed)
     state = optimizer.init(trained, tx)
 

@@ -5,13 +5,15 @@ Axes: B batch, T tokens, D width.
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import loading, losses, optimizer, stage, trainable, tree
-from mgsd_jax.config import Config
+from mgsd_jax.config import Config, GroundingConfig
 from mgsd_jax.data import sources
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.metrics import Mean
@@ -37,6 +39,31 @@ def loss_fn(
     )
     count = weights.sum()
     return loss, count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)}
+
+
+def make_update(
+    model: Qwen3VL, settings: GroundingConfig, tx: optax.GradientTransformation
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The jitted update, its state donated, and the jitted loss on held-out batches.
+
+    update(state, frozen, batch) -> (state, metrics); validate(trained, frozen, batch) -> what
+    `loss_fn` returns.
+    """
+    loss_of = functools.partial(loss_fn, model=model, token_chunk=settings.token_chunk)
+
+    def update(
+        state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
+    ) -> tuple[optimizer.TrainState, dict[str, Any]]:
+        def microbatch_loss(trained: Any, batch: GroundingBatch) -> Any:
+            return loss_of(trained, frozen, batch)
+
+        grads, loss, sums = optimizer.accumulate(
+            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+        )
+        state, norms = optimizer.update(state, grads, tx)
+        return state, {"loss": loss, **sums, **norms}
+
+    return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
 
 
 def run(config: Config, workdir: str) -> None:
@@ -72,22 +99,7 @@ def run(config: Config, workdir: str) -> None:
 
     # One jitted update, its state donated.
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
-    loss_of = functools.partial(loss_fn, model=student.model, token_chunk=1024)
-
-    def update(
-        state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
-    ) -> tuple[optimizer.TrainState, dict[str, Any]]:
-        def microbatch_loss(trained: Any, batch: GroundingBatch) -> Any:
-            return loss_of(trained, frozen, batch)
-
-        grads, loss, sums = optimizer.accumulate(
-            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
-        )
-        state, norms = optimizer.update(state, grads, tx)
-        return state, {"loss": loss, **sums, **norms}
-
-    update = jax.jit(update, donate_argnums=0)
-    validate = jax.jit(loss_of)
+    update, validate = make_update(student.model, settings, tx)
     state = optimizer.init(trained, tx)
 
     with stage.opened(

@@ -21,9 +21,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from mgsd_jax import (
-    config as config_lib,
-)
+from mgsd_jax import config as config_lib
 from mgsd_jax import (
     distillation,
     evaluate,
@@ -69,6 +67,11 @@ def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
     return config_lib.check(config_lib.override(config, assignments))
 
 
+def absolute(workdir: str) -> str:
+    """The workdir as an absolute path, which checkpoints need; a URL such as gs://a/b as it is."""
+    return workdir if "://" in workdir else str(pathlib.Path(workdir).resolve())
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs one stage; returns the exit code. A bad input is one line on stderr and code 2."""
     if len(argv) > 1:
@@ -84,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
                 raise ValueError(f"--{flag.name}: got nothing, want it for --stage={_STAGE.value}")
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
         config = load_config(_CONFIG.value, [*_SET.value, *prompts])
-        STAGES[_STAGE.value](config, _WORKDIR.value)
+        STAGES[_STAGE.value](config, absolute(_WORKDIR.value))
     except ValueError as error:
         logging.error("%s", error, exc_info=logging.vlog_is_on(1))
         return 2

@@ -65,7 +65,9 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.Path]) -> None:
     config, workdir = trained
-    start = dict(tree.named_leaves({"params": loading.load("{model}", config, str(workdir)).params}))
+    start = dict(
+        tree.named_leaves({"params": loading.load("{model}", config, str(workdir)).params})
+    )
     grounded, distilled = weights(workdir / "grounding"), weights(workdir / "distillation")
     assert start.keys() == grounded.keys() == distilled.keys()
     for before, after in ((start, grounded), (grounded, distilled)):
@@ -151,7 +153,9 @@ def test_lora_trains_adapters_only_and_the_next_stage_merges_them(
     merged = loading.load("{workdir}/grounding", config, str(tmp_path)).params
     moved = {
         name
-        for (name, a), (_, b) in zip(tree.named_leaves(base), tree.named_leaves(merged), strict=True)
+        for (name, a), (_, b) in zip(
+            tree.named_leaves(base), tree.named_leaves(merged), strict=True
+        )
         if not np.array_equal(a, b)
     }
     assert moved == {n.removeprefix("adapters/")[:-2] + "/kernel" for n in names}

@@ -53,8 +53,8 @@ svg text{fill:var(--muted);font-size:11px}
 .link{fill:none;stroke:var(--c);stroke-width:1.5}
 .dots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:28px 40px;
  margin:20px 0}
-.row{display:grid;grid-template-columns:11.6em 1fr 8.2em;gap:0 12px;align-items:center;padding:3px 0;
- font-size:.875rem}
+.row{display:grid;grid-template-columns:11.6em 1fr 8.2em;gap:0 12px;align-items:center;
+ padding:3px 0;font-size:.875rem}
 .row .num{text-align:right;white-space:nowrap}
 .row small,td small,th small{color:var(--muted)}
 .row.axis{padding:0}

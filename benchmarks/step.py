@@ -1,0 +1,161 @@
+"""Time of one distillation update against the same in torch, on the same weights and batch.
+
+    python benchmarks/step.py
+
+Teacher forward (text), student forward and backward (picture), exact reverse KL over the whole
+vocabulary, AdamW; float32, the random 7 M Qwen3-VL of benchmarks/rollout.py. Runs alternate. Prints
+one JSON line: median times, the median ratio of neighbouring runs (ours / torch), the two losses,
+and what calling our jitted update costs before the device has done anything.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from rollout import CONFIG, GRID, make_inputs, random_params
+from transformers import Qwen3VLForConditionalGeneration
+
+from mgsd_jax import distillation, optimizer
+from mgsd_jax.batch import Inputs
+from mgsd_jax.config import DistillationConfig, OptimConfig
+from mgsd_jax.model import hf
+from mgsd_jax.model.qwen3vl import Qwen3VL
+
+BANNED = (CONFIG.image_token_id, CONFIG.video_token_id)
+OPTIM = OptimConfig(lr=1e-6, weight_decay=0.01)
+
+
+def text_inputs(batch: int, length: int, rng: np.random.Generator) -> Inputs:
+    """Prompts of random text tokens."""
+    steps = np.broadcast_to(np.arange(length, dtype=np.int32), (3, batch, length))
+    return Inputs(
+        tokens=rng.integers(0, 2000, (batch, length)).astype(np.int32),
+        positions=np.ascontiguousarray(steps),
+        valid=np.ones((batch, length), bool),
+        next_position=np.full(batch, length, np.int32),
+        pictures=None,
+    )
+
+
+def our_step(
+    params: dict, teacher_params: dict, batch: distillation.DistillationBatch
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """(a whole update, its loss returned; the dispatch of one, its seconds returned)."""
+    model = Qwen3VL(CONFIG)
+    tx = optimizer.make_optimizer(OPTIM, 1000)
+    settings = DistillationConfig(optim=OPTIM)
+    update = distillation.make_update(model, model, settings, tx, BANNED)
+    held = [optimizer.init({"params": jax.tree.map(np.array, params)}, tx)]
+    batch = jax.device_put(batch)
+
+    def step() -> float:
+        held[0], measured, _ = update(held[0], {}, teacher_params, batch)
+        return float(measured["loss"].value)
+
+    def dispatch() -> float:
+        jax.block_until_ready(held[0])
+        start = time.perf_counter()
+        held[0], measured, _ = update(held[0], {}, teacher_params, batch)
+        taken = time.perf_counter() - start
+        jax.block_until_ready(measured)
+        return taken
+
+    return step, dispatch
+
+
+def their_step(
+    folder: str, teacher_folder: str, batch: distillation.DistillationBatch
+) -> Callable[[], float]:
+    load = Qwen3VLForConditionalGeneration.from_pretrained
+    student = load(folder, dtype=torch.float32)
+    teacher = load(teacher_folder, dtype=torch.float32).eval()
+    tx = torch.optim.AdamW(student.parameters(), lr=OPTIM.lr, weight_decay=OPTIM.weight_decay)
+    response = torch.from_numpy(np.array(batch.tokens)).long()
+
+    def arguments(inputs: Inputs) -> dict:
+        tokens = torch.cat([torch.from_numpy(np.array(inputs.tokens)).long(), response], 1)
+        found = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if inputs.pictures is not None:
+            patches = np.array(inputs.pictures.patches).reshape(-1, CONFIG.vision.patch_channels)
+            found["pixel_values"] = torch.from_numpy(patches)
+            found["image_grid_thw"] = torch.tensor([GRID] * len(tokens))
+            found["mm_token_type_ids"] = (tokens == CONFIG.image_token_id).long()
+        return found
+
+    width = response.shape[1]
+    students, teachers = arguments(batch.student), arguments(batch.teacher)
+
+    def logprobs(model: Qwen3VLForConditionalGeneration, inputs: dict) -> torch.Tensor:
+        # The last `width` positions and the one before the response, as a trainer would ask.
+        logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1]
+        logits[..., list(BANNED)] = -1e30
+        return torch.log_softmax(logits, -1)
+
+    def step() -> float:
+        with torch.no_grad():
+            target = logprobs(teacher, teachers)
+        ours = logprobs(student, students)
+        loss = (ours.exp() * (ours - target)).sum(-1).mean()
+        tx.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), OPTIM.clip)
+        tx.step()
+        return loss.item()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--response", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    params, teacher_params = random_params(0), random_params(1)
+    shape = (options.batch, options.response)
+    batch = distillation.DistillationBatch(
+        student=make_inputs(options.batch, rng),
+        teacher=text_inputs(options.batch, 200, rng),
+        tokens=rng.integers(0, 2000, shape).astype(np.int32),
+        mask=np.ones(shape, np.float32),
+    )
+    with tempfile.TemporaryDirectory() as root:
+        folders = [str(Path(root) / name) for name in ("student", "teacher")]
+        for folder, weights in zip(folders, (params, teacher_params), strict=True):
+            hf.save_params(weights, CONFIG, folder, dtype="float32")
+            (Path(folder) / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+        theirs = their_step(*folders, batch)
+    ours, dispatch = our_step(params, teacher_params, batch)
+    losses = ours(), theirs()
+    times = []
+    for _ in range(options.rounds):
+        pair = []
+        for run in (ours, theirs):
+            start = time.perf_counter()
+            run()
+            pair.append(time.perf_counter() - start)
+        times.append(pair)
+    result = {
+        "batch": options.batch,
+        "response": options.response,
+        "ours_s": round(statistics.median(a for a, _ in times), 3),
+        "torch_s": round(statistics.median(b for _, b in times), 3),
+        "ratio": round(statistics.median(a / b for a, b in times), 3),
+        "loss_ours": round(losses[0], 5),
+        "loss_torch": round(losses[1], 5),
+        "dispatch_ms": round(1e3 * statistics.median(dispatch() for _ in range(9)), 3),
+        "device": jax.devices()[0].device_kind,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def get_config() -> c.Config:
             optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05),
             steps=150,
             batch_size=64,
-            mixture=(("questions", 0.7), ("plan_from_text", 0.3)),
+            mixture=(("questions", 0.6), ("cells", 0.15), ("plan_from_text", 0.25)),
             eval_every=50,
         ),
         distillation=c.DistillationConfig(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 Task = Literal["frozenlake", "maze", "minibehaviour"]
-Record = Literal["questions", "plan_from_text", "plan_from_picture"]
+Record = Literal["questions", "cells", "plan_from_text", "plan_from_picture"]
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Mode = Literal["picture", "text", "blind", "perception"]
 

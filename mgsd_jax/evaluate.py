@@ -5,6 +5,7 @@ rows alone (summary.py). Axes: B batch, R response tokens.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -129,7 +130,7 @@ def score_row(board: Board, mode: Mode, response: str) -> Row:
     true, stated = env.facts(board.state), facts.read_facts(board.task, response)
     outcome = rules.judge(board.state, board.task, response)
     own_state = facts.state_from_facts(board.task, stated)
-    row["outcome"] = outcome_dict(outcome)
+    row["outcome"] = dataclasses.asdict(outcome)
     row["plan"] = list(rules.parse_plan(response, board.task).plan)
     row["state_f1"] = facts.state_f1(stated, true)
     row["state_exact"] = stated == true
@@ -137,11 +138,6 @@ def score_row(board: Board, mode: Mode, response: str) -> Row:
         False if own_state is None else rules.judge(own_state, board.task, response).success
     )
     return row
-
-
-def outcome_dict(outcome: Any) -> dict[str, Any]:
-    """The fields of an Outcome."""
-    return {name: getattr(outcome, name) for name in summary._OUTCOME_KEYS}
 
 
 def read_numbered(response: str) -> dict[int, str]:

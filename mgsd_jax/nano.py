@@ -78,16 +78,18 @@ def widen_vision(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters with a vision tower that starts at full signal strength.
 
     A deviation of 0.02 suits widths in the thousands. At a width of 96 it nearly silences every
-    layer and the position table, and hundreds of steps would go by before the tower sees anything:
-    kernels get 1 / sqrt(inputs) instead, the table 0.5 (patches come out at about 1).
+    layer and the position table: kernels get 1 / sqrt(inputs) instead, the table 1, which is what
+    patches come out at. The blocks start at a tenth of that, so that a picture first passes
+    through unmixed.
     """
 
     def scaled(path: str, leaf: jax.Array) -> jax.Array:
         if path == "visual/pos_embed/embedding":
-            return leaf * (0.5 / 0.02)
-        if path.startswith("visual/") and path.endswith("/kernel"):
-            return leaf * (leaf.shape[-2] ** -0.5 / 0.02)
-        return leaf
+            return leaf / 0.02
+        if not (path.startswith("visual/") and path.endswith("/kernel")):
+            return leaf
+        is_branch = path.startswith("visual/blocks/") and ("proj" in path or "linear_fc2" in path)
+        return leaf * (leaf.shape[-2] ** -0.5 / 0.02) * (0.1 if is_branch else 1.0)
 
     return tree.map_named(scaled, params)
 
@@ -103,6 +105,13 @@ def constant_text() -> list[str]:
             pieces[f"{i}. {question.text}\n"] = None
             pieces[f"{i}. {question.text}"] = None
     return list(pieces)
+
+
+def cell_tokens() -> Iterator[str]:
+    """What `prompts.cells` asks and answers with."""
+    yield from (prompts_lib.ask_cells(task) for task in ENVS)
+    for word in prompts_lib.CELL_WORDS:
+        yield from (f" {word}", f" {word}\n")
 
 
 def board_tokens(max_level: int) -> Iterator[str]:
@@ -128,7 +137,9 @@ def write_tokenizer(folder: pathlib.Path, nano: NanoConfig) -> PreTrainedTokeniz
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    pieces = dict.fromkeys((*_WORDS, *board_tokens(nano.max_level), *constant_text()))
+    pieces = dict.fromkeys(
+        (*_WORDS, *board_tokens(nano.max_level), *constant_text(), *cell_tokens())
+    )
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

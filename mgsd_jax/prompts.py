@@ -90,6 +90,10 @@ _ANSWER_FORM = {
     "minibehaviour": "<answer>U,PICK,R,DROP</answer>",
 }
 _ASK = "Answer each question about the picture on its own numbered line."
+_ASK_CELLS = "Say what every cell of the picture shows, one line a cell."
+
+
+CELL_WORDS = ("player", "goal", "hole", "agent", "printer", "table", "floor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +190,25 @@ def grounding(
     answer = "\n".join(_numbered(i, q.answer) for i, q in enumerate(questions, 1))
     text = prompts.grounding[task].replace("<questions>", asked)
     return [{"role": "user", "content": _with_picture(text, picture)}], answer
+
+
+def ask_cells(task: str) -> str:
+    """The instruction of `cells`."""
+    return "".join(line + "\n" for line in (_ASK_CELLS, _CELLS, _LEGEND[task]))
+
+
+def cells(task: str, state: Any, picture: np.ndarray) -> tuple[list[Message], str]:
+    """Messages that ask what each cell of the picture shows, and the answer, a line a cell.
+
+    The first thing to learn about pictures: every line is about one place.
+    """
+    shown = {fact[1]: fact[0] for fact in ENVS[task].facts(state) if fact[0] in CELL_WORDS}
+    answer = "\n".join(
+        f"({row},{column}): {shown.get((row, column), 'floor')}"
+        for row in range(state.size)
+        for column in range(state.size)
+    )
+    return [{"role": "user", "content": _with_picture("<picture>" + ask_cells(task), picture)}], answer
 
 
 def response(task: str, state: Any, plan: Plan) -> str:

@@ -106,7 +106,7 @@ def to_global(batch: Batch, mesh: Mesh) -> Batch:
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         value = np.asarray(leaf)
-        name = str(getattr(path[-1], "name", path[-1])) if path else "the batch"
+        name = jax.tree_util.keystr(path[-1:], simple=True)
         if value.ndim == 0:
             return jax.make_array_from_process_local_data(NamedSharding(mesh, P()), value)
         axis = BATCH_AXES.get(name, 0)

@@ -1,5 +1,7 @@
 """The same weights and batches for transformers: random Qwen3-VL models in torch, float32."""
 
+import json
+import pathlib
 import re
 import tempfile
 from typing import Any
@@ -29,6 +31,15 @@ def to_params(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> di
         model.save_pretrained(folder)
         assert hf.read_config(folder) == config
         return hf.load_params(folder, config, dtype="float32")
+
+
+def from_params(params: dict[str, Any], config: ModelConfig) -> Qwen3VLForConditionalGeneration:
+    """The torch model with our parameters, by way of a folder we save."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_params(params, config, folder, dtype="float32")
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(config.to_hf()))
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def to_torch(config: ModelConfig, rows: list[Row], *, side: str) -> dict[str, torch.Tensor]:

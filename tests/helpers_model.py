@@ -14,6 +14,18 @@ from mgsd_jax.model.qwen3vl import init_params
 Part = int | tuple[int, int]  # so many text tokens, or a picture of (rows, columns) patches
 
 
+# Last-token logits of tiny() with random_params(tiny()) for left-padded random_rows of GOLDEN_ROWS.
+GOLDEN_ROWS: list[tuple[Part, ...]] = [(2, (4, 4), 3, (6, 8), 4), (5, (2, 4), 2), (11,)]
+GOLDEN_IDS = np.array([0, 1, 100, 255])
+GOLDEN_LOGITS = np.array(
+    [
+        [-0.566773, -0.026072, -0.146802, -0.711069],
+        [-0.455114, 0.336079, 0.580306, -0.8175],
+        [-0.475345, 0.333677, 0.028753, -0.942311],
+    ]
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One unpadded sequence."""

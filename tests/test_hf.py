@@ -76,7 +76,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "weights"))
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "every_layer_deepstack"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_table_lists_every_parameter_of_the_model(name: str) -> None:
     config = CONFIGS[name]
     want = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -87,7 +87,7 @@ def test_table_lists_every_parameter_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
-@pytest.mark.parametrize("name", ["tied", "untied", "every_layer_deepstack"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_import_equals_a_second_mapping(name: str, max_shard_size: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     model = helpers_hf.make_model(config)

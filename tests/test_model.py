@@ -5,7 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_model import Row, random_params, random_rows, to_inputs
+from helpers_model import (
+    GOLDEN_IDS,
+    GOLDEN_LOGITS,
+    GOLDEN_ROWS,
+    Row,
+    random_params,
+    random_rows,
+    to_inputs,
+)
 
 from mgsd_jax.batch import Inputs
 from mgsd_jax.model import lora
@@ -16,7 +24,7 @@ from mgsd_jax.model.rope import mrope_tables, rotate, vision_tables
 
 CONFIG = tiny()
 PARAMS = random_params(CONFIG)
-ROWS = random_rows(CONFIG, [(2, (4, 4), 3, (6, 8), 4), (5, (2, 4), 2), (11,)])
+ROWS = random_rows(CONFIG, GOLDEN_ROWS)
 apply_hidden = jax.jit(
     lambda params, inputs: Qwen3VL(CONFIG).apply({"params": params}, inputs, method="hidden")
 )
@@ -37,14 +45,10 @@ def assert_rows_close(got: list[np.ndarray], want: list[np.ndarray], atol: float
 
 
 def test_golden_numbers() -> None:
-    """Stored from a run whose parity with transformers had been verified (test_model_parity)."""
+    """Last-token logits that test_model_parity holds transformers to as well."""
     inputs = to_inputs(CONFIG, ROWS, side="left")
     out = logits(apply_hidden(PARAMS, inputs), head(PARAMS))
-    got = np.asarray(out[:, -1, [0, 1, 100, 255]])
-    np.testing.assert_allclose(got, GOLDEN, atol=1e-4)
-
-
-GOLDEN = np.array([])
+    np.testing.assert_allclose(out[:, -1, GOLDEN_IDS], GOLDEN_LOGITS, atol=1e-4)
 
 
 def test_padding_changes_nothing() -> None:
@@ -138,11 +142,11 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits() -> None:
 @pytest.mark.parametrize("num_deepstack", [0, 3])
 def test_deepstack_on_no_layer_and_on_every_layer(num_deepstack: int) -> None:
     config = tiny(num_deepstack=num_deepstack)
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
     stacks = {"layers_deepstack", "layers"} & params["language"].keys()
     assert stacks == ({"layers"} if num_deepstack == 0 else {"layers_deepstack"})
     inputs = to_inputs(config, ROWS, side="left")
-    out = Qwen3VL(config).apply({"params": params}, inputs, method="hidden")
+    out = jax.jit(lambda p: Qwen3VL(config).apply({"params": p}, inputs, method="hidden"))(params)
     assert np.isfinite(out).all()
 
 
@@ -154,7 +158,9 @@ def test_prefill_and_decode_equal_the_full_forward() -> None:
     response = np.random.default_rng(2).integers(0, 250, (3, 4)).astype(np.int32)
     model, variables = Qwen3VL(CONFIG), {"params": PARAMS}
     decode = jax.jit(lambda *a: model.apply(variables, *a, method="decode"))
-    prefill = jax.jit(lambda p: model.apply(variables, p, prompts.tokens.shape[1] + 9, method="prefill"))
+    prefill = jax.jit(
+        lambda p: model.apply(variables, p, prompts.tokens.shape[1] + 9, method="prefill")
+    )
     out, cache = prefill(prompts)
     steps = [out]
     for r in range(4):

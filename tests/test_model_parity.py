@@ -13,7 +13,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import helpers_hf  # noqa: E402
-from helpers_model import Row, random_rows, to_inputs  # noqa: E402
+from helpers_model import (  # noqa: E402
+    GOLDEN_IDS,
+    GOLDEN_LOGITS,
+    GOLDEN_ROWS,
+    Row,
+    random_params,
+    random_rows,
+    to_inputs,
+)
 
 from mgsd_jax.batch import Inputs  # noqa: E402
 from mgsd_jax.model.config import ModelConfig, tiny  # noqa: E402
@@ -68,6 +76,14 @@ def test_logits_equal_transformers(name: str, batch: str, side: str) -> None:
     inputs = to_inputs(config, rows, side=side)
     got = our_logits(config, params, inputs)
     assert_same(got, hf_logits(model, config, rows, side), inputs.valid)
+
+
+def test_golden_numbers_are_those_of_transformers() -> None:
+    """What test_model holds the model to where torch is absent."""
+    config = tiny()
+    model = helpers_hf.from_params(random_params(config), config)
+    got = hf_logits(model, config, random_rows(config, GOLDEN_ROWS), "left")
+    np.testing.assert_allclose(got[:, -1, GOLDEN_IDS], GOLDEN_LOGITS, atol=1e-5)
 
 
 def without_deepstack(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:

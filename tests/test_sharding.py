@@ -1,6 +1,7 @@
 """Meshes, parameter rules and global batches, on one device and on eight virtual ones."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -297,3 +298,59 @@ def test_merging_keeps_the_sharding() -> None:
         sharded = tree.get(placed, path)
         assert isinstance(leaf.sharding, NamedSharding)
         assert leaf.sharding.is_equivalent_to(sharded, leaf.ndim), path
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
+import numpy as np
+from test_sharding import CONFIG, batch, random_params
+from mgsd_jax import sharding
+from mgsd_jax.model import hf, table
+folder, out = sys.argv[3:]
+mesh = sharding.make_mesh()
+assert mesh.devices.size == 4 and jax.local_device_count() == 2
+placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+params = hf.load_params(folder, CONFIG, dtype="float32", shardings=placed)
+for ours, want in zip(jax.tree.leaves(params), jax.tree.leaves(random_params()), strict=True):
+    for shard in ours.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want[shard.index])
+hf.save_params(params, CONFIG, out, dtype="float32", max_shard_bytes=50_000)
+rank, host = jax.process_index(), batch(8)
+rows = slice(4 * rank, 4 * rank + 4)
+mine = (host.tokens[rows], {"positions": host.positions[:, rows]})
+tokens, positions = sharding.to_global(mine, mesh)
+assert tokens.shape == (8, 5) and positions["positions"].shape == (3, 8, 5)
+for value, want in ((tokens, host.tokens), (positions["positions"], host.positions)):
+    for shard in value.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want[shard.index])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_model(saved: Path, tmp_path: Path) -> None:
+    """Each loads its own slices, the first one writes what both hold."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    tests = Path(__file__).parent
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
+    }
+    out = tmp_path / "out"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), address, str(saved), str(out)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "".join(errors)[-4000:]
+    for file in sorted(out.iterdir()):
+        assert file.read_bytes() == (saved / file.name).read_bytes()

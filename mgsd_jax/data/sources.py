@@ -72,6 +72,8 @@ class Encoder:
             messages, answer = prompts_lib.grounding(
                 self.prompts, board.task, board.state, self.picture(board)
             )
+        elif kind == "cells":
+            messages, answer = prompts_lib.cells(board.task, board.state, self.picture(board))
         else:
             plan = ENVS[board.task].random_shortest_plan(board.state, rng)
             answer = prompts_lib.response(board.task, board.state, plan)

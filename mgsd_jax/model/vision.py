@@ -111,6 +111,7 @@ class VisionTower(nn.Module):
 
     def __call__(self, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
         """Merged features [B, M * Q, D] and deepstack features [n_ds, B, M * Q, D]."""
+        config = self.config
         batch, per_row, length, _ = pictures.patches.shape
         flat = jax.tree.map(
             lambda x: x.reshape(batch * per_row, length, *x.shape[3:]),
@@ -120,18 +121,14 @@ class VisionTower(nn.Module):
         table_rows = self.pos_embed(flat.interp_index)  # [rows, P, 4, Dv]
         x += jnp.einsum("BPID,BPI->BPD", table_rows, flat.interp_weight).astype(self.dtype)
         x, taps = self._run_blocks(x, flat)
-        merged = self.merger(x)
-        if self.config.deepstack_visual_indexes:
-            per_tap = nn.vmap(
-                lambda merger, tap: merger(tap),
-                variable_axes=STACKED,
-                split_rngs={"params": True},
-            )
-            deep = per_tap(self.deepstack_mergers, taps)
-        else:
-            deep = jnp.zeros((0, *merged.shape), merged.dtype)
-        width = merged.shape[-1]
-        return merged.reshape(batch, -1, width), deep.reshape(deep.shape[0], batch, -1, width)
+        merged = self.merger(x).reshape(batch, -1, config.out_hidden_size)
+        if not config.deepstack_visual_indexes:
+            return merged, jnp.zeros((0, *merged.shape), merged.dtype)
+        merge_each = nn.vmap(
+            lambda merger, tap: merger(tap), variable_axes=STACKED, split_rngs={"params": True}
+        )
+        deep = merge_each(self.deepstack_mergers, taps)
+        return merged, deep.reshape(deep.shape[0], *merged.shape)
 
     def _run_blocks(self, x: jax.Array, flat: Pictures) -> tuple[jax.Array, jax.Array]:
         """The last block's output, and the outputs of the tapped blocks [n_ds, rows, P, Dv]."""

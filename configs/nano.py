@@ -12,10 +12,10 @@ from mgsd_jax import config as c
 BASE = str(pathlib.Path(c.__file__).parent / "assets" / "nano_base")
 
 BOARDS = (
-    c.LevelSet("frozenlake", levels=(3,), train=900, val=48, test=100),  # 1,218 exist in all
-    c.LevelSet("frozenlake", levels=(4,), train=1500, val=48, test=100),
-    c.LevelSet("maze", levels=(3,), train=2000, val=96, test=200),
-    c.LevelSet("minibehaviour", levels=(5,), train=1500, val=96, test=200),
+    c.LevelSet("frozenlake", levels=(3,), train=600, val=48, test=100),  # 1,218 exist in all
+    c.LevelSet("frozenlake", levels=(4,), train=1200, val=48, test=100),
+    c.LevelSet("maze", levels=(3,), train=1200, val=96, test=200),
+    c.LevelSet("minibehaviour", levels=(5,), train=2400, val=96, test=200),
 )
 
 
@@ -36,7 +36,7 @@ def get_config() -> c.Config:
             optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05),
             steps=150,
             batch_size=64,
-            mixture=(("questions", 0.6), ("cells", 0.15), ("plan_from_text", 0.25)),
+            mixture=(("questions", 0.5), ("cells", 0.3), ("plan_from_text", 0.2)),
             eval_every=50,
         ),
         distillation=c.DistillationConfig(

@@ -1,6 +1,6 @@
 """Qwen3-VL-4B-Instruct, every stage, with the settings of the public release.
 
-Command:   python -m mgsd_jax.main --stage=grounding --config=configs/qwen3vl_4b.py --workdir=runs/4b
+Command:   python -m mgsd_jax.main --stage=grounding --config=configs/qwen3vl_4b.py --workdir=DIR
 Hardware:  one accelerator that holds the training state: 4.4e9 parameters with float32 master
            weights, moments and gradients are 71 GB, the frozen teacher and activations come on top.
 Expected:  not measured (no pretrained weights at hand). Published macro average: 11.2 -> 30.5.

@@ -1,6 +1,6 @@
 """Qwen3-VL-8B-Instruct, every stage, with the settings of the public release.
 
-Command:   python -m mgsd_jax.main --stage=grounding --config=configs/qwen3vl_8b.py --workdir=runs/8b
+Command:   python -m mgsd_jax.main --stage=grounding --config=configs/qwen3vl_8b.py --workdir=DIR
 Hardware:  twice the memory of configs/qwen3vl_4b.py, which says what is in it.
 Expected:  not measured (no pretrained weights at hand). Published macro average: 17.2 -> 35.6.
 """

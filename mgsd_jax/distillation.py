@@ -5,6 +5,7 @@ Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import sources
 from mgsd_jax.model import qwen3vl
+from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.token_stats import TokenStats
 
@@ -132,6 +134,19 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
+def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -> float:
+    """FLOPs of an update: one teacher forward, and three times the student's."""
+    rows, predicted = batch.tokens.shape
+    pictures = batch.student.pictures
+    patches = 0 if pictures is None else pictures.patches.shape[1] * pictures.patches.shape[2]
+    lengths = (x.tokens.shape[1] + predicted for x in (batch.student, batch.teacher))
+    students, teachers = (
+        forward_flops(model.config, tokens=length, patches=p, predicted=predicted)
+        for model, length, p in zip((student, teacher), lengths, (patches, 0), strict=True)
+    )
+    return rows * (3 * students + teachers)
+
+
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
     settings = config.distillation
@@ -202,11 +217,18 @@ def run(config: Config, workdir: str) -> None:
             batch = DistillationBatch(
                 prompts.batch.student, prompts.batch.teacher, sampled.tokens, sampled.mask
             )
+            started = time.perf_counter()
             state, measured, stats = update(state, frozen, teacher.params, batch)
             # The host scores the rollouts while the device works on the update.
             responses = evaluate.decode_rows(student.processor, tokens, mask)
             measured |= evaluate.rollout_metrics(prompts.boards, responses, truncated, mask)
             measured |= evaluate.token_metrics(student.processor, tokens, mask, stats)
+            spent = session.timers.seconds
+            spent["update"] = time.perf_counter() - started
+            measured["tokens_per_s/rollout"] = mask.sum() / spent["rollout"]
+            measured |= stage.speed(
+                update_flops(student.model, teacher.model, batch), 2 * mask.size, spent["update"]
+            )
             if stage.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
                     rows = answer(tree.combine(state.params, frozen), held_out, "picture")

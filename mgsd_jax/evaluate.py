@@ -192,7 +192,7 @@ def token_metrics(
     position = np.broadcast_to(np.arange(kl.shape[1]), kl.shape)
     for low, high in ((0, 4), (4, 16), (16, 64), (64, 256), (256, 1 << 30)):
         inside = valid & (position >= low) & (position < high)
-        name = f"kl_pos/{low}-{high - 1}" if high < 1 << 30 else f"kl_pos/{low}+"
+        name = f"kl_pos/{low}-{high - 1}" if high < 1 << 30 else f"kl_pos/{low}-"
         measured[name] = Mean(float(kl[inside].sum()), float(inside.sum()))
     for name, values in (
         ("student_entropy", stats.student_entropy),

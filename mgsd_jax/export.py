@@ -1,5 +1,7 @@
 """A trained model as a Hugging Face folder, and its adapters alone as a PEFT folder."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -29,6 +31,7 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+RECORD = "export.json"  # what the export was made from
 WANTED = (
     ("generation_config.json",),
     ("tokenizer.json", "vocab.json"),
@@ -38,10 +41,16 @@ WANTED = (
 
 
 def run(config: Config, workdir: str) -> None:
-    """Writes the model at `config.export.source` to `config.export.folder`."""
+    """Writes the model at `config.export.source` to `config.export.folder`.
+
+    An earlier export of the same source is replaced; any other folder there is refused.
+    """
     settings = config.export
     loaded = loading.load(settings.source, config, workdir)
-    folder = config_lib.resolve(settings.folder, config, workdir)
+    folder = Path(config_lib.resolve(settings.folder, config, workdir))
+    record = {"source": config_lib.resolve(settings.source, config, workdir)}
+    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text()) == record:
+        shutil.rmtree(folder)
     export_folder(
         loaded.params,
         loaded.model.config,
@@ -50,6 +59,7 @@ def run(config: Config, workdir: str) -> None:
         dtype=settings.dtype,
         max_shard_bytes=settings.max_shard_gb * 1e9,
     )
+    files.write_json(folder / RECORD, record)
     logging.info("%s: exported from %s", folder, settings.source)
 
 

@@ -5,6 +5,7 @@ Axes: B batch, T tokens, D width.
 
 import functools
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from mgsd_jax.data import sources
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.metrics import Mean
 from mgsd_jax.model import qwen3vl
+from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
 
 BATCH_AXES = GroundingBatch(stage.INPUT_AXES, targets=0, loss_mask=0)
@@ -66,6 +68,16 @@ def make_update(
     return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
 
 
+def update_flops(model: Qwen3VL, batch: GroundingBatch) -> float:
+    """FLOPs of an update: a forward pass and a backward pass of twice as many."""
+    rows, length = batch.targets.shape
+    pictures = batch.inputs.pictures
+    patches = 0 if pictures is None else pictures.patches.shape[1] * pictures.patches.shape[2]
+    predicted = round(float(batch.loss_mask.sum()) / rows)
+    flops = forward_flops(model.config, tokens=length, patches=patches, predicted=predicted)
+    return 3 * rows * flops
+
+
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
     settings = config.grounding
@@ -109,7 +121,10 @@ def run(config: Config, workdir: str) -> None:
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
                 batch = next(loader)
-            state, measured = update(state, frozen, batch)
+            started = time.perf_counter()
+            state, measured = jax.block_until_ready(update(state, frozen, batch))
+            seconds = time.perf_counter() - started
+            measured |= stage.speed(update_flops(student.model, batch), batch.targets.size, seconds)
             if stage.is_due(step + 1, settings.eval_every, settings.steps):
                 sums = [validate(state.params, frozen, b)[:2] for b in held_out]
                 measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, w in sums))

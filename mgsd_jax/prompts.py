@@ -208,7 +208,8 @@ def cells(task: str, state: Any, picture: np.ndarray) -> tuple[list[Message], st
         for row in range(state.size)
         for column in range(state.size)
     )
-    return [{"role": "user", "content": _with_picture("<picture>" + ask_cells(task), picture)}], answer
+    content = _with_picture("<picture>" + ask_cells(task), picture)
+    return [{"role": "user", "content": content}], answer
 
 
 def response(task: str, state: Any, plan: Plan) -> str:

@@ -22,6 +22,7 @@ from mgsd_jax.data.processor import Processor
 from mgsd_jax.data.sources import Encoder, StreamedBoards
 from mgsd_jax.envs.benchmarks import benchmark_keys
 from mgsd_jax.envs.splits import Split
+from mgsd_jax.model.flops import peak_flops
 from mgsd_jax.optimizer import TrainState
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
@@ -61,6 +62,13 @@ def claim(folder: pathlib.Path, config: Config, sections: Sequence[str]) -> None
     metrics.write_run_info(folder, values, is_main=jax.process_index() == 0)
 
 
+def speed(flops: float, tokens: int, seconds: float) -> dict[str, float]:
+    """Tokens and model FLOPs a second of an update, and MFU where the device's peak is known."""
+    measured = {"tokens_per_s/update": tokens / seconds, "tflops_per_s": flops / seconds / 1e12}
+    peak = peak_flops()
+    return measured if peak is None else measured | {"mfu": flops / seconds / peak}
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """An opened training run: where it stands, and what every step reports to."""
@@ -79,8 +87,7 @@ class Session:
 
     def finish_step(self, step: int, state: TrainState, measured: dict[str, Any]) -> None:
         """Reports the metrics of update `step`, a Mean or a scalar each, and saves if it is due."""
-        with self.timers.phase("device"):
-            values = metrics.means_to_floats(jax.device_get(measured))
+        values = metrics.means_to_floats(jax.device_get(measured))
         now = time.perf_counter()
         seconds = now - self.last[0][0]
         self.last.append((now, values))

@@ -40,36 +40,33 @@ class TargetStats(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """A softmax over V as its logits below the largest, and what normalises them.
+    """A softmax over V kept as logits and normaliser."""
 
-    Centring loses nothing where it matters: a probable token's logit is near the top, and numbers
-    that near each other subtract exactly.
-    """
+    logits: jax.Array  # [N, V]
+    top: jax.Array  # [N, 1] the largest logit
+    log_norm: jax.Array  # [N, 1] log sum exp(logits - top)
 
-    logits: jax.Array  # [N, V], the largest of a row is 0
-    log_norm: jax.Array  # [N, 1] log sum exp(logits)
+    @property
+    def logprobs(self) -> jax.Array:
+        # Subtracting the top first keeps what float32 can hold of a gap between logits of 1e4.
+        return (self.logits - self.top) - self.log_norm
 
     @property
     def probs(self) -> jax.Array:
-        return jnp.exp(self.logits - self.log_norm)
-
-    def logprob(self, targets: jax.Array) -> jax.Array:
-        """log p of one target [N] a row."""
-        picked = jnp.take_along_axis(self.logits, targets[:, None], axis=-1)
-        return (picked - self.log_norm)[:, 0]
+        return jnp.exp(self.logprobs)
 
 
 def distribution(logits: jax.Array, vocab_mask: jax.Array | None) -> Distribution:
     """The softmax of logits [N, V], tokens outside vocab_mask [V] having probability 0."""
     if vocab_mask is not None:
         logits = jnp.where(vocab_mask, logits, MASKED_LOGIT)
-    logits = logits - _max(logits)
-    return Distribution(logits, jnp.log(_sum(jnp.exp(logits))))
+    top = _max(logits)
+    return Distribution(logits, top, jnp.log(_sum(jnp.exp(logits - top))))
 
 
 def log_ratio(p: Distribution, q: Distribution) -> jax.Array:
-    """d = log p - log q, [N, V]; near-equal logits cancel before they meet the normalisers."""
-    return (p.logits - q.logits) - (p.log_norm - q.log_norm)
+    """d = log p - log q, [N, V]. Near-equal logits subtract without rounding, so it is exact."""
+    return (p.logits - q.logits) - ((p.top - q.top) + (p.log_norm - q.log_norm))
 
 
 def kl_terms(probs: jax.Array, other: jax.Array, ratio: jax.Array) -> jax.Array:
@@ -82,7 +79,7 @@ def kl_terms(probs: jax.Array, other: jax.Array, ratio: jax.Array) -> jax.Array:
     small = jnp.abs(ratio) < 0.125
     x = jnp.where(small, ratio, 0.0)
     series = x * x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120 - x / 720))))
-    return jnp.where(small, probs * series, probs * (ratio - 1.0) + other)
+    return jnp.where(small, probs * series, (probs * ratio - probs) + other)
 
 
 def cross_entropy_tokens(
@@ -90,24 +87,25 @@ def cross_entropy_tokens(
 ) -> tuple[jax.Array, TargetStats, jax.Array]:
     """(-log p(target) [N], its statistics, gradient in the logits [N, V])."""
     p = distribution(logits, None)
-    logprob = p.logprob(targets)
-    is_top1 = (logprob >= -p.log_norm[:, 0]).astype(jnp.float32)
-    return -logprob, TargetStats(logprob, is_top1), -logprob_gradient(p, targets)
+    target_logit = _pick(p.logits, targets)
+    logprob = (target_logit - p.top[:, 0]) - p.log_norm[:, 0]
+    is_top1 = (target_logit >= p.top[:, 0]).astype(jnp.float32)
+    return -logprob, TargetStats(logprob, is_top1), p.probs - _one_hot(targets, logits.shape[-1])
 
 
 def measure(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
     """Statistics of one chunk, `clipped` 0 throughout."""
     p_probs, q_probs = p.probs, q.probs
+    both_top = (p.logits == p.top) & (q.logits == q.top)
     return TokenStats(
         kl=_sum(kl_terms(p_probs, q_probs, log_ratio(p, q)))[:, 0],
-        student_entropy=(p.log_norm - _sum(p_probs * p.logits))[:, 0],
-        teacher_entropy=(q.log_norm - _sum(q_probs * q.logits))[:, 0],
-        student_logprob=p.logprob(targets),
-        teacher_logprob=q.logprob(targets),
-        # Logits are at most 0, so two add up to 0 only at a token that is the top of both.
-        top1_agree=(_max(p.logits + q.logits) == 0)[:, 0].astype(jnp.float32),
+        student_entropy=(p.log_norm - _sum(p_probs * (p.logits - p.top)))[:, 0],
+        teacher_entropy=(q.log_norm - _sum(q_probs * (q.logits - q.top)))[:, 0],
+        student_logprob=_target_logprob(p, targets),
+        teacher_logprob=_target_logprob(q, targets),
+        top1_agree=_max(both_top.astype(jnp.float32))[:, 0],
         student_top1_prob=jnp.exp(-p.log_norm)[:, 0],
-        clipped=jnp.zeros_like(p.log_norm[:, 0]),
+        clipped=jnp.zeros_like(p.top[:, 0]),
     )
 
 
@@ -146,7 +144,19 @@ def jsd_tokens(p: Distribution, q: Distribution, beta: float) -> tuple[jax.Array
 
 def logprob_gradient(p: Distribution, targets: jax.Array) -> jax.Array:
     """Gradient of log p(target) in the logits, [N, V]."""
-    return jax.nn.one_hot(targets, p.logits.shape[-1], dtype=jnp.float32) - p.probs
+    return _one_hot(targets, p.logits.shape[-1]) - p.probs
+
+
+def _target_logprob(p: Distribution, targets: jax.Array) -> jax.Array:
+    return (_pick(p.logits, targets) - p.top[:, 0]) - p.log_norm[:, 0]
+
+
+def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+
+def _one_hot(targets: jax.Array, vocabulary: int) -> jax.Array:
+    return jax.nn.one_hot(targets, vocabulary, dtype=jnp.float32)
 
 
 def _sum(values: jax.Array) -> jax.Array:

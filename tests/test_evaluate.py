@@ -1,0 +1,105 @@
+"""Scoring of answers, token groups, and the choice of boards."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from mgsd_jax import evaluate, nano, prompts
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.processor import encode_answer, load_processor
+from mgsd_jax.envs import ENVS
+
+BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
+
+
+def make_boards(count: int = 6) -> list[Board]:
+    rng = np.random.default_rng(0)
+    return [
+        Board(task, level, i, ENVS[task].generate(rng, level), None)
+        for task, level in (("frozenlake", 4), ("maze", 3), ("minibehaviour", 5))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("board", make_boards(2), ids=lambda board: f"{board.task}{board.index}")
+def test_a_right_answer_is_right_in_every_measure(board: Board) -> None:
+    env = ENVS[board.task]
+    text = prompts.response(board.task, board.state, env.shortest_plan(board.state))
+    row = evaluate.score_row(board, "picture", text)
+    assert row["outcome"]["success"] and row["outcome"]["optimal"]
+    assert row["state_f1"] == 1.0 and row["state_exact"] and row["plan_given_own_state"]
+    assert env.key(env.from_text(row["task_text"], source="row")) == env.key(board.state)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    _, answer = prompts.grounding(prompts.BUILT_IN, board.task, board.state, picture)
+    assert all(evaluate.score_row(board, "perception", answer)["perception"].values())
+    json.dumps(row)
+
+
+def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
+    first, second = make_boards()[:2]
+    text = prompts.response(
+        second.task, second.state, ENVS[second.task].shortest_plan(second.state)
+    )
+    row = evaluate.score_row(first, "picture", text)
+    assert not row["state_exact"] and row["state_f1"] < 1.0
+    assert row["plan_given_own_state"]
+
+
+def test_numbered_answers() -> None:
+    text = "so:\n1. 4x4\n2.\n(0,0): up\n(0,1): down\n3. x\n1. late"
+    found = evaluate.read_numbered(text)
+    assert found[1].strip() == "4x4" and found[2].strip() == "(0,0): up\n(0,1): down"
+    assert evaluate.read_numbered("no numbers") == {}
+
+
+def test_a_blind_student_sees_another_board_of_its_level() -> None:
+    boards = make_boards()
+    others = evaluate.misleading(boards)
+    assert sorted(map(id, others)) == sorted(map(id, boards))
+    for board, other in zip(boards, others, strict=True):
+        assert (board.task, board.level) == (other.task, other.level) and board is not other
+    with pytest.raises(ValueError, match="got one board of frozenlake level 4"):
+        evaluate.misleading(boards[:1])
+
+
+def test_spread_takes_every_level_in_turn() -> None:
+    chosen = evaluate.spread(make_boards(), 7)
+    assert [board.task for board in chosen[:3]] == ["frozenlake", "maze", "minibehaviour"]
+    assert [board.index for board in chosen] == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_token_groups_of_a_response() -> None:
+    processor = load_processor(BASE)
+    board = make_boards()[0]
+    plan = ENVS[board.task].shortest_plan(board.state)
+    tokens = encode_answer(processor, prompts.response(board.task, board.state, plan))
+    padded = np.zeros((1, len(tokens) + 3), np.int32)
+    padded[0, : len(tokens)] = tokens
+    valid = np.arange(padded.shape[1])[None] < len(tokens)
+    groups = evaluate.segments(processor, padded, valid)[0]
+    names = [prompts.SEGMENTS[g] for g in groups[: len(tokens)]]
+    assert (groups[len(tokens) :] == -1).all()
+    assert names[0] == "state" and names[-1] == "format", "the end token is format"
+    assert names.count("plan") == len(plan)
+    assert names.count("sentence") >= len(plan) + 1
+    order = [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    assert order[:2] == ["state", "sentence"]
+
+
+def test_validation_weighs_levels_alike() -> None:
+    def row(task: str, success: bool) -> dict:
+        return {"task": task, "level": 3, "outcome": {"success": success}, "state_exact": True}
+
+    rows = [row("maze", True)] + [row("frozenlake", False)] * 9
+    measured = evaluate.validation_metrics(rows)
+    assert measured["val/success"].value == pytest.approx(0.5)
+
+
+def test_a_line_cut_short_is_dropped(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert evaluate.read_rows(path) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert evaluate.read_rows(path) == [{"a": 1}, {"a": 2}]
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'

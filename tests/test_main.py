@@ -1,0 +1,67 @@
+"""The command line: every bad input is one line that says what was found and what was wanted."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NANO = str(ROOT / "configs" / "nano.py")
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "mgsd_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--stage=grounding", "--workdir=x"), "--config: got nothing"),
+        (("--stage=grounding", f"--config={NANO}"), "--workdir: got nothing"),
+        (("--stage=score",), "--input: got nothing"),
+        (
+            ("--stage=generate", f"--config={NANO}", "--workdir=x", "--set", "data.a=1"),
+            "--set data.a: no field 'a'",
+        ),
+        (
+            ("--stage=grounding", f"--config={NANO}", "--workdir=/nonexistent/x"),
+            "manifest.json: got no such file, want one; run --stage=generate first",
+        ),
+    ],
+)
+def test_one_line_errors(arguments: tuple[str, ...], message: str) -> None:
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_help_and_score(tmp_path: pathlib.Path) -> None:
+    done = call("--help")
+    for word in ("grounding", "distillation", "--config", "--workdir", "--set", "--input"):
+        assert word in done.stdout
+    sample = ROOT / "tests" / "data" / "scoring_sample.jsonl"
+    done = call("--stage=score", f"--input={sample}")
+    count = len(sample.read_text().splitlines())
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == f"{count} rows, 0 mismatches"
+    rows = [json.loads(line) for line in sample.read_text().splitlines()]
+    row = next(r for r in rows if "success" in r["expected"])
+    row["expected"]["success"] = not row["expected"]["success"]
+    wrong = tmp_path / "rows.jsonl"
+    wrong.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = call("--stage=score", f"--input={wrong}")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == f"{count} rows, 1 mismatches"

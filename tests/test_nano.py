@@ -1,0 +1,66 @@
+"""The shipped nano base and its tokenizer: whole, small, and made for the prompts of today."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from mgsd_jax import config as c
+from mgsd_jax import nano, prompts
+from mgsd_jax.data.processor import decode, encode_answer, encode_example, load_processor
+from mgsd_jax.envs import ENVS
+from mgsd_jax.model import hf
+from mgsd_jax.tree import named_leaves
+
+BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
+SHAPE = c.NanoConfig(folder="", max_level=6)
+
+
+def test_the_base_is_whole_and_small() -> None:
+    params = hf.load_params(BASE, hf.read_config(BASE), dtype=np.dtype(np.float32))
+    count = sum(leaf.size for _, leaf in named_leaves(params))
+    assert 1e6 < count < 6e6
+    assert sum(file.stat().st_size for file in BASE.iterdir()) < 12e6
+
+
+def test_the_tokenizer_is_the_one_of_the_present_prompts(tmp_path: pathlib.Path) -> None:
+    nano.write_tokenizer(tmp_path, SHAPE)
+    written, shipped = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE)
+    )
+    assert written == shipped
+
+
+@pytest.mark.parametrize(("task", "level"), [("frozenlake", 4), ("maze", 4), ("minibehaviour", 5)])
+def test_prompts_are_short_and_every_text_survives(task: str, level: int) -> None:
+    processor = load_processor(BASE)
+    env = ENVS[task]
+    for seed in range(10):
+        state = env.generate(np.random.default_rng(seed), level)
+        answer = prompts.response(task, state, env.shortest_plan(state))
+        example, length = encode_example(
+            processor, prompts.teacher(prompts.BUILT_IN, task, state), answer
+        )
+        assert length < 60
+        assert decode(processor, example.tokens[length:]) == answer
+    for text in ("ünïcode, any text\n\n (9,9) <b>", "(0,0)(1,1) up,down", " 7x7"):
+        assert decode(processor, encode_answer(processor, text)) == text
+
+
+def test_the_vision_tower_starts_awake(tmp_path: pathlib.Path) -> None:
+    config = c.Config(
+        model=c.ModelConfig(path=str(tmp_path)),
+        data=c.DataConfig(boards=(), picture_size=0, cell_pixels=32),
+        grounding=c.GroundingConfig(optim=c.OptimConfig(lr=1e-3)),
+        distillation=c.DistillationConfig(optim=c.OptimConfig(lr=1e-3)),
+        evaluate=c.EvaluateConfig(models=()),
+        nano=c.NanoConfig(folder=str(tmp_path)),
+    )
+    nano.run(config, str(tmp_path))
+    params = dict(named_leaves(hf.load_params(tmp_path, hf.read_config(tmp_path), dtype="float32")))
+    assert float(np.std(params["visual/pos_embed/embedding"])) == pytest.approx(1, rel=0.1)
+    kernel = params["visual/merger/linear_fc1/kernel"]
+    assert float(np.std(kernel)) == pytest.approx(kernel.shape[0] ** -0.5, rel=0.1)
+    kernel = params["language/layers/mlp/up_proj/kernel"]
+    assert float(np.std(kernel)) == pytest.approx(0.02, rel=0.1)

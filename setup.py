@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="mgsd_jax",
     version="0.1.0",
-    description="Train Qwen3-VL to plan from pictures by grounding and on-policy distillation, in JAX",
+    description="Train Qwen3-VL to plan from pictures: grounding and distillation in JAX",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mgsd_jax", "mgsd_jax.*"]),
     package_data={"mgsd_jax": ["assets/**/*"]},

@@ -40,7 +40,7 @@ def get_config() -> c.Config:
             eval_every=50,
         ),
         distillation=c.DistillationConfig(
-            optim=c.OptimConfig(lr=5e-4, warmup=0.05),
+            optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05, b2=0.99),
             teacher_context="state",
             sampling=c.SamplingConfig(max_new_tokens=62),
             token_chunk=1024,

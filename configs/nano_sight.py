@@ -21,22 +21,14 @@ def get_config() -> c.Config:
     chance; at step 300 they would be found too.
     """
     text: c.Config = runpy.run_path(str(_TEXT))["get_config"]()
-    boards = (
-        # Levels named more than once are drawn more often. Level 5 of FrozenLake is there for its
-        # geometry: a MiniBehaviour board of 5x5 shows too few things to learn the places from.
-        c.LevelSet("frozenlake", levels=(3, 4, 4, 5, 5, 5), train=0, val=0, test=0),
-        c.LevelSet("maze", levels=(3, 3), train=0, val=0, test=0),
-        c.LevelSet("minibehaviour", levels=(5, 5, 5), train=0, val=0, test=0),
-    )
     return dataclasses.replace(
         text,
-        data=dataclasses.replace(text.data, boards=boards, sequence_buckets=(98, 120)),
         grounding=dataclasses.replace(
             text.grounding,
             student="{workdir}/text/grounding",
-            optim=c.OptimConfig(lr=1e-3, warmup=0.1, b2=0.99),
+            optim=c.OptimConfig(lr=1e-3, warmup=0.12, b2=0.99),
             batch_size=48,
-            steps=300,
+            steps=250,
             mixture=(
                 ("cells", 0.3),
                 ("questions", 0.3),

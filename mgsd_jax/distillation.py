@@ -34,7 +34,9 @@ class DistillationBatch(NamedTuple):
     mask: jax.Array  # [B, R] float32, 1 through the first end token
 
 
-BATCH_AXES = DistillationBatch(stage.INPUT_AXES, stage.INPUT_AXES, tokens=0, mask=0)
+BATCH_AXES: Any = DistillationBatch(
+    stage.INPUT_AXES, stage.INPUT_AXES, tokens=stage.FIRST, mask=stage.FIRST
+)
 
 
 def loss_config(settings: DistillationConfig) -> losses.DistillLossConfig:
@@ -56,7 +58,7 @@ def response_hidden(
 ) -> jax.Array:
     """Hidden states [B * R, D] that predict each response token after this prompt."""
     inputs = qwen3vl.append_response(prompt, tokens, mask > 0)
-    hidden = model.apply(variables, inputs, method="hidden")
+    hidden = qwen3vl.apply_hidden(model, variables, inputs)
     hidden = losses.response_hidden(hidden, prompt.tokens.shape[1], tokens.shape[1])
     return hidden.reshape(-1, hidden.shape[-1])
 

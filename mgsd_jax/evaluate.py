@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -57,7 +58,7 @@ def make_answerer(
             padded, _ = batching.pad_rows(shown[chosen], settings.batch_size)
             inputs = _inputs(encoder, [encode_prompt(encoder, b, mode) for b in padded], mode)
             row_ids = np.arange(start, start + settings.batch_size, dtype=np.int32)
-            sampled = jax.device_get(generate(variables, inputs, rng, row_ids))
+            sampled = jax.device_get(generate(variables, inputs, rng, jnp.asarray(row_ids)))
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
             for i, board in enumerate(boards[chosen]):
                 row = score_row(board, mode, texts[i])
@@ -260,7 +261,7 @@ def run(config: Config, workdir: str) -> None:
     boards = stage.boards(config, workdir, "test")
     path = folder / "rows.jsonl"
     rows = read_rows(path)
-    asked = [
+    asked: list[tuple[str, str, Mode]] = [
         (name, source, mode)
         for name, source in settings.models
         for mode in settings.modes

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mgsd_jax import config as config_lib
@@ -22,7 +23,7 @@ from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
 
-BATCH_AXES = GroundingBatch(stage.INPUT_AXES, targets=0, loss_mask=0)
+BATCH_AXES: Any = GroundingBatch(stage.INPUT_AXES, targets=stage.FIRST, loss_mask=stage.FIRST)
 
 
 def loss_fn(
@@ -30,12 +31,12 @@ def loss_fn(
 ) -> tuple[jax.Array, jax.Array, dict[str, Mean]]:
     """Summed cross-entropy of the answers' tokens in nats, their number, and summed metrics."""
     variables = tree.combine(trained, frozen)
-    hidden = model.apply(variables, batch.inputs, method="hidden")
-    weights = batch.loss_mask.reshape(-1)
+    hidden = qwen3vl.apply_hidden(model, variables, batch.inputs)
+    weights = jnp.asarray(batch.loss_mask).reshape(-1)
     loss, stats = losses.token_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         qwen3vl.head(variables["params"]),
-        batch.targets.reshape(-1),
+        jnp.asarray(batch.targets).reshape(-1),
         weights,
         token_chunk=token_chunk,
     )

@@ -67,6 +67,12 @@ def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
     return config_lib.check(config_lib.override(config, assignments))
 
 
+def _wanted(name: str, value: str | None) -> str:
+    if not value:
+        raise ValueError(f"--{name}: got nothing, want it for --stage={_STAGE.value}")
+    return value
+
+
 def absolute(workdir: str) -> str:
     """The workdir as an absolute path, which checkpoints need; a URL such as gs://a/b as it is."""
     return workdir if "://" in workdir else str(pathlib.Path(workdir).resolve())
@@ -82,12 +88,10 @@ def main(argv: Sequence[str]) -> int:
             if not _INPUT.value:
                 raise ValueError("--input: got nothing, want a JSON lines file to score")
             return score.run(_INPUT.value, _OUTPUT.value)
-        for flag in (_CONFIG, _WORKDIR):
-            if not flag.value:
-                raise ValueError(f"--{flag.name}: got nothing, want it for --stage={_STAGE.value}")
+        path, workdir = (_wanted(flag.name, flag.value) for flag in (_CONFIG, _WORKDIR))
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
-        config = load_config(_CONFIG.value, [*_SET.value, *prompts])
-        STAGES[_STAGE.value](config, absolute(_WORKDIR.value))
+        config = load_config(path, [*_SET.value, *prompts])
+        STAGES[_STAGE.value](config, absolute(workdir))
     except ValueError as error:
         logging.error("%s", error, exc_info=logging.vlog_is_on(1))
         return 2

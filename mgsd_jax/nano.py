@@ -168,7 +168,7 @@ def write_tokenizer(folder: pathlib.Path, nano: NanoConfig) -> PreTrainedTokeniz
         "processor_class": "Qwen3VLProcessor",
     }
     ids = tokenizer.convert_tokens_to_ids
-    generation = {"eos_token_id": [ids("<|im_end|>"), ids("<|endoftext|>")]}
+    generation: dict[str, Any] = {"eos_token_id": [ids("<|im_end|>"), ids("<|endoftext|>")]}
     generation["pad_token_id"] = ids("<|endoftext|>")
     for name, value in (
         ("preprocessor_config.json", picture),

@@ -52,7 +52,7 @@ _RULES = {
     ),
 }
 _LEGEND = {
-    "frozenlake": "The player wears green, the goal is a gift box, holes are blue pools in the ice.",
+    "frozenlake": "The player wears green, the goal is a gift box, holes are blue pools.",
     "maze": "Walls are black; the player is the yellow dot, the goal is the blue dot.",
     "minibehaviour": "The agent is the red triangle, the printer is white, table cells are brown.",
 }

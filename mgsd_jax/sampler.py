@@ -5,7 +5,7 @@ Axes: B batch, T prompt tokens, R response tokens, S cache slots, D width, V voc
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,8 @@ def make_rollout(
 @jax.jit(static_argnums=0)
 def _prefill(static: _Static, variables: Variables, inputs: Inputs) -> tuple[jax.Array, KVCache]:
     slots = inputs.tokens.shape[1] + static.max_new_tokens
-    return static.model.apply(variables, inputs, slots, method="prefill")
+    prefilled = static.model.apply(variables, inputs, slots, method="prefill")
+    return cast(tuple[jax.Array, KVCache], prefilled)
 
 
 # The cache is returned, although no one reads it: XLA refuses to reuse a donated buffer that has
@@ -164,7 +165,8 @@ def _decode(
     ) -> tuple[Rollout, jax.Array, jax.Array]:
         tokens, logprobs = choose(hidden, step)
         tokens = jnp.where(done, choice.pad_id, tokens)
-        out = out.replace(
+        out = dataclasses.replace(
+            out,
             tokens=out.tokens.at[:, step].set(tokens),
             mask=out.mask.at[:, step].set(~done),
             logprobs=out.logprobs.at[:, step].set(jnp.where(done, 0.0, logprobs)),
@@ -190,7 +192,7 @@ def _decode(
     state = (jnp.int32(1), out, done, tokens, cache)
     state = jax.lax.while_loop(lambda state: (state[0] < width) & ~state[2].all(), body, state)
     _, out, done, _, cache = state
-    return out.replace(truncated=~done), cache
+    return dataclasses.replace(out, truncated=~done), cache
 
 
 def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:
@@ -219,7 +221,7 @@ def _restrict(scores: jax.Array, static: _Static, choice: _Choice) -> jax.Array:
     return scores
 
 
-def keep_nucleus(scores: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep_nucleus(scores: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
     """Logits [B, V] with -inf outside the smallest set of tokens whose mass reaches `top_p`.
 
     Tokens as probable as the least of the set are in it too. The least probability is found by

@@ -6,7 +6,7 @@ import pathlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import grain
 import jax
@@ -26,7 +26,8 @@ from mgsd_jax.model.flops import peak_flops
 from mgsd_jax.optimizer import TrainState
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
-INPUT_AXES = Inputs(tokens=0, positions=1, valid=0, next_position=0, pictures=0)
+FIRST: Any = 0
+INPUT_AXES = Inputs(tokens=0, positions=1, valid=0, next_position=0, pictures=FIRST)
 _STREAM_LENGTH = 1 << 24  # boards in one pass over a stream
 
 
@@ -37,7 +38,9 @@ def boards(config: Config, workdir: str, split: Split) -> Sequence[Board]:
         return read_split(config_lib.resolve(data.folder, config, workdir), split)
     excluded = benchmark_keys([config_lib.resolve(f, config, workdir) for f in data.exclude])
     levels = tuple((kind.task, level) for kind in data.boards for level in kind.levels)
-    return StreamedBoards(levels, split, config.seed, excluded, _STREAM_LENGTH)
+    return cast(
+        Sequence[Board], StreamedBoards(levels, split, config.seed, excluded, _STREAM_LENGTH)
+    )
 
 
 def encoder(config: Config, processor: Processor) -> Encoder:

@@ -148,7 +148,7 @@ def test_value_and_gradients_match_float64(name: str) -> None:
     assert_matches(make_case(), OBJECTIVES[name], FP32)
 
 
-@pytest.mark.parametrize("name", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("name", ["reverse", "jsd"])
 def test_bfloat16_inputs_match_float64_on_the_same_inputs(name: str) -> None:
     case = make_case(tokens=64, width=64, vocabulary=512, top=12.0)
     case = Case(*(a.astype(jnp.bfloat16) for a in case[:4]), *case[4:])
@@ -462,8 +462,8 @@ def test_prompts_of_different_lengths_align_and_an_off_by_one_does_not() -> None
     def divergence(teacher_prompt: int) -> float:
         student = losses.response_hidden(longer, 6, 3).reshape(6, 8)
         teacher = losses.response_hidden(shorter, teacher_prompt, 3).reshape(6, 8)
-        arrays = (student, case.head, teacher, case.head, jnp.ones(6))
-        return float(losses.reverse_kl(*arrays, config=REVERSE, targets=case.targets)[0])
+        aligned = Case(student, case.head, teacher, case.head, jnp.ones(6), case.targets)
+        return float(compute(aligned, REVERSE)[0])
 
     assert divergence(3) < 1e-6
     assert divergence(2) > 0.1

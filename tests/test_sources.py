@@ -31,7 +31,8 @@ MIXTURE = (("questions", 0.4), ("cells", 0.2), ("plan_from_text", 0.2), ("plan_f
 
 
 def same(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def records(**options):

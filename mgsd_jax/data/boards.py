@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 Group = dict[str, Any]  # one folder of boards in the manifest
 _RESTORE = f"to restore it, delete {MANIFEST} and run --stage=generate again"
 
+
 class Board(NamedTuple):
     """One board of a split."""
 
@@ -93,5 +94,3 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError(
             f"{path}: got no JSON ({error}), want what --stage=generate wrote"
         ) from None
-
-

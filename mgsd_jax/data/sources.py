@@ -103,7 +103,7 @@ def grounding_loader(
     """An endless iterator of `GroundingBatch`, records of `mixture` by share."""
     if not boards:
         raise ValueError("boards: got none, want at least one to train on")
-    kinds = [kind for kind, _ in mixture]
+    kinds: list[Record] = [kind for kind, _ in mixture]
     shares = np.array([share for _, share in mixture], np.float64)
     if len(set(kinds)) != len(kinds) or shares.min(initial=0) < 0 or not shares.sum() > 0:
         raise ValueError(f"mixture: got {mixture}, want distinct kinds with shares >= 0, sum > 0")

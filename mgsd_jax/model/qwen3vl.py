@@ -4,7 +4,8 @@ Axes: B batch, T tokens, S cache slots, R response tokens, D width, V vocabulary
 Q merged visual tokens a picture.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Qwen3VL(nn.Module):
             text.num_key_value_heads,
             text.head_dim,
         )
-        cache = KVCache(
+        cache: KVCache | None = KVCache(
             k=jnp.zeros(shape, self.dtype),
             v=jnp.zeros(shape, self.dtype),
             valid=jnp.pad(inputs.valid, ((0, 0), (0, cache_length - length))),
@@ -67,17 +68,19 @@ class Qwen3VL(nn.Module):
         )
         x, deep = self._embed(inputs)
         x, cache = self.language(x, inputs.positions, inputs.valid, deep, cache)
-        return x[:, -1], cache.replace(length=jnp.int32(length))
+        assert cache is not None
+        return x[:, -1], dataclasses.replace(cache, length=jnp.int32(length))
 
     def decode(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B]."""
-        cache = cache.replace(valid=cache.valid.at[:, cache.length].set(True))
+        cache = dataclasses.replace(cache, valid=cache.valid.at[:, cache.length].set(True))
         x = self.language.embed(tokens[:, None])
         positions = jnp.broadcast_to(positions[None, :, None], (3, *x.shape[:2]))
-        x, cache = self.language(x, positions, cache.valid, None, cache, decoding=True)
-        return x[:, 0], cache.replace(length=cache.length + 1)
+        x, after = self.language(x, positions, cache.valid, None, cache, decoding=True)
+        assert after is not None
+        return x[:, 0], dataclasses.replace(after, length=after.length + 1)
 
     def touch(self, inputs: Inputs) -> None:
         """Visits every parameter once, for initialisation."""
@@ -99,6 +102,11 @@ class Qwen3VL(nn.Module):
         index = jnp.maximum(slots, 0)[..., None]
         x = jnp.where(visual, jnp.take_along_axis(merged, index, axis=1), x)
         return x, jnp.where(visual, jnp.take_along_axis(deep, index[None], axis=2), 0)
+
+
+def apply_hidden(model: Qwen3VL, variables: Any, inputs: Inputs) -> jax.Array:
+    """`hidden` of a model under its variables ({'params': ..., 'adapters': ...}): [B, T, D]."""
+    return cast(jax.Array, model.apply(variables, inputs, method="hidden"))
 
 
 def head(params: Params) -> jax.Array:

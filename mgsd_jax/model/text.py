@@ -4,6 +4,7 @@ Axes: B batch, T tokens, S cache slots, N query heads, K key/value heads, H head
 L layers, n_ds deepstack layers.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -65,7 +66,8 @@ class Attention(nn.Module):
         if cache is not None:
             # HF rotates before the cache write; so do we.
             start = (layer, 0, cache.length, 0, 0)
-            cache = cache.replace(
+            cache = dataclasses.replace(
+                cache,
                 k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), start),
                 v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), start),
             )

@@ -4,7 +4,7 @@ Axes: rows = one picture each, P patches, C patch channels, Q = P / merge^2 merg
 D the decoder's width, n_ds deepstack taps.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from mgsd_jax.model.layers import Embedding, LayerNorm, Linear
 from mgsd_jax.model.rope import Tables, rotate, vision_tables
 
 Remat = Literal["none", "full"]
-STACKED = {"params": 0, "adapters": 0}  # collections that carry a leading layer axis in a stack
+# Collections that carry a leading layer axis in a stack.
+STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}
 
 
 class VisionAttention(nn.Module):

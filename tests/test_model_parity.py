@@ -163,8 +163,9 @@ def decoded_logits(
 
 def test_bfloat16_is_as_close_to_float32_as_transformers_is() -> None:
     """The casts stand where transformers has them: same weights, both in bfloat16."""
+    # One short row: torch on a CPU takes long over bfloat16.
     config, (model, params) = MODELS["tied_gqa"], build("tied_gqa")
-    rows = random_rows(config, BATCHES["pictures"])
+    rows = random_rows(config, [(3, (4, 4), 5)])
     inputs = to_inputs(config, rows, side="left")
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)

@@ -153,6 +153,8 @@ def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
     settings = config.distillation
     folder = pathlib.Path(workdir) / "distillation"
+    training = stage.boards(config, workdir, "train")
+    held_out = evaluate.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
     stage.claim(folder, config, ("model", "data", "distillation", "seed"))
 
     # The student, the part of it that learns, and the frozen teacher.
@@ -170,17 +172,16 @@ def run(config: Config, workdir: str) -> None:
         metric="val/success",
     )
 
-    # Prompts of the training boards; a fixed set of validation boards to plan on.
+    # Prompts of the training boards.
     encoder = stage.encoder(config, student.processor)
     loader = sources.prompt_loader(
-        stage.boards(config, workdir, "train"),
+        training,
         encoder,
         context=settings.teacher_context,
         batch_size=settings.batch_size,
         rollouts=settings.rollouts,
         seed=config.seed,
     )
-    held_out = evaluate.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
 
     # Two programs a step: sample; then teacher, student, gradient and update in one.
     banned = (student.processor.image_token_id, student.processor.video_token_id)

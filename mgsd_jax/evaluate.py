@@ -257,8 +257,8 @@ def run(config: Config, workdir: str) -> None:
     """
     settings = config.evaluate
     folder = pathlib.Path(workdir) / "evaluate"
-    stage.claim(folder, config, ("data", "evaluate", "seed"))
     boards = stage.boards(config, workdir, "test")
+    stage.claim(folder, config, ("data", "evaluate", "seed"))
     path = folder / "rows.jsonl"
     rows = read_rows(path)
     asked: list[tuple[str, str, Mode]] = [

@@ -83,6 +83,8 @@ def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
     settings = config.grounding
     folder = pathlib.Path(workdir) / "grounding"
+    training = stage.boards(config, workdir, "train")
+    validation_boards = stage.boards(config, workdir, "val")
     stage.claim(folder, config, ("model", "data", "grounding", "seed"))
 
     # The model, and which part of it learns.
@@ -102,11 +104,9 @@ def run(config: Config, workdir: str) -> None:
     # Records from the training boards, and fixed ones from the validation boards.
     encoder = stage.encoder(config, student.processor)
     options = {"mixture": settings.mixture, "batch_size": settings.batch_size}
-    loader = sources.grounding_loader(
-        stage.boards(config, workdir, "train"), encoder, seed=config.seed, **options
-    )
+    loader = sources.grounding_loader(training, encoder, seed=config.seed, **options)
     validation = sources.grounding_loader(
-        stage.boards(config, workdir, "val"), encoder, seed=config.seed + 1, **options
+        validation_boards, encoder, seed=config.seed + 1, **options
     )
     held_out = [next(validation) for _ in range(settings.eval_batches)]
 

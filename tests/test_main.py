@@ -35,16 +35,23 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
             ("--stage=generate", f"--config={NANO}", "--workdir=x", "--set", "data.a=1"),
             "--set data.a: no field 'a'",
         ),
-        (
-            ("--stage=grounding", f"--config={NANO}", "--workdir=/nonexistent/x"),
-            "manifest.json: got no such file, want one; run --stage=generate first",
-        ),
     ],
 )
 def test_one_line_errors(arguments: tuple[str, ...], message: str) -> None:
     done = call(*arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["grounding", "distillation"])
+def test_a_stage_without_boards_says_so_and_leaves_nothing(
+    stage: str, tmp_path: pathlib.Path
+) -> None:
+    done = call(f"--stage={stage}", f"--config={NANO}", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "manifest.json: got no such file, want one; run --stage=generate first" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -40,6 +40,18 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out; a size of -1 takes what the others leave.
+
+    A run may go on under another mesh: what is computed does not depend on it.
+    """
+
+    data: int = 1  # copies of the parameters, each with a part of the batch: one a slice
+    fsdp: int = -1  # splits parameters and batch
+    tensor: int = 1  # splits the widths of the layers, and the heads
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Boards and how they become batches. Lengths are in tokens, pictures in pixels."""
 
@@ -192,6 +204,7 @@ class Config:
     evaluate: EvaluateConfig
     export: ExportConfig = ExportConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
     nano: NanoConfig | None = None
     seed: int = 0
 

@@ -24,7 +24,7 @@ RANKS = {
     **dict.fromkeys(("checkpoint_files", "checkpoint_state"), 3),
     **dict.fromkeys(("prompts", "summary", "token_stats"), 2),
     "envs": 1,
-    **dict.fromkeys(("config", "tree", "metrics", "batch", "stats"), 0),
+    **dict.fromkeys(("config", "tree", "metrics", "batch", "stats", "axes"), 0),
 }
 HOST_ONLY = ("config", "batch", "envs", "prompts", "data")  # run in loader processes, without jax
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")

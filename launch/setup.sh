@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: a virtual environment of this checkout, installed once per
 # version of setup.py. PYTHON picks the interpreter, EXTRAS the extras (test, tpu, cuda).
 set -euo pipefail

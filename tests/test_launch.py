@@ -1,0 +1,385 @@
+"""launch/tpu.sh against a fake gcloud that records its arguments and plays the hosts.
+
+The fake keeps one folder a host, which is that host's home: `ssh` runs the very command there, so
+launch/host.sh is tested too, with a Python that stands in for the program.
+"""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+HOSTS = 2  # of a slice
+pytestmark = pytest.mark.skipif(
+    any(shutil.which(name) is None for name in ("flock", "setsid", "git", "tar")),
+    reason="needs flock, setsid, git and tar, as on a TPU host",
+)
+
+GCLOUD = f"""#!{sys.executable}
+import json, os, pathlib, re, shutil, subprocess, sys
+
+cloud = pathlib.Path(os.environ["FAKE_CLOUD"])
+arguments = sys.argv[1:]
+with (cloud / "calls.jsonl").open("a") as file:
+    file.write(json.dumps(arguments) + "\\n")
+words = [word for word in arguments if not word.startswith("--")]
+state = cloud / "state"
+
+
+def homes(node, worker):
+    chosen = range({HOSTS}) if worker == "all" else [int(worker)]
+    return [cloud / f"{{node}}-w{{i}}" for i in chosen]
+
+
+worker = next((w.partition("=")[2] for w in arguments if w.startswith("--worker=")), "")
+if "describe" in words:
+    if (cloud / "broken").exists():
+        sys.exit("ERROR: (gcloud) PERMISSION_DENIED: no access")
+    if not state.exists():
+        sys.exit("ERROR: (gcloud) NOT_FOUND: Resource 'x' was not found")
+    left = state.read_text().split()
+    print(left[0])
+    state.write_text(" ".join(left[1:] or left))
+elif "create" in words:
+    state.write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+elif "delete" in words:
+    state.unlink()
+elif "scp" in words:
+    source, target = words[words.index("scp") + 1 :][:2]
+    node, _, path = target.partition(":")
+    for home in homes(node, worker):
+        home.mkdir(exist_ok=True)
+        shutil.copy(source, home / path)
+elif "ssh" in words:
+    node = words[words.index("ssh") + 1]
+    command = next(w.partition("=")[2] for w in arguments if w.startswith("--command="))
+    codes = []
+    for home in homes(node, worker):
+        home.mkdir(exist_ok=True)
+        env = os.environ | {{"HOME": str(home)}}
+        codes.append(subprocess.run(["bash", "-c", command], cwd=home, env=env).returncode)
+    sys.exit(max(codes))
+elif "storage" in words:
+    source, target = words[-2:]
+    (cloud / re.sub("[^A-Za-z0-9.-]", "_", target)).write_text(open(source).read())
+"""
+# Stands in for the program: says its arguments, then does what --do says.
+PYTHON = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+
+arguments = sys.argv[1:]
+print("program", *arguments, flush=True)
+do = next((w.partition("=")[2] for w in arguments if w.startswith("--do=")), "")
+if do == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(15)))
+    time.sleep(60)
+if do == "hang":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+if do == "die once":
+    mark = pathlib.Path(os.environ["HOME"], "died")
+    if not mark.exists():
+        mark.write_text("")
+        sys.exit(7)
+if do == "bad input":
+    sys.exit(2)
+"""
+
+
+class Cloud:
+    """A fake Google Cloud: its folder, and how to call launch/tpu.sh with it."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        programs = folder / "bin"
+        programs.mkdir()
+        # Hosts are told apart by their names, which are those of their homes here.
+        scripts = {"gcloud": GCLOUD, "hostname": '#!/bin/sh\nbasename "$HOME"\n'}
+        for name, text in scripts.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        venv = folder / "venv" / "bin"
+        venv.mkdir(parents=True)
+        (venv / "python").write_text(PYTHON)
+        (venv / "python").chmod(0o755)
+        (folder / "venv" / ".installed-tpu").write_text("")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("TPU_")}
+        self.env = kept | {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "FAKE_CLOUD": str(folder),
+            "VENV": str(folder / "venv"),
+            "TMPDIR": str(folder),
+            "TPU_NAME": "slice",
+            "TPU_PROJECT": "project",
+            "TPU_ZONE": "us-west4-a",
+            "TPU_TYPE": "v5litepod-16",
+            "TPU_POLL_SECONDS": "0",
+            "RESTART_SECONDS": "0",
+        }
+
+    def tpu(self, *arguments: str, code: int = 0, **env: str) -> str:
+        """What launch/tpu.sh says, standard output and error together."""
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch" / "tpu.sh"), *arguments],
+            env=self.env | env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def calls(self) -> list[list[str]]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def ready(self, slices: int = 1) -> list[pathlib.Path]:
+        """An active slice whose hosts hold launch/; the homes of the hosts."""
+        (self.folder / "state").write_text("ACTIVE")
+        names = ["slice"] if slices == 1 else [f"slice-{i}" for i in range(slices)]
+        homes = [self.folder / f"{name}-w{i}" for name in names for i in range(HOSTS)]
+        for home in homes:
+            shutil.copytree(ROOT / "launch", home / "mgsd_jax" / "launch")
+        return homes
+
+    def idle(self, home: pathlib.Path) -> bool:
+        lock = home / ".mgsd_jax" / "lock"
+        return subprocess.run(["flock", "-n", str(lock), "true"]).returncode == 0
+
+
+@pytest.fixture
+def cloud(tmp_path: pathlib.Path) -> Cloud:
+    return Cloud(tmp_path)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_create_asks_for_the_slice_once(cloud: Cloud) -> None:
+    cloud.tpu("create", "--spot")
+    described, created = cloud.calls()
+    place = ["--project=project", "--zone=us-west4-a"]
+    resources = ["alpha", "compute", "tpus", "queued-resources"]
+    assert described == [*resources, "describe", "slice", *place, "--format=value(state.state)"]
+    shape = ["--node-id", "slice", "--accelerator-type", "v5litepod-16"]
+    image = ["--runtime-version", "v2-alpha-tpuv5-lite"]
+    assert created == [*resources, "create", "slice", *place, *shape, *image, "--spot"]
+    assert "slice is there already, state WAITING_FOR_RESOURCES" in cloud.tpu("create")
+    assert len(cloud.calls()) == 3, "the second create asks for nothing"
+
+
+def test_create_waits_until_the_slice_is_there(cloud: Cloud) -> None:
+    said = cloud.tpu("create", "--wait")
+    assert said.index("WAITING_FOR_RESOURCES") < said.index("PROVISIONING")
+    assert said.endswith("slice is ACTIVE\n")
+    (cloud.folder / "state").write_text("PROVISIONING FAILED")
+    assert "got state FAILED, want ACTIVE" in cloud.tpu("create", "--wait", code=2)
+    assert "run 'bash launch/tpu.sh delete' first" in cloud.tpu("create", code=2)
+
+
+def test_several_slices_are_one_request_and_every_node_is_reached(cloud: Cloud) -> None:
+    cloud.tpu("create", "--slices=2", "--reserved")
+    created = cloud.calls()[-1]
+    assert created[created.index("--node-count") :][:4] == [
+        "--node-count",
+        "2",
+        *("--node-prefix", "slice"),
+    ]
+    assert "--node-id" not in created
+    homes = cloud.ready(slices=2)
+    cloud.tpu("run", "--slices=2", "--", "--stage=report", "--config=c.py", "--workdir=w")
+    for home in homes:
+        log = home / "mgsd_jax" / "w" / "logs" / f"{home.name}.log"
+        wait_for(lambda log=log: log.exists() and "ended with code 0" in log.read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-16", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_image_follows_from_the_type(cloud: Cloud, kind: str, image: str) -> None:
+    said = cloud.tpu("create", "--dry-run", f"--type={kind}")
+    assert f"--accelerator-type {kind} --runtime-version {image}\n" in said
+
+
+def test_a_dry_run_prints_commands_that_can_be_pasted_and_runs_none(cloud: Cloud) -> None:
+    program = ["--config=c.py", "--workdir=gs://b/r", "--set", "a.b=(1, 'it''s $HOME')"]
+    for command in ("create", "status", "setup", "logs", "stop", "delete"):
+        assert "gcloud " in cloud.tpu(command, "--dry-run")
+    said = cloud.tpu("run", "--dry-run", "--stages=grounding,export", "--", *program)
+    assert cloud.calls() == []
+    *_, line = said.splitlines()
+    words = shlex.split(line)
+    assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice"]
+    command = words[-1].removeprefix("--command=")
+    remote = shlex.split(command)
+    assert remote[-len(program) :] == program, "what the host's shell makes of it"
+    assert "--stages=grounding,export" in remote
+
+
+def test_a_dry_run_prints_what_a_real_run_does(cloud: Cloud) -> None:
+    cloud.ready()
+    for command in ("status", "stop", "delete"):
+        said = cloud.tpu(command, "--dry-run")
+        before = len(cloud.calls())
+        cloud.tpu(command)
+        made = [shlex.split(line)[1:] for line in said.splitlines()]
+        assert made == cloud.calls()[before:], command
+
+
+def test_setup_sends_the_checkout_to_every_host_and_leaves_results_alone(cloud: Cloud) -> None:
+    (cloud.folder / "state").write_text("ACTIVE")
+    cloud.tpu("setup")
+    homes = [cloud.folder / f"slice-w{i}" for i in range(HOSTS)]
+    for home in homes:
+        assert (home / "mgsd_jax" / "mgsd_jax" / "main.py").is_file()
+        assert not (home / "mgsd_jax" / ".git").exists()
+    code = homes[0] / "mgsd_jax"
+    (code / "runs").mkdir()
+    (code / "runs" / "result").write_text("kept")
+    (code / ".sent").write_text((code / ".sent").read_text() + "gone.py\n")
+    (code / "gone.py").write_text("a file that the checkout no longer has")
+    cloud.tpu("setup")
+    assert (code / "runs" / "result").read_text() == "kept"
+    assert not (code / "gone.py").exists()
+    assert not list(cloud.folder.glob("*.tgz")), "the archive is removed"
+
+
+def test_a_run_is_detached_one_a_host_and_stops_when_asked(cloud: Cloud) -> None:
+    homes = cloud.ready()
+    program = ["--", "--stage=grounding", "--config=c.py", "--workdir", "w w", "--do=wait"]
+    began = time.monotonic()
+    said = cloud.tpu("run", *program)
+    assert time.monotonic() - began < 15, "the program sleeps for a minute"
+    assert said.count("started, log") == HOSTS
+    logs = [home / "mgsd_jax" / "w w" / "logs" / f"{home.name}.log" for home in homes]
+    for log in logs:
+        wait_for(lambda log=log: log.exists() and "program -m mgsd_jax.main" in log.read_text())
+
+    assert cloud.tpu("run", *program).count("runs already") == HOSTS
+    other = cloud.tpu("run", *program, "--set", "a=1", code=2)
+    assert other.count("under way, want it stopped before") == HOSTS
+    assert "the command failed on slice" in other
+    assert "want it stopped first" in cloud.tpu("setup", code=2)
+
+    said = cloud.tpu("logs", "--lines=1")
+    assert said.count(": running, log") == HOSTS and "program -m mgsd_jax.main" in said
+    assert cloud.tpu("logs", "--worker=1").count(": running, log") == 1
+
+    assert cloud.tpu("stop").count("stopped after") == HOSTS
+    for home, log in zip(homes, logs, strict=True):
+        assert cloud.idle(home)
+        text = log.read_text()
+        assert "saved\n" in text and text.count("program") == 1, "asked, not killed, not restarted"
+    assert cloud.tpu("stop").count("nothing runs") == HOSTS
+    assert cloud.tpu("logs").count("ended with code 15, log") == HOSTS
+
+
+def test_a_run_that_does_not_leave_is_killed(cloud: Cloud) -> None:
+    homes = cloud.ready()
+    cloud.tpu("run", "--", "--stage=report", "--config=c.py", "--workdir=w", "--do=hang")
+    for home in homes:
+        log = home / "mgsd_jax" / "w" / "logs" / f"{home.name}.log"
+        wait_for(lambda log=log: log.exists() and "program" in log.read_text())
+    assert cloud.tpu("stop", "--seconds=1").count("killed") == HOSTS
+    assert all(cloud.idle(home) for home in homes)
+    assert cloud.tpu("logs").count(": killed, log") == HOSTS
+
+
+def test_stages_run_in_turn_and_one_that_died_starts_anew(cloud: Cloud) -> None:
+    homes = cloud.ready()
+    cloud.tpu(
+        *("run", "--stages=grounding,export", "--restarts=1"),
+        *("--", "--config=c.py", "--workdir=gs://bucket/run", "--do=die once"),
+    )
+    for home in homes:
+        copy = cloud.folder / f"gs___bucket_run_logs_{home.name}.log"
+        wait_for(lambda copy=copy: copy.exists() and "ended with code 0" in copy.read_text())
+        lines = [line for line in copy.read_text().splitlines() if line.startswith("program")]
+        assert [line.split()[3] for line in lines] == [
+            *("--stage=grounding", "--stage=grounding", "--stage=export"),
+        ]
+        assert not (home / "mgsd_jax" / "gs:").exists()
+
+
+def test_bad_input_is_not_tried_again_and_ends_the_stages(cloud: Cloud) -> None:
+    homes = cloud.ready()
+    program = ["--config=c.py", "--workdir=w", "--do=bad input"]
+    cloud.tpu("run", "--stages=grounding,export", "--restarts=5", "--", *program)
+    for home in homes:
+        log = home / "mgsd_jax" / "w" / "logs" / f"{home.name}.log"
+        wait_for(lambda log=log: log.exists() and "ended with code 2" in log.read_text())
+        assert log.read_text().count("program") == 1
+
+
+def test_delete_gives_the_slice_back_and_may_come_twice(cloud: Cloud) -> None:
+    cloud.ready()
+    cloud.tpu("delete")
+    assert cloud.calls()[-1][4:] == [
+        *("delete", "slice", "--project=project", "--zone=us-west4-a", "--force", "--quiet"),
+    ]
+    assert "slice is not there, nothing to delete" in cloud.tpu("delete")
+    assert "slice is ABSENT" in cloud.tpu("status")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "message"),
+    [
+        (["create"], {"TPU_NAME": ""}, "--name: got nothing, want it, or TPU_NAME"),
+        (["setup"], {"TPU_PROJECT": ""}, "--project: got nothing, want it, or TPU_PROJECT"),
+        (["delete"], {"TPU_ZONE": ""}, "--zone: got nothing, want it, or TPU_ZONE"),
+        (["create"], {"TPU_TYPE": ""}, "--type: got nothing, want it, or TPU_TYPE"),
+        (["create", "--type=v9-8"], {}, "want the VM image of type v9-8"),
+        (["create", "--slices=two"], {}, "--slices: got 'two', want a whole number"),
+        (["create", "--slices=0"], {}, "--slices: got 0, want at least 1"),
+        (["create", "--spot", "--reserved"], {}, "want at most one of them"),
+        (["create", "--colour=red"], {}, "got --colour, want one of the options"),
+        (["create", "--zone"], {}, "--zone: got nothing, want a value"),
+        (["fly"], {}, "got command 'fly', want create, status, setup, run, logs, stop or delete"),
+        (["setup"], {}, "slice: got state ABSENT, want ACTIVE"),
+        (["run"], {}, "run: got no --stage after -- and no --stages"),
+        (["run", "--stage=export"], {}, "got --stage, want one of the options"),
+        (["run", "--", "--stage=export"], {}, "run: got no --config after --"),
+        (["run", "--", "--stage=a", "--config=c"], {}, "run: got no --workdir after --"),
+        (["run", "--stages=a", "--", "--stage=a"], {}, "want one of them"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said(
+    cloud: Cloud, arguments: list[str], env: dict[str, str], message: str
+) -> None:
+    assert message in cloud.tpu(*arguments, code=2, **env)
+
+
+def test_an_answer_that_is_no_answer_is_not_taken_for_an_absent_slice(cloud: Cloud) -> None:
+    (cloud.folder / "broken").write_text("")
+    for command in ("create", "delete", "setup"):
+        said = cloud.tpu(command, code=2)
+        assert "PERMISSION_DENIED" in said and "could not say" in said
+    assert all("describe" in call for call in cloud.calls())
+
+
+def test_scripts_are_clean() -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    files = sorted(map(str, (ROOT / "launch").glob("*.sh")))
+    done = subprocess.run([shellcheck, *files], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout

@@ -17,16 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mgsd_jax import checkpoint_files as files
 from mgsd_jax import checkpoint_state as states
 from mgsd_jax import metrics as metrics_lib
-from mgsd_jax import tree
+from mgsd_jax import processes, tree
 
 PyTree = Any
 Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
@@ -128,7 +126,7 @@ def save(
     if latest is not None and step < latest:
         raise ValueError(f"{folder}: got step {step}, want one after {latest}")
     leaves = dict(states.named_arrays(state))
-    data_states = _gather(_to_json(data_state, "data_state"))
+    data_states = processes.gather(_to_json(data_state, "data_state"))
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(tree.nest(leaves.items())),
         data_state=ocp.args.JsonSave({"processes": data_states}),
@@ -263,21 +261,9 @@ def _absolute(folder: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
-def _gather(value: Any) -> list[Any]:
-    """Return the JSON value of every process, in order; a barrier, too."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: text.size] = text
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
-
-
 def _scan(folder: epath.Path) -> dict[str, str]:
     """`files.scan` by one process, told to all, so that all restore the same checkpoint."""
-    return _gather(files.scan(folder) if jax.process_index() == 0 else None)[0]
+    return processes.gather(files.scan(folder) if jax.process_index() == 0 else None)[0]
 
 
 def _clean(folder: epath.Path, damaged: Sequence[str]) -> None:
@@ -285,7 +271,7 @@ def _clean(folder: epath.Path, damaged: Sequence[str]) -> None:
         for name in damaged:
             files.set_aside(folder, name)
         files.remove_half_written(folder)
-    _gather(None)
+    processes.gather(None)
 
 
 def _write_file_list(folder: epath.Path, pending: Mapping[str, int]) -> None:

@@ -15,7 +15,17 @@ import numpy as np
 import optax
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import evaluate, loading, losses, optimizer, sampler, stage, trainable, tree
+from mgsd_jax import (
+    evaluate,
+    guards,
+    loading,
+    losses,
+    optimizer,
+    sampler,
+    stage,
+    trainable,
+    tree,
+)
 from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import sources
@@ -130,7 +140,7 @@ def make_update(
         grads, loss, stats = optimizer.accumulate(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
-        state, norms = optimizer.update(state, grads, tx)
+        state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
         return state, {"loss": loss, **norms}, stats
 
     return jax.jit(update, donate_argnums=0)
@@ -214,8 +224,8 @@ def run(config: Config, workdir: str) -> None:
                     jax.random.fold_in(rng, step),
                     prompts.batch.row_ids,
                 )
-                tokens, mask, truncated = jax.device_get(
-                    (sampled.tokens, sampled.mask, sampled.truncated)
+                tokens, mask, truncated, logprobs = jax.device_get(
+                    (sampled.tokens, sampled.mask, sampled.truncated, sampled.logprobs)
                 )
             batch = DistillationBatch(
                 prompts.batch.student, prompts.batch.teacher, sampled.tokens, sampled.mask
@@ -226,6 +236,9 @@ def run(config: Config, workdir: str) -> None:
             responses = evaluate.decode_rows(student.processor, tokens, mask)
             measured |= evaluate.rollout_metrics(prompts.boards, responses, truncated, mask)
             measured |= evaluate.token_metrics(student.processor, tokens, mask, stats)
+            measured |= guards.rollout_measures(
+                tokens, mask, logprobs, np.asarray(stats.student_logprob), settings.sampling
+            )
             spent = session.timers.seconds
             spent["update"] = time.perf_counter() - started
             measured["tokens_per_s/rollout"] = mask.sum() / spent["rollout"]

@@ -63,7 +63,7 @@ def make_update(
         grads, loss, sums = optimizer.accumulate(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
-        state, norms = optimizer.update(state, grads, tx)
+        state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
         return state, {"loss": loss, **sums, **norms}
 
     return jax.jit(update, donate_argnums=0), jax.jit(loss_of)

@@ -12,8 +12,14 @@ Stages, in the order of a whole run:
   export        write a Hugging Face folder that transformers loads
   report        one HTML page: curves, tables, boards with the planned routes
   score         score the rows of --input (JSON lines: rules, task, task_text, response)
+
+Several processes (hosts of a slice, or several on one machine) run one program: on Cloud TPU, GKE
+and Slurm they find each other, elsewhere each gets --coordinator, --processes and --process, or
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Exit codes are listed in BUILD.md.
 """
 
+import errno
+import os
 import pathlib
 import runpy
 import sys
@@ -29,8 +35,10 @@ from mgsd_jax import (
     generate,
     grounding,
     nano,
+    processes,
     report,
     score,
+    stage,
 )
 
 STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
@@ -43,6 +51,9 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
     "report": report.run,
 }
 
+# The stages whose processes work together; each process runs the others for itself.
+JOINT = ("grounding", "distillation", "evaluate")
+
 _STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "score"], "What to do.", required=True)
 _CONFIG = flags.DEFINE_string("config", None, "Python file that defines get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything that it writes.")
@@ -50,6 +61,9 @@ _SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value
 _PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as data.prompts.")
 _INPUT = flags.DEFINE_string("input", None, "score: the JSON lines file to read.")
 _OUTPUT = flags.DEFINE_string("output", None, "score: where to write the scored rows.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, of several.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
 
 
 def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
@@ -79,10 +93,15 @@ def absolute(workdir: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one stage; returns the exit code. A bad input is one line on stderr and code 2."""
+    """Runs one stage; returns the exit code.
+
+    0 done, 2 a bad input (one line on stderr says which), 3 numbers that are not finite, 74 a full
+    disk, 75 stopped by SIGTERM; 1 with a traceback for anything else.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"got stray arguments {argv[1:]}, want flags only")
     logging.set_verbosity(logging.INFO)
+    are_several = False
     try:
         if _STAGE.value == "score":
             if not _INPUT.value:
@@ -91,11 +110,29 @@ def main(argv: Sequence[str]) -> int:
         path, workdir = (_wanted(flag.name, flag.value) for flag in (_CONFIG, _WORKDIR))
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
         config = load_config(path, [*_SET.value, *prompts])
+        if _STAGE.value in JOINT:
+            given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            are_several = processes.join(*processes.settings(given, os.environ))
         STAGES[_STAGE.value](config, absolute(workdir))
-    except ValueError as error:
-        logging.error("%s", error, exc_info=logging.vlog_is_on(1))
-        return 2
-    return 0
+        return 0
+    except stage.Stopped as stopped:  # all processes together
+        logging.error("%s", stopped)
+        return stopped.exit_code
+    except Exception as error:
+        exit_code = _exit_code(error)
+        if exit_code == 1 and not are_several:
+            raise
+        logging.error("%s", error, exc_info=exit_code == 1 or logging.vlog_is_on(1))
+        if are_several:
+            processes.leave(error, exit_code)
+        return exit_code
+
+
+def _exit_code(error: Exception) -> int:
+    """2 for a bad input, 74 (EX_IOERR) for a full disk, 1 for what has to be looked into."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 74
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def entry() -> None:

@@ -135,14 +135,16 @@ def update(
     grads: Params,
     tx: optax.GradientTransformation,
     *,
+    loss: jax.typing.ArrayLike = 0.0,
     skip_nonfinite: bool = True,
     rng: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state, and grad_norm, update_norm, param_norm and skipped_update (0 or 1).
 
-    grad_norm is before clipping. A gradient with an inf or a NaN leaves parameters and moments as
-    they are where skip_nonfinite. bfloat16 parameters are rounded stochastically with rng (default
-    key 0) folded with the step: at a rate of 1e-6 rounding to the nearest would move 2 % of them.
+    grad_norm is before clipping. A gradient or a `loss` (of any shape) with an inf or a NaN leaves
+    parameters and moments as they are where skip_nonfinite. bfloat16 parameters are rounded
+    stochastically with rng (default key 0) folded with the step: at a rate of 1e-6 rounding to the
+    nearest would move 2 % of them.
     """
     params = _float32(train_state.params)
     grads = _float32(grads)
@@ -150,7 +152,8 @@ def update(
     updates, opt_state = tx.update(grads, train_state.opt_state, params)
     rng = jax.random.fold_in(jax.random.key(0) if rng is None else rng, train_state.step)
     moved = round_like(optax.apply_updates(params, updates), train_state.params, rng)
-    skipped = ~jnp.isfinite(grad_norm) if skip_nonfinite else jnp.bool_(False)
+    is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss).all()
+    skipped = ~is_finite if skip_nonfinite else jnp.bool_(False)
     if skip_nonfinite:
 
         def keep(old: jax.Array, new: jax.Array) -> jax.Array:

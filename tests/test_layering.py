@@ -21,8 +21,8 @@ RANKS = {
     **dict.fromkeys(("loading", "stage"), 5),
     **dict.fromkeys(("losses", "sampler", "optimizer", "checkpoint", "trainable"), 4),
     **dict.fromkeys(("data", "model", "sharding", "fused_head"), 3),
-    **dict.fromkeys(("checkpoint_files", "checkpoint_state"), 3),
-    **dict.fromkeys(("prompts", "summary", "token_stats"), 2),
+    **dict.fromkeys(("checkpoint_files", "checkpoint_state", "processes"), 3),
+    **dict.fromkeys(("prompts", "summary", "token_stats", "guards"), 2),
     "envs": 1,
     **dict.fromkeys(("config", "tree", "metrics", "batch", "stats", "axes"), 0),
 }

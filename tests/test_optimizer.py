@@ -191,6 +191,18 @@ def test_a_gradient_that_is_not_finite_changes_the_step_alone(bad: float) -> Non
     assert metrics["skipped_update"] == 0
 
 
+@pytest.mark.parametrize("loss", [jnp.nan, -jnp.inf])
+def test_a_loss_that_is_not_finite_changes_the_step_alone(loss: float) -> None:
+    tx = optimizer.make_optimizer(OPTIM, 10)
+    step = jax.jit(lambda state, loss: optimizer.update(state, make_params(2), tx, loss=loss))
+    state, metrics = step(optimizer.init(make_params(), tx), jnp.float32(1.5))
+    assert metrics["skipped_update"] == 0
+    after, metrics = step(state, jnp.float32(loss))
+    assert_close((after.params, after.opt_state), (state.params, state.opt_state), rtol=0, atol=0)
+    assert (after.step, metrics["skipped_update"]) == (2, 1)
+    assert np.isfinite(metrics["grad_norm"])
+
+
 def test_one_program_serves_every_step() -> None:
     tx = optimizer.make_optimizer(OPTIM, 10)
     step = jax.jit(lambda state, grads: optimizer.update(state, grads, tx), donate_argnums=0)

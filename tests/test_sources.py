@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -40,6 +42,11 @@ def records(**options):
     return sources.grounding_loader(BOARDS, ENCODER, **options)
 
 
+def prompts(**options):
+    options = {"context": "state", "rollouts": 1, "seed": 0} | options
+    return sources.prompt_loader(BOARDS, ENCODER, **options)
+
+
 def test_the_stream_keeps_to_its_split_and_is_a_function_of_the_index() -> None:
     for i in (0, 1, 2, 17, 49):
         board = BOARDS[i]
@@ -75,28 +82,105 @@ def test_epochs_and_seeds_differ() -> None:
     assert not same(next(records(seed=0)), next(records(seed=1)))
 
 
-def test_processes_share_an_epoch_without_overlap() -> None:
-    def seen(process: tuple[int, int], batches: int) -> list[str]:
-        loader = sources.prompt_loader(
-            BOARDS, ENCODER, context="state", batch_size=5, rollouts=1, seed=0, process=process
-        )
-        rows = [next(loader) for _ in range(batches)]
-        return [f"{b.task}{b.index}" for row in rows for b in row.boards]
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_batch_of_all_processes_is_the_batch_of_one(count: int) -> None:
+    """Rows in order, over two epochs; each process makes its own alone; any may resume as any."""
 
-    whole = seen((0, 1), 10)
-    assert len(set(whole)) == 50
-    assert set(seen((0, 2), 5)).isdisjoint(seen((1, 2), 5))
-    assert set(seen((0, 2), 5)) | set(seen((1, 2), 5)) == set(whole)
+    def shares(loader: Callable[..., Any]) -> list[list[Any]]:
+        loaders = [loader(process=(i, count)) for i in range(count)]
+        return [[next(each) for _ in range(6)] for each in loaders]
+
+    def records_of(**options: Any) -> Any:
+        return records(batch_size=12, **options)
+
+    def prompts_of(**options: Any) -> Any:
+        return prompts(batch_size=12, rollouts=2, **options)
+
+    one = records_of()
+    for whole, *parts in zip([next(one) for _ in range(6)], *shares(records_of), strict=True):
+        for name in ("targets", "loss_mask"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(joined, getattr(whole, name))
+        joined = np.concatenate([part.inputs.pictures.patches for part in parts])
+        np.testing.assert_array_equal(joined, whole.inputs.pictures.patches)
+    one = prompts_of()
+    for whole, *parts in zip([next(one) for _ in range(6)], *shares(prompts_of), strict=True):
+        assert [b for part in parts for b in part.boards] == list(whole.boards)
+        ids = np.concatenate([part.batch.row_ids for part in parts])
+        np.testing.assert_array_equal(ids, whole.batch.row_ids)
+    other = prompts_of(process=(0, count))
+    other.set_state(one.get_state())
+    assert next(other).boards == next(one).boards[: 24 // count]
+
+
+def test_a_process_makes_its_own_rows_alone() -> None:
+    asked: list[int] = []
+
+    class Noted:
+        def __len__(self) -> int:
+            return len(BOARDS)
+
+        def __getitem__(self, index: int) -> Any:
+            asked.append(index)
+            return BOARDS[index]
+
+    one = dataclasses.replace(ENCODER, data=dataclasses.replace(DATA, workers=1))
+    seen = []
+    for process in ((0, 2), (1, 2)):
+        asked.clear()
+        loader = sources.prompt_loader(
+            cast(Any, Noted()),
+            one,
+            context="state",
+            batch_size=20,
+            rollouts=1,
+            seed=0,
+            process=process,
+        )
+        next(loader)
+        seen.append(list(asked))
+    assert set(seen[0][:10]).isdisjoint(seen[1][:10])
+    assert len(set(seen[0][:10])) == len(seen[0][:10]) == 10
+
+
+def test_processes_pad_to_the_largest_bucket_that_any_needs() -> None:
+    """Each fits its own rows; what all agree on is what one process would have chosen."""
+    data = dataclasses.replace(DATA, sequence_buckets=(30, 45, 60, 98), patch_buckets=(36, 64, 100))
+    encoder = dataclasses.replace(ENCODER, data=data)
+
+    def loader(process: tuple[int, int], agree: Any = tuple) -> Any:
+        return sources.grounding_loader(
+            BOARDS, encoder, mixture=MIXTURE, batch_size=4, seed=3, process=process, agree=agree
+        )
+
+    whole, differ = loader((0, 1)), 0
+    needs: list[list[tuple[int, ...]]] = [[], []]
+    for i in (0, 1):
+        loaded = loader((i, 2), lambda sizes, i=i: needs[i].append(sizes) or sizes)
+        for _ in range(8):
+            next(loaded)
+    most = [tuple(map(max, *both)) for both in zip(*needs, strict=True)]
+    for i in (0, 1):
+        turn = iter(most)
+        agreed = loader((i, 2), lambda sizes, turn=turn: next(turn))
+        whole = loader((0, 1))
+        for step in range(8):
+            mine, all_rows = next(agreed), next(whole)
+            differ += needs[i][step] != most[step]
+            assert mine.targets.shape[1] == all_rows.targets.shape[1]
+            np.testing.assert_array_equal(mine.targets, all_rows.targets[2 * i : 2 * i + 2])
+            rows = jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], all_rows.inputs.pictures)
+            assert same(mine.inputs.pictures, rows)
+    assert differ > 2, "the rows of the two processes never needed different buckets"
 
 
 def test_rollouts_stand_side_by_side_with_rows_of_their_own() -> None:
-    loader = sources.prompt_loader(
-        BOARDS, ENCODER, context="state", batch_size=3, rollouts=2, seed=0, process=(1, 2)
-    )
-    rows = next(loader)
+    rows = next(prompts(batch_size=6, rollouts=2, process=(1, 2)))
     assert rows.batch.row_ids.tolist() == [6, 7, 8, 9, 10, 11]
     assert rows.boards[0] == rows.boards[1] != rows.boards[2]
     assert rows.batch.teacher.pictures is None
+    with pytest.raises(ValueError, match="batch_size: got 5, want a multiple of 2"):
+        prompts(batch_size=5, process=(1, 2))
 
 
 def test_bad_mixtures_and_no_boards_are_refused() -> None:

@@ -1,19 +1,30 @@
-"""Boards as examples are made from them, and the folders of boards that `generate` writes."""
+"""Boards as examples are made from them, and the folders of boards that `generate` writes.
 
+Folders may be local or of any file system that etils knows (gs://).
+"""
+
+import bisect
+import concurrent.futures
+import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
 
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.splits import Split
 
 MANIFEST = "manifest.json"
+AnyPath = TypeVar("AnyPath", pathlib.Path, epath.Path)
 Group = dict[str, Any]  # one folder of boards in the manifest
 _RESTORE = f"to restore it, delete {MANIFEST} and run --stage=generate again"
+_READERS = 16  # files read at once: of a remote folder each takes tens of milliseconds
 
 
 class Board(NamedTuple):
@@ -26,60 +37,105 @@ class Board(NamedTuple):
     picture_path: str | None  # where `generate` put its picture, None for a board never written
 
 
-def read_split(root: str | pathlib.Path, split: Split) -> list[Board]:
+@dataclasses.dataclass(frozen=True)
+class FolderBoards(Sequence[Board]):
+    """The boards of one split, those not in `known` read when they are asked for."""
+
+    root: epath.Path
+    groups: tuple[Group, ...]
+    known: Mapping[int, Board]  # by place in the split
+
+    def __len__(self) -> int:
+        return sum(group["count"] for group in self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Board: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Board]: ...
+
+    def __getitem__(self, index: int | slice) -> Board | list[Board]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        board = self.known.get(place)
+        return board or _read_board(self.root, *_find(self.groups, place), with_picture=False)
+
+
+def read_split(
+    root: epath.PathLike, split: Split, share: tuple[int, int] = (0, 1)
+) -> Sequence[Board]:
     """The boards of one split, by task and level in the order of the manifest.
 
-    Raises ValueError naming the file where anything is missing, malformed or not what the manifest
-    says (a hash differs).
+    With a `share` (i, of n) only every n-th board is read and checked now, the others when they are
+    asked for: n processes with a share each check all. Raises ValueError naming the file where
+    anything is missing, malformed or not what the manifest says (a hash differs).
     """
-    manifest_path = pathlib.Path(root) / MANIFEST
-    if not manifest_path.is_file():
-        raise ValueError(f"{manifest_path}: got no such file, want one; run --stage=generate first")
-    manifest = read_json(manifest_path)
-    groups = [group for group in manifest["groups"] if group["split"] == split]
+    root = epath.Path(root)
+    if not (root / MANIFEST).exists():
+        raise ValueError(
+            f"{root / MANIFEST}: got no such file, want one; run --stage=generate first"
+        )
+    manifest = read_json(root / MANIFEST)
+    groups = tuple(group for group in manifest["groups"] if group["split"] == split)
     if not groups:
-        raise ValueError(f"{manifest_path}: got no boards of split {split!r}, want some")
-    return [
-        _read_board(pathlib.Path(root), manifest_path, group, index)
-        for group in groups
-        for index in range(group["count"])
-    ]
+        raise ValueError(f"{root / MANIFEST}: got no boards of split {split!r}, want some")
+    unread = FolderBoards(root, groups, {})
+    places = range(share[0], len(unread), share[1])
+
+    def read(place: int) -> Board:
+        return _read_board(root, *_find(groups, place))
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        boards = list(readers.map(read, places))
+    if share == (0, 1):
+        return boards
+    return dataclasses.replace(unread, known=dict(zip(places, boards, strict=True)))
 
 
-def _read_board(root: pathlib.Path, manifest_path: pathlib.Path, group: Group, index: int) -> Board:
+def _find(groups: Sequence[Group], place: int) -> tuple[Group, int]:
+    """The group of the board at a place in the split, and its index in the group."""
+    ends = list(itertools.accumulate(group["count"] for group in groups))
+    number = bisect.bisect_right(ends, place)
+    return groups[number], place - (ends[number] - groups[number]["count"])
+
+
+def _read_board(root: epath.Path, group: Group, index: int, *, with_picture: bool = True) -> Board:
     text_path, picture_path = board_paths(root / group["folder"], index)
-    for path in (text_path, picture_path):
-        if not path.is_file():
-            raise ValueError(f"{path}: got no such file, want it as in {manifest_path}; {_RESTORE}")
+    for path in (text_path, picture_path) if with_picture else (text_path,):
+        if not path.exists():
+            raise ValueError(
+                f"{path}: got no such file, want it as in {root / MANIFEST}; {_RESTORE}"
+            )
     text = text_path.read_bytes()
     try:
         state = ENVS[group["task"]].from_text(text.decode(), source=str(text_path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{text_path}: got {error.reason}, want UTF-8") from None
     _check_hash(text_path, text, group["text"][index])
-    picture = picture_path.read_bytes()
-    if content_hash(picture) != group["image"][index]:
-        # Decoding every picture would take minutes; only a changed one can be a broken one.
-        _decode(picture_path, picture)
-        _check_hash(picture_path, picture, group["image"][index])
+    if with_picture:
+        picture = picture_path.read_bytes()
+        if content_hash(picture) != group["image"][index]:
+            # Decoding every picture would take minutes; only a changed one can be a broken one.
+            _decode(picture_path, picture)
+            _check_hash(picture_path, picture, group["image"][index])
     return Board(group["task"], group["level"], index, state, str(picture_path))
 
 
-def _check_hash(path: pathlib.Path, content: bytes, want: str) -> None:
+def _check_hash(path: epath.Path, content: bytes, want: str) -> None:
     if content_hash(content) != want:
         raise ValueError(
             f"{path}: got hash {content_hash(content)}, want {want} as in the manifest; {_RESTORE}"
         )
 
 
-def _decode(path: pathlib.Path, content: bytes) -> None:
+def _decode(path: epath.Path, content: bytes) -> None:
     try:
         Image.open(io.BytesIO(content)).load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: got an unreadable picture ({error}), want a PNG") from None
 
 
-def board_paths(folder: pathlib.Path, index: int) -> tuple[pathlib.Path, pathlib.Path]:
+def board_paths(folder: AnyPath, index: int) -> tuple[AnyPath, AnyPath]:
     return folder / "text" / f"{index:04d}.txt", folder / "image" / f"{index:04d}.png"
 
 
@@ -87,7 +143,7 @@ def content_hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def read_json(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path | epath.Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

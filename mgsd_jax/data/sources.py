@@ -1,19 +1,22 @@
 """Boards as Grain datasets: examples drawn, rendered, tokenised and batched ahead of the device.
 
-A loader is a Grain iterator whose `get_state` / `set_state` resume it at the very next batch. Every
-random choice (order, kind of record, which optimal plan) is a function of (seed, position), so
-restarts and thread counts change nothing.
+A loader's `get_state` / `set_state` resume it at the very next batch. Every random choice (order,
+kind of record, which optimal plan) is a function of (seed, position), so restarts and thread counts
+change nothing. Nor does the number of processes: the batch of all is the batch of one, each process
+makes its own run of the rows alone, and pads it to the largest bucket that any of them needs.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import prompts as prompts_lib
+from mgsd_jax.batch import Inputs
 from mgsd_jax.config import DataConfig, Record, TeacherContext
 from mgsd_jax.data import batching
 from mgsd_jax.data.boards import Board
@@ -21,6 +24,10 @@ from mgsd_jax.data.processor import Encoded, Processor, encode, encode_example
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.splits import Split, draw
 from mgsd_jax.prompts import Prompts
+
+Batch = TypeVar("Batch")
+Sizes = tuple[int, ...]  # padded sizes of a batch: tokens by side, patches
+Agree = Callable[[Sizes], Sizes]  # each size's largest over the processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +98,42 @@ class PromptRows(NamedTuple):
     boards: tuple[Board, ...]
 
 
+class Padded(NamedTuple, Generic[Batch]):
+    """A batch, and how to pad its rows anew."""
+
+    batch: Batch
+    sizes: Sizes
+    pad: Callable[[Sizes], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader(Generic[Batch]):
+    """An endless iterator of the batches of one process, of the shapes that all agree on.
+
+    With several processes `next` is a call of all of them, in the same order as what else they do
+    together.
+    """
+
+    padded: grain.DatasetIterator  # of Padded[Batch]
+    agree: Agree
+
+    def __iter__(self) -> "Loader[Batch]":
+        return self
+
+    def __next__(self) -> Batch:
+        batch, sizes, pad = next(self.padded)
+        agreed = self.agree(sizes)
+        return batch if agreed == sizes else pad(agreed)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON values; the same on every process."""
+        return self.padded.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch that `state` was taken at."""
+        self.padded.set_state(state)
+
+
 def grounding_loader(
     boards: Sequence[Board],
     encoder: Encoder,
@@ -99,8 +142,9 @@ def grounding_loader(
     batch_size: int,
     seed: int,
     process: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:
-    """An endless iterator of `GroundingBatch`, records of `mixture` by share."""
+    agree: Agree = tuple,
+) -> Loader[batching.GroundingBatch]:
+    """A loader of records of `mixture` by share, `batch_size` of them over all processes."""
     if not boards:
         raise ValueError("boards: got none, want at least one to train on")
     kinds: list[Record] = [kind for kind, _ in mixture]
@@ -109,22 +153,28 @@ def grounding_loader(
         raise ValueError(f"mixture: got {mixture}, want distinct kinds with shares >= 0, sum > 0")
     shares = shares / shares.sum()
     pictures = any(kind != "plan_from_text" for kind, share in mixture if share > 0)
+    data = encoder.data
 
     def example(board: Board, rng: np.random.Generator) -> tuple[Encoded, int]:
         return encoder.record(board, kinds[rng.choice(len(kinds), p=shares)], rng)
 
-    def collate(examples: Sequence[tuple[Encoded, int]]) -> batching.GroundingBatch:
+    def pad(examples: Sequence[tuple[Encoded, int]], sizes: Sizes) -> batching.GroundingBatch:
         return batching.grounding_batch(
             examples,
-            lengths=encoder.data.sequence_buckets,
+            lengths=sizes[:1] or data.sequence_buckets,
             pad_id=encoder.processor.pad_id,
-            patch_buckets=encoder.data.patch_buckets,
+            patch_buckets=sizes[1:] or data.patch_buckets,
             max_pictures=1 if pictures else 0,
             patch_channels=patch_channels(encoder.processor),
         )
 
-    examples = _shuffled(boards, seed, process).random_map(example)
-    return _iterate(examples, batch_size, collate, encoder)
+    def collate(examples: Sequence[tuple[Encoded, int]]) -> Padded[batching.GroundingBatch]:
+        batch = pad(examples, ())
+        sizes = (batch.targets.shape[1], _patches(batch.inputs))
+        return Padded(batch, sizes, functools.partial(pad, examples))
+
+    examples = _shuffled(boards, seed).random_map(example)
+    return _load(examples, batch_size, process, collate, encoder, agree)
 
 
 def prompt_loader(
@@ -136,35 +186,41 @@ def prompt_loader(
     rollouts: int,
     seed: int,
     process: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:
-    """An endless iterator of `PromptRows`; each prompt stands `rollouts` times, side by side."""
+    agree: Agree = tuple,
+) -> Loader[PromptRows]:
+    """A loader of `batch_size` prompts over all processes; each stands `rollouts` times in a row.
+
+    Row ids are those of the batch of all processes.
+    """
     if not boards:
         raise ValueError("boards: got none, want at least one to train on")
+    data = encoder.data
 
     def example(board: Board) -> tuple[Encoded, Encoded, Board]:
         return encoder.student(board), encoder.teacher(board, context), board
 
-    def collate(examples: Sequence[tuple[Encoded, Encoded, Board]]) -> PromptRows:
+    def pad(examples: Sequence[tuple[Encoded, Encoded, Board]], sizes: Sizes) -> PromptRows:
         rows = [row for row in examples for _ in range(rollouts)]
         batch = batching.prompt_batch(
             [row[0] for row in rows],
             [row[1] for row in rows],
-            student_lengths=encoder.data.prompt_buckets,
-            teacher_lengths=encoder.data.teacher_buckets,
+            student_lengths=sizes[:1] or data.prompt_buckets,
+            teacher_lengths=sizes[1:2] or data.teacher_buckets,
             pad_id=encoder.processor.pad_id,
-            patch_buckets=encoder.data.patch_buckets,
+            patch_buckets=sizes[2:] or data.patch_buckets,
             max_pictures=1,
             first_row=process[0] * len(rows),
         )
         return PromptRows(batch, tuple(row[2] for row in rows))
 
-    examples = _shuffled(boards, seed, process).map(example)
-    return _iterate(examples, batch_size, collate, encoder)
+    def collate(examples: Sequence[tuple[Encoded, Encoded, Board]]) -> Padded[PromptRows]:
+        rows = pad(examples, ())
+        student, teacher = rows.batch.student, rows.batch.teacher
+        sizes = (student.tokens.shape[1], teacher.tokens.shape[1], _patches(student))
+        return Padded(rows, sizes, functools.partial(pad, examples))
 
-
-def fit(rows: Sequence[Encoded], buckets: tuple[int, ...], name: str) -> int:
-    """The smallest bucket that holds the longest of the rows; ValueError where none does."""
-    return batching.bucket(max(len(row.tokens) for row in rows), buckets, name=name)
+    examples = _shuffled(boards, seed).map(example)
+    return _load(examples, batch_size, process, collate, encoder, agree)
 
 
 def patch_channels(processor: Processor) -> int:
@@ -173,14 +229,46 @@ def patch_channels(processor: Processor) -> int:
     return 3 * pictures.temporal_patch_size * pictures.patch_size**2
 
 
-def _shuffled(boards: Any, seed: int, process: tuple[int, int]) -> grain.MapDataset:
-    dataset = grain.MapDataset.source(boards).seed(seed).shuffle().repeat()
-    return dataset[process[0] :: process[1]]
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The examples of one process: of every `batch_size` of them its own run of rows."""
+
+    examples: grain.MapDataset
+    batch_size: int
+    process: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.process[1]
+
+    def __getitem__(self, index: int) -> Any:
+        process, count = self.process
+        own = self.batch_size // count
+        batch, row = divmod(index, own)
+        return self.examples[batch * self.batch_size + process * own + row]
 
 
-def _iterate(
-    dataset: grain.MapDataset, batch_size: int, collate: Any, encoder: Encoder
-) -> grain.DatasetIterator:
+def _shuffled(boards: Any, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.source(boards).seed(seed).shuffle().repeat()
+
+
+def _patches(inputs: Inputs) -> int:
+    return 0 if inputs.pictures is None else inputs.pictures.patches.shape[2]
+
+
+def _load(
+    examples: grain.MapDataset,
+    batch_size: int,
+    process: tuple[int, int],
+    collate: Any,
+    encoder: Encoder,
+    agree: Agree,
+) -> Loader[Any]:
+    count = process[1]
+    if batch_size % count:
+        raise ValueError(f"batch_size: got {batch_size}, want a multiple of {count} processes")
+    if count > 1:
+        examples = grain.MapDataset.source(_Share(examples, batch_size, process))
     workers = encoder.data.workers
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    return iter(dataset.batch(batch_size, batch_fn=collate).to_iter_dataset(options))
+    batches = examples.batch(batch_size // count, batch_fn=collate).to_iter_dataset(options)
+    return Loader(iter(batches), agree)

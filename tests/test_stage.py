@@ -1,0 +1,160 @@
+"""The end of a step: what is saved, what is warned of, and how a run is stopped."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+from helpers_tiny import tiny_config
+
+from mgsd_jax import checkpoint, metrics, optimizer, stage
+from mgsd_jax.config import Config
+
+
+class Counter:
+    """A loader whose batches are numbers."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def get_state(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> Config:
+    config = tiny_config(tmp_path)
+    guards = dataclasses.replace(config.guards, skipped_in_a_row=3)
+    return dataclasses.replace(config, guards=guards)
+
+
+def run(
+    folder: pathlib.Path, config: Config, losses: dict[int, float], signal_at: int = 0
+) -> optimizer.TrainState:
+    """A stage of 12 steps that subtracts the step from a weight; losses are 1 but for `losses`."""
+    tx = optax.sgd(1.0)
+    state = optimizer.init({"a": jnp.zeros(2)}, tx)
+    loader: Any = Counter()
+    opened = stage.opened(folder, config, state, loader, metric="m", best_mode="max", steps=12)
+    with opened as session:
+        state = session.state
+        for step in range(session.start + 1, 13):
+            loader.next += 1
+            assert loader.next == step
+            loss = jnp.float32(losses.get(step, 1.0))
+            state, measured = optimizer.update(state, {"a": jnp.full(2, step)}, tx, loss=loss)
+            if step == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            session.finish_step(step, state, {"loss": loss, **measured})
+    return state
+
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(autouse=True)
+def sigterm_is_as_before() -> Iterator[None]:
+    logging.set_verbosity(logging.WARNING)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_saves_the_step_it_is_in_and_the_run_continues_there(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    with pytest.raises(
+        stage.Stopped, match=r"after step 5 of 12.*continues after step 5"
+    ) as raised:
+        run(tmp_path, config, {}, signal_at=5)
+    assert raised.value.exit_code == stage.EXIT_STOPPED == 75
+    assert steps_in(tmp_path) == [2, 4, 5]
+    state = run(tmp_path, config, {})
+    np.testing.assert_array_equal(state.params["a"], [-78, -78])  # 1 + 2 + ... + 12
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+
+def test_sigterm_in_the_last_step_is_the_end_of_the_run(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    run(tmp_path, config, {}, signal_at=12)
+    assert steps_in(tmp_path)[-1] == 12
+
+
+def test_a_second_sigterm_does_what_it_did_before() -> None:
+    caught = []
+    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        with stage.asked_to_stop() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set() and caught == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_updates_that_are_not_finite_are_counted_and_not_saved_after(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    """Steps 3, 4 (a save would be due) and 12 are skipped; two in a row are no reason to stop."""
+    bad = {3: np.nan, 4: np.inf, 12: np.nan}
+    state = run(tmp_path, config, bad)
+    np.testing.assert_array_equal(state.params["a"], [-78 + 19] * 2)
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["skipped_update"]] == [3, 4, 12]
+    assert steps_in(tmp_path) == [8, 10, 12]  # the last three; there was no save at 4
+    assert np.isnan(rows[2]["loss"]) and np.isinf(rows[3]["loss"])
+
+
+@pytest.mark.parametrize("first", [2, 8])
+def test_enough_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
+    tmp_path: pathlib.Path, config: Config, first: int
+) -> None:
+    bad = {step: np.nan for step in range(first, first + 3)}
+    good = f"{tmp_path}/checkpoints/6" if first == 8 else "none, the run starts over"
+    for _ in range(2):  # starting again repeats it, to the same end
+        with pytest.raises(stage.Stopped) as raised:
+            run(tmp_path, config, bad)
+        assert raised.value.exit_code == stage.EXIT_NUMBERS == 3
+        assert str(raised.value) == (
+            f"step {first + 2}: 3 updates in a row, all since step {first - 1}, had a loss or "
+            f"gradient that is not finite; last good checkpoint: {good}"
+        )
+    assert steps_in(tmp_path) == ([2, 4, 6] if first == 8 else [])
+    if first == 8:
+        state = checkpoint.load_params(tmp_path / "checkpoints")
+        np.testing.assert_array_equal(state["a"], [-21, -21])
+
+
+def test_a_threshold_is_warned_of_when_it_is_passed(
+    tmp_path: pathlib.Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    shares = iter([0.0, 0.5, 0.5, 0.0, 0.5, *[0.0] * 7])
+    tx = optax.sgd(1.0)
+    state = optimizer.init({"a": jnp.zeros(2)}, tx)
+    loader: Any = Counter()
+    with (
+        caplog.at_level("WARNING", logger="absl"),
+        stage.opened(
+            tmp_path, config, state, loader, metric="m", best_mode="max", steps=12
+        ) as session,
+    ):
+        for step in range(1, 13):
+            measured = {"loss": jnp.float32(1), "skipped_update": jnp.float32(0)}
+            measured["rollout/truncated"] = metrics.Mean(next(shares), 1.0)
+            session.finish_step(step, session.state, measured)
+    said = [message for message in caplog.messages if "rollout/truncated is 0.5" in message]
+    assert [message.partition(":")[0] for message in said] == ["step 2", "step 5"]

@@ -8,8 +8,8 @@ as one token each, so that a prompt is some forty tokens; any other text falls t
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -20,11 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from mgsd_jax import config as config_lib
 from mgsd_jax import prompts as prompts_lib
 from mgsd_jax import tree
+from mgsd_jax.batch import Pictures
 from mgsd_jax.config import Config, NanoConfig
+from mgsd_jax.data import batching
+from mgsd_jax.data.processor import Processor, encode, load_processor
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model import hf
 from mgsd_jax.model.config import ModelConfig
-from mgsd_jax.model.qwen3vl import init_params
+from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
 
 SPECIAL = (
     "<|endoftext|>",
@@ -57,6 +60,10 @@ _WORDS = (
     *("user\n", "assistant\n"),
 )
 
+_SAMPLES = 48  # boards of a level that the fresh tower is whitened over
+_SHRINKAGE = 0.03
+_FEATURE_NORM = 4.0
+
 
 def run(config: Config, workdir: str) -> None:
     """Writes the nano folder named by `config.nano.folder`; the weights come from `config.seed`."""
@@ -69,6 +76,8 @@ def run(config: Config, workdir: str) -> None:
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     model_config = ModelConfig.from_hf(written, source=str(folder / "config.json"))
     params = widen_vision(init_params(model_config, jax.random.key(config.seed)))
+    samples = sample_pictures(load_processor(folder), config)
+    params = whiten_vision(params, Qwen3VL(model_config), samples)
     hf.save_params(params, model_config, folder, dtype="float32")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     logging.info("%s: %d parameters, %d tokens", folder, count, len(tokenizer))
@@ -92,6 +101,81 @@ def widen_vision(params: dict[str, Any]) -> dict[str, Any]:
         return leaf * (leaf.shape[-2] ** -0.5 / 0.02) * (0.1 if is_branch else 1.0)
 
     return tree.map_named(scaled, params)
+
+
+def sample_pictures(processor: Processor, config: Config) -> Iterator[Pictures]:
+    """Pictures of `_SAMPLES` boards of each task and level of the config, one batch a level."""
+    rng = np.random.default_rng(config.seed)
+    levels = [(boards.task, level) for boards in config.data.boards for level in boards.levels]
+    if not levels:
+        raise ValueError("data.boards: got none, want the levels whose pictures are to be seen")
+    for task, level in dict.fromkeys(levels):
+        env = ENVS[task]
+        size = config_lib.picture_size(config.data, level)
+        drawn = (env.render(env.generate(rng, level), size) for _ in range(_SAMPLES))
+        rows = [
+            encode(
+                processor,
+                [{"role": "user", "content": [{"type": "image", "image": picture}]}],
+                add_generation_prompt=False,
+            )
+            for picture in drawn
+        ]
+        inputs = batching.to_inputs(
+            rows,
+            length=max(len(row.tokens) for row in rows),
+            side="left",
+            pad_id=processor.pad_id,
+            patch_buckets=(max(len(picture.patches) for row in rows for picture in row.pictures),),
+            max_pictures=1,
+        )
+        assert inputs.pictures is not None
+        yield inputs.pictures
+
+
+def whiten_vision(
+    params: dict[str, Any], model: Qwen3VL, samples: Iterable[Pictures]
+) -> dict[str, Any]:
+    """The parameters with mergers whose features are centred and uncorrelated over `samples`.
+
+    Most of a fresh tower's output is the same for every cell, and a few directions hold the rest,
+    so that rare things (an agent on a dark floor) hardly stand out. The last layer of every merger
+    absorbs (y - mean) W, W the inverse square root of the covariance with a little of its mean
+    added; features get a norm of `_FEATURE_NORM`, deepstack features half of it.
+    """
+
+    @jax.jit
+    def look(pictures: Pictures) -> tuple[jax.Array, jax.Array]:
+        seen = model.apply({"params": params}, pictures, method=lambda m, x: m.visual(x))
+        return cast(tuple[jax.Array, jax.Array], seen)
+
+    seen = [jax.device_get(look(pictures)) for pictures in samples]
+    merged = np.concatenate([m.reshape(-1, m.shape[-1]) for m, _ in seen])  # [samples, D]
+    deep = np.concatenate([d.reshape(len(d), -1, d.shape[-1]) for _, d in seen], axis=1)
+
+    def absorb(layer: dict[str, Any], features: np.ndarray, norm: float) -> dict[str, Any]:
+        x = features.astype(np.float64)
+        mean = x.mean(axis=0)
+        values, vectors = np.linalg.eigh(np.cov(x.T))
+        white = vectors / np.sqrt(values + _SHRINKAGE * values.mean()) @ vectors.T
+        white *= norm / np.sqrt((((x - mean) @ white) ** 2).sum(axis=1).mean())
+        kernel, bias = (np.asarray(layer[name], np.float64) for name in ("kernel", "bias"))
+        return {
+            "kernel": (kernel @ white).astype(np.float32),
+            "bias": ((bias - mean) @ white).astype(np.float32),
+        }
+
+    visual = params["visual"]
+    last = {"merger": absorb(visual["merger"]["linear_fc2"], merged, _FEATURE_NORM)}
+    if len(deep):
+        stacked = visual["deepstack_mergers"]["linear_fc2"]
+        layers = [
+            absorb(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), x, _FEATURE_NORM / 2)
+            for i, x in enumerate(deep)
+        ]
+        last["deepstack_mergers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    folded = {name: {**visual[name], "linear_fc2": layer} for name, layer in last.items()}
+    return {**params, "visual": {**visual, **folded}}
 
 
 def constant_text() -> list[str]:

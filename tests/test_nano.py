@@ -11,6 +11,7 @@ from mgsd_jax import nano, prompts
 from mgsd_jax.data.processor import decode, encode_answer, encode_example, load_processor
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model import hf
+from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.tree import named_leaves
 
 BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
@@ -51,14 +52,29 @@ def test_prompts_are_short_and_every_text_survives(task: str, level: int) -> Non
 def test_the_vision_tower_starts_awake(tmp_path: pathlib.Path) -> None:
     config = c.Config(
         model=c.ModelConfig(path=str(tmp_path)),
-        data=c.DataConfig(boards=(), picture_size=0, cell_pixels=32),
+        data=c.DataConfig(
+            boards=(c.LevelSet("frozenlake", (3, 4), 0, 0, 0), c.LevelSet("maze", (3,), 0, 0, 0)),
+            picture_size=0,
+            cell_pixels=32,
+        ),
         grounding=c.GroundingConfig(optim=c.OptimConfig(lr=1e-3)),
         distillation=c.DistillationConfig(optim=c.OptimConfig(lr=1e-3)),
         evaluate=c.EvaluateConfig(models=()),
         nano=c.NanoConfig(folder=str(tmp_path)),
     )
     nano.run(config, str(tmp_path))
-    params = dict(named_leaves(hf.load_params(tmp_path, hf.read_config(tmp_path), dtype="float32")))
+    loaded = hf.load_params(tmp_path, hf.read_config(tmp_path), dtype="float32")
+    pictures = nano.sample_pictures(load_processor(tmp_path), config)
+    model = Qwen3VL(hf.read_config(tmp_path))
+    seen = [
+        model.apply({"params": loaded}, picture, method=lambda m, x: m.visual(x))
+        for picture in pictures
+    ]
+    for features, norm in ((0, 4), (1, 2)):
+        x = np.concatenate([np.asarray(s[features]).reshape(-1, 128) for s in seen])
+        assert np.sqrt((x**2).sum(axis=1).mean()) == pytest.approx(norm, rel=0.01)
+        assert np.linalg.norm(x.mean(axis=0)) < 0.01 * norm
+    params = dict(named_leaves(loaded))
     assert float(np.std(params["visual/pos_embed/embedding"])) == pytest.approx(1, rel=0.1)
     kernel = params["visual/merger/linear_fc1/kernel"]
     assert float(np.std(kernel)) == pytest.approx(kernel.shape[0] ** -0.5, rel=0.1)

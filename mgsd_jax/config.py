@@ -36,7 +36,7 @@ class ModelConfig:
     path: str  # Hugging Face folder
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full"] = "full"
+    remat: Literal["none", "full", "save_names", "offload"] = "full"  # see model/remat.py
 
 
 @dataclasses.dataclass(frozen=True)

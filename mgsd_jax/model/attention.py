@@ -1,10 +1,46 @@
-"""Attention behind one call, `attend`.
+"""Attention behind one call, `attend`; which kernel computes it is a value, `Kernel`.
 
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head width.
+
+The kernel follows from the devices that a program is compiled for (`kernel_for`), not from the
+host: the devices of a TPU topology say 'tpu' on a machine without one. `jax.lax.platform_dependent`
+would decide later, but its branches share their residuals, and so the [T, S] weights of the XLA
+form would be carried through the backward pass of the other ones.
 """
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mgsd_jax import axes
+
+# Queries and keys that one step of the splash kernel works on. Its vectors are 128 lanes wide.
+_BLOCKS = (512, 256, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How attention is computed, and on which mesh: GSPMD cannot split a kernel, so we do."""
+
+    name: Literal["xla", "splash", "cudnn"] = "xla"
+    mesh: Mesh | None = None  # None: on one device
+    interpret: bool = False  # splash on a CPU, slowly, for tests
+
+
+def kernel_for(mesh: Mesh | None) -> Kernel:
+    """Splash on TPUs, cuDNN on GPUs, else XLA's form; `mesh` None: on the default device."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "tpu":
+        return Kernel("splash", mesh)
+    return Kernel("cudnn" if platform in ("gpu", "cuda") else "xla", mesh)
 
 
 def attend(
@@ -14,17 +50,112 @@ def attend(
     *,
     valid: jax.Array,  # [B, S] bool, keys that may be attended to
     causal: bool,  # True: query t sees keys 0..t only (T == S)
+    kernel: Kernel = Kernel(),
 ) -> jax.Array:
     """Softmax attention [B, T, N, H] of grouped queries, scaled by 1 / sqrt(H).
 
-    Softmax in float32. A query that may see no key gets the mean of the values: finite, and with
-    finite gradients, for no one to read.
+    Softmax in float32. Queries at padding get something finite, with finite gradients, for no one
+    to read; what it is depends on the kernel. Decoding (T != S) takes XLA's form on every device:
+    it reads the cache once whatever computes it. So does cuDNN where its conditions (16-bit
+    floats, H a multiple of 8 up to 128, even T) do not hold.
     """
+    name = kernel.name if q.shape[1] == k.shape[1] else "xla"
+    if name == "splash":
+        run = functools.partial(_attend_splash, causal=causal, interpret=kernel.interpret)
+        return _shard(kernel, run, q, k, v, valid)
+    if name == "cudnn" and _fits_cudnn(q):
+        return _shard(kernel, functools.partial(_attend_cudnn, causal=causal), q, k, v, valid)
+    return checkpoint_name(_attend_xla(q, k, v, _dense_mask(valid, q, causal)), "attention")
+
+
+def _dense_mask(valid: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
+    """[B, 1 or T, S] bool."""
     mask = valid[:, None, :]
-    if causal:
-        length = q.shape[1]
-        mask = mask & jnp.tri(length, dtype=bool)
-    return _attend_xla(q, k, v, mask)
+    return mask & jnp.tri(q.shape[1], dtype=bool) if causal else mask
+
+
+def _shard(kernel: Kernel, run: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`run(q, k, v, valid)` on every device's own rows and heads, which need no others."""
+    mesh = kernel.mesh
+    if mesh is None:
+        return run(*arrays)
+    # As far as they divide: rows or heads that do not are computed everywhere.
+    spec = axes.fit(P(axes.BATCH, None, "tensor"), arrays[1].shape, mesh)
+    # The kernel's own loops say nothing of how their values vary over the mesh: not checked.
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(spec, spec, spec, P(spec[0])),
+        out_specs=spec,
+        check_vma=False,
+    )
+    return sharded(*arrays)
+
+
+def _attend_splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, *, causal: bool, interpret: bool
+) -> jax.Array:
+    """The Pallas kernel for TPUs: no [T, S] array outside the chip's vector memory.
+
+    Padding is a segment of its own, so every query sees at least itself. T is padded to whole
+    blocks; any H will do, the compiler fills its lanes.
+    """
+    length, heads, width = q.shape[1:]
+    block, padded = _block(length)
+    shape = (padded, padded)
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    run = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCK_FIELDS, block)),
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length), *[(0, 0)] * (x.ndim - 2)))
+
+    q, k, v = (pad(x).transpose(0, 2, 1, 3) for x in (q * width**-0.5, k, v))
+    ids = pad(valid).astype(jnp.int32)
+    out = cast(jax.Array, jax.vmap(run)(q, k, v, splash.SegmentIds(ids, ids)))
+    return out.transpose(0, 2, 1, 3)[:, :length]
+
+
+_BLOCK_FIELDS = (
+    "block_q",
+    "block_kv",
+    "block_q_dkv",
+    "block_kv_dkv",
+    "block_q_dq",
+    "block_kv_dq",
+)
+
+
+def _block(length: int) -> tuple[int, int]:
+    """(block, length padded to blocks): the largest block that adds at most an eighth."""
+    for block in _BLOCKS:
+        padded = -(-length // block) * block
+        if padded - length <= length // 8 or block == _BLOCKS[-1]:
+            return block, padded
+    raise AssertionError(length)
+
+
+def _fits_cudnn(q: jax.Array) -> bool:
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[3] % 8 == 0
+        and q.shape[3] <= 128
+        and q.shape[1] % 2 == 0
+    )
+
+
+def _attend_cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, *, causal: bool
+) -> jax.Array:
+    """cuDNN's flash attention; its mask is dense, [B, 1, T, S] bool, one for all heads."""
+    mask = _dense_mask(valid, q, causal)[:, None]
+    mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    return checkpoint_name(out, "attention")
 
 
 def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -13,10 +13,12 @@ from flax import linen as nn
 from flax.typing import Dtype
 
 from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.layers import Embedding
+from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.text import Decoder, KVCache
-from mgsd_jax.model.vision import Remat, VisionTower
+from mgsd_jax.model.vision import VisionTower
 
 Params = dict[str, Any]
 
@@ -25,17 +27,21 @@ class Qwen3VL(nn.Module):
     """The model, called inside jit: `model.apply({'params': p}, inputs, method='hidden')`.
 
     `dtype` is what it computes in, whatever the parameters are stored in. A low-rank adapter is
-    read from the optional collection 'adapters'.
+    read from the optional collection 'adapters'. `kernel` computes attention, on the mesh that it
+    names: a program for another mesh takes `model.clone(kernel=kernel_for(mesh))`.
     """
 
     config: ModelConfig
     dtype: Dtype = jnp.float32
     remat: Remat = "none"
+    kernel: Kernel = Kernel()
 
     def setup(self) -> None:
         config = self.config
-        self.visual = VisionTower(config.vision, self.dtype, self.remat)
-        self.language = Decoder(config.text, config.num_deepstack, self.dtype, self.remat)
+        self.visual = VisionTower(config.vision, self.dtype, self.remat, self.kernel)
+        self.language = Decoder(
+            config.text, config.num_deepstack, self.dtype, self.remat, self.kernel
+        )
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size, self.dtype)
 

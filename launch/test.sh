@@ -7,5 +7,6 @@ install_package test
 export JAX_PLATFORMS=cpu
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
+"$VENV/bin/shellcheck" launch/*.sh
 "$VENV/bin/pyright" --pythonpath "$VENV/bin/python"
 "$VENV/bin/python" -m pytest -q "$@"

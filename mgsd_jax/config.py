@@ -16,6 +16,13 @@ Task = Literal["frozenlake", "maze", "minibehaviour"]
 Record = Literal["questions", "cells", "plan_from_text", "plan_from_picture"]
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Mode = Literal["picture", "text", "blind", "perception"]
+Benchmark = Literal[
+    "frozenlake_vsp",
+    "frozenlake_visualplanning",
+    "minibehaviour_visualplanning",
+    "maze_visualplanning",
+    "maze_held_out",  # mazes of a test split of ours, in place of the file that is not public
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,14 +175,31 @@ class DistillationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What to evaluate and on which boards."""
+    """What to evaluate, on which boards, and who answers."""
 
     models: tuple[tuple[str, str], ...]  # (name, Hugging Face folder or workdir of a stage)
     modes: tuple[Mode, ...] = ("picture", "text", "blind", "perception")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    tries: int = 1  # answers sampled for each board and mode, for pass@k
     batch_size: int = 32
     reference: str = "base"  # the model whose text planning is the upper bound
     reference_only: tuple[Mode, ...] = ()  # modes that only the reference answers
+    folder: str = "{workdir}/evaluate"
+    benchmarks: tuple[tuple[Benchmark, str], ...] = ()  # (name, folder); (): the test split of data
+    endpoint: str = ""  # URL of an OpenAI-compatible API, which then answers instead of `models`
+    endpoint_models: tuple[str, ...] = ()  # names it serves; () is its one model
+    endpoint_key: str = "OPENAI_API_KEY"  # environment variable that holds the key
+    endpoint_workers: int = 8  # requests at once
+    endpoint_retries: int = 3
+    endpoint_seconds: float = 120.0  # how long a request may take
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What the report compares."""
+
+    runs: tuple[str, ...] = ()  # workdirs or evaluation folders; (): the workdir alone
+    model: str = ""  # the model that stands for its run; '' is the last of base .. distilled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +242,7 @@ class Config:
     distillation: DistillationConfig
     evaluate: EvaluateConfig
     export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     guards: GuardConfig = GuardConfig()
@@ -233,8 +258,9 @@ def resolve(path: str, config: Config, workdir: str) -> str:
 def override(config: Any, assignments: Sequence[str]) -> Any:
     """A copy of `config` with 'a.b=value' assignments applied, left to right.
 
-    Values are Python literals (`1e-4`, `(3, 4)`, `None`) or bare strings. Raises ValueError for an
-    unknown field (listing the known ones) and for a value of the wrong type.
+    Values are Python literals (`1e-4`, `(3, 4)`, `None`) or bare strings, for a tuple of strings
+    several with commas between them. Raises ValueError for an unknown field (listing the known
+    ones) and for a value of the wrong type.
 
     >>> override(OptimConfig(lr=1.0), ['lr=1e-4']).lr
     0.0001
@@ -267,6 +293,8 @@ def _parse(text: str, kind: Any, full: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text, text)
+    if isinstance(value, str) and get_origin(kind) is tuple and get_args(kind) == (str, ...):
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
     return coerce(value, kind, f"--set {full}")
 
 
@@ -329,6 +357,13 @@ def check(config: Config) -> Config:
         raise ValueError(
             "data: got picture_size="
             f"{config.data.picture_size}, cell_pixels={config.data.cell_pixels}, want just one > 0"
+        )
+    if config.evaluate.tries < 1 or (
+        config.evaluate.tries > 1 and config.evaluate.sampling.temperature == 0
+    ):
+        raise ValueError(
+            f"evaluate.tries: got {config.evaluate.tries} at temperature "
+            f"{config.evaluate.sampling.temperature}, want 1, or more above temperature 0"
         )
     for name, batch, parts in (
         ("grounding", config.grounding.batch_size, config.grounding.microbatches),

@@ -5,40 +5,53 @@ rows alone (summary.py). Axes: B batch, R response tokens.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 
+from mgsd_jax import axes, endpoint, loading, metrics, sharding, stage, summary
 from mgsd_jax import config as config_lib
-from mgsd_jax import loading, metrics, stage, summary
 from mgsd_jax import prompts as prompts_lib
+from mgsd_jax import rows as rows_lib
 from mgsd_jax.batch import Inputs
-from mgsd_jax.config import Config, EvaluateConfig, Mode
-from mgsd_jax.data import batching
+from mgsd_jax.config import Benchmark, Config, DataConfig, EvaluateConfig, Mode
+from mgsd_jax.data import batching, testsets
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Encoded, Processor, decode, encode
 from mgsd_jax.data.sources import Encoder
 from mgsd_jax.envs import ENVS, facts, rules
 from mgsd_jax.metrics import Mean
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.prompts import Message, Prompts
+from mgsd_jax.rows import Row, score_row
 from mgsd_jax.sampler import Sampling, make_rollout
 from mgsd_jax.token_stats import TokenStats
 
-Row = dict[str, Any]
-Answerer = Callable[[Any, Sequence[Board], Mode], list[Row]]
+Answerer = Callable[..., list[Row]]
+# (mode, attempt, places in the list of boards) -> batches of rows without a model name
+Asker = Callable[[Mode, int, Sequence[int]], Iterator[list[Row]]]
+_PATIENCE = 16  # failed requests in a row after which an endpoint is taken to be down
 
 
 def make_answerer(
     model: Qwen3VL, encoder: Encoder, settings: EvaluateConfig, seed: int = 0
 ) -> Answerer:
-    """A function (variables, boards, mode) -> rows without a model name, in the boards' order."""
+    """A function (variables, boards, mode) -> rows without a model name, in the boards' order.
+
+    It may also be told which rows of a longer list these are (`row_ids`), what to show in place of
+    the boards (`shown`) and the number of the try (`attempt`): a sampled response depends on the
+    seed, its row and its try alone. On a mesh the variables lie as for rollouts
+    (`sharding.make_layout`), every process asks about all boards, and gets all rows.
+    """
     processor = encoder.processor
     generate = make_rollout(
         model,
@@ -47,18 +60,33 @@ def make_answerer(
         banned_ids=(processor.image_token_id, processor.video_token_id),
         pad_id=processor.pad_id,
     )
-    rng = jax.random.key(seed)
+    mesh = model.mesh
+    first_rng = sharding.make_key(seed, mesh)
+    # The rows of a full batch, which has to split over the mesh.
+    size = settings.batch_size + -settings.batch_size % axes.parts(mesh, axes.BATCH)
 
-    def answer(variables: Any, boards: Sequence[Board], mode: Mode) -> list[Row]:
-        # A blind student is asked about each board under the picture of another one.
-        shown = misleading(boards) if mode == "blind" else boards
+    def answer(
+        variables: Any,
+        boards: Sequence[Board],
+        mode: Mode,
+        *,
+        row_ids: Sequence[int] | None = None,
+        shown: Sequence[Board] | None = None,
+        attempt: int = 0,
+    ) -> list[Row]:
+        shown = shown_boards(boards, mode) if shown is None else shown
+        row_ids = range(len(boards)) if row_ids is None else row_ids
+        rng = jax.random.fold_in(first_rng, attempt) if attempt else first_rng
         rows: list[Row] = []
         for start in range(0, len(boards), settings.batch_size):
             chosen = slice(start, start + settings.batch_size)
-            padded, _ = batching.pad_rows(shown[chosen], settings.batch_size)
+            padded, _ = batching.pad_rows(shown[chosen], size)
             inputs = _inputs(encoder, [encode_prompt(encoder, b, mode) for b in padded], mode)
-            row_ids = np.arange(start, start + settings.batch_size, dtype=np.int32)
-            sampled = jax.device_get(generate(variables, inputs, rng, jnp.asarray(row_ids)))
+            # Rows that only fill the batch are thrown away: any id will do for them.
+            ids = np.zeros(size, np.int32)
+            ids[: len(row_ids[chosen])] = row_ids[chosen]
+            asked = sharding.to_global((inputs, ids), mesh, is_whole=True)
+            sampled = sharding.to_every(generate(variables, asked[0], rng, asked[1]), mesh)
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
             for i, board in enumerate(boards[chosen]):
                 row = score_row(board, mode, texts[i])
@@ -85,14 +113,40 @@ def _inputs(encoder: Encoder, encoded: Sequence[Encoded], mode: Mode) -> Inputs:
 
 def encode_prompt(encoder: Encoder, board: Board, mode: Mode) -> Encoded:
     """The prompt that asks about a board in a mode."""
+    messages = ask(encoder.prompts, encoder.picture, board, mode)
+    return encode(encoder.processor, messages, add_generation_prompt=True)
+
+
+def ask(
+    prompts: Prompts, picture: Callable[[Board], np.ndarray], board: Board, mode: Mode
+) -> list[Message]:
+    """The messages that ask about a board in a mode; a text prompt draws no picture."""
     if mode == "text":
-        return encoder.teacher(board, "state")
+        return prompts_lib.teacher(prompts, board.task, board.state, "state")
     if mode == "perception":
-        messages, _ = prompts_lib.grounding(
-            encoder.prompts, board.task, board.state, encoder.picture(board)
-        )
-        return encode(encoder.processor, messages, add_generation_prompt=True)
-    return encoder.student(board)
+        return prompts_lib.grounding(prompts, board.task, board.state, picture(board))[0]
+    return prompts_lib.student(prompts, board.task, picture(board))
+
+
+def show(data: DataConfig, board: Board) -> np.ndarray:
+    """The picture of a board of a test set: the benchmark's own, or drawn; uint8 [H, W, 3]."""
+    size = config_lib.picture_size(data, board.level)
+    if board.picture_path is None:
+        return ENVS[board.task].render(board.state, size)
+    return testsets.read_picture(board.picture_path, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkEncoder(Encoder):
+    """An encoder that shows the boards of a benchmark in its own pictures."""
+
+    def picture(self, board: Board) -> np.ndarray:
+        return show(self.data, board)
+
+
+def shown_boards(boards: Sequence[Board], mode: Mode) -> Sequence[Board]:
+    """What each question shows: its board, or to a blind student another one's picture."""
+    return misleading(boards) if mode == "blind" else boards
 
 
 def misleading(boards: Sequence[Board]) -> list[Board]:
@@ -107,52 +161,6 @@ def misleading(boards: Sequence[Board]) -> list[Board]:
         for i, other in zip(group, [*group[1:], group[0]], strict=True):
             others[i] = boards[other]
     return others
-
-
-def score_row(board: Board, mode: Mode, response: str) -> Row:
-    """The row of a response, all that needs no model: plan, outcome, state facts, questions."""
-    env = ENVS[board.task]
-    row: Row = {
-        "id": f"{board.task}/{board.level}/{board.index}/{mode}",
-        "mode": mode,
-        "task": board.task,
-        "level": board.level,
-        "index": board.index,
-        "task_text": env.to_text(board.state, split="test", index=board.index, seed=0),
-        "response": response,
-    }
-    if mode == "perception":
-        answers = read_numbered(response)
-        row["perception"] = {
-            question.name: answers.get(i, "").strip() == question.answer.strip()
-            for i, question in enumerate(env.questions(board.state), 1)
-        }
-        return row
-    true, stated = env.facts(board.state), facts.read_facts(board.task, response)
-    outcome = rules.judge(board.state, board.task, response)
-    own_state = facts.state_from_facts(board.task, stated)
-    row["outcome"] = dataclasses.asdict(outcome)
-    row["plan"] = list(rules.parse_plan(response, board.task).plan)
-    row["state_f1"] = facts.state_f1(stated, true)
-    row["state_exact"] = stated == true
-    row["plan_given_own_state"] = (
-        False if own_state is None else rules.judge(own_state, board.task, response).success
-    )
-    return row
-
-
-def read_numbered(response: str) -> dict[int, str]:
-    """The text after each `1.`, `2.`, ... at the start of a line; the first of a number counts."""
-    answers: dict[int, str] = {}
-    current = 0
-    for line in response.split("\n"):
-        number, separator, rest = line.partition(".")
-        if separator and number.isdigit() and int(number) not in answers:
-            current = int(number)
-            answers[current] = rest
-        elif current:
-            answers[current] += "\n" + line
-    return answers
 
 
 def decode_rows(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
@@ -182,19 +190,26 @@ def rollout_metrics(
 def token_metrics(
     processor: Processor, tokens: np.ndarray, mask: np.ndarray, stats: TokenStats
 ) -> dict[str, Mean]:
-    """KL by token group and by response position, student entropy, agreement with the teacher."""
-    kl, valid = np.asarray(stats.kl), mask > 0
+    """KL and agreement with the teacher by token group and by response position, and entropies.
+
+    Agreement is the share of tokens at which both would take the same one next.
+    """
+    kl, agree, valid = np.asarray(stats.kl), np.asarray(stats.top1_agree), mask > 0
     count = float(valid.sum())
     groups = segments(processor, tokens, valid)
-    measured = {
-        f"kl/{name}": Mean(float(kl[groups == i].sum()), float((groups == i).sum()))
-        for i, name in enumerate(prompts_lib.SEGMENTS)
-    }
+    measured: dict[str, Mean] = {}
+
+    def add(name: str, position: str, inside: np.ndarray) -> None:
+        weight = float(inside.sum())
+        measured[f"kl{name}/{position}"] = Mean(float(kl[inside].sum()), weight)
+        measured[f"agree{name}/{position}"] = Mean(float(agree[inside].sum()), weight)
+
+    for i, group in enumerate(prompts_lib.SEGMENTS):
+        add("", group, groups == i)
     position = np.broadcast_to(np.arange(kl.shape[1]), kl.shape)
     for low, high in ((0, 4), (4, 16), (16, 64), (64, 256), (256, 1 << 30)):
         inside = valid & (position >= low) & (position < high)
-        name = f"kl_pos/{low}-{high - 1}" if high < 1 << 30 else f"kl_pos/{low}-"
-        measured[name] = Mean(float(kl[inside].sum()), float(inside.sum()))
+        add("_pos", f"{low}-{high - 1}" if high < 1 << 30 else f"{low}-", inside)
     for name, values in (
         ("student_entropy", stats.student_entropy),
         ("teacher_entropy", stats.teacher_entropy),
@@ -253,49 +268,161 @@ def spread(boards: Sequence[Board], count: int) -> list[Board]:
 def run(config: Config, workdir: str) -> None:
     """Answers the test boards with every model; writes rows.jsonl and summary.json.
 
-    A model and mode whose rows are all there already is not asked again.
+    Rows are on disk before the next batch is asked. What is answered already is not asked again;
+    failed requests are. Raises ValueError for boards, models or an endpoint that cannot be used.
     """
     settings = config.evaluate
-    folder = pathlib.Path(workdir) / "evaluate"
-    boards = stage.boards(config, workdir, "test")
-    stage.claim(folder, config, ("data", "evaluate", "seed"))
-    path = folder / "rows.jsonl"
-    rows = read_rows(path)
-    asked: list[tuple[str, str, Mode]] = [
-        (name, source, mode)
-        for name, source in settings.models
+    folder = epath.Path(config_lib.resolve(settings.folder, config, workdir))
+    boards, cases = _test_boards(config, workdir)
+    models, make_asker = _askers(config, workdir, boards)
+    _claim(folder, config)
+    is_main = jax.process_index() == 0
+    if is_main:
+        rows_lib.write_boards(folder, boards, cases)
+        rows_lib.mend(folder)
+    there = rows_lib.read_rows(folder)
+    answered = {rows_lib.key_of(row) for row in there if "error" not in row}
+    jobs: dict[tuple[str, Mode, int], list[int]] = {
+        (name, mode, attempt): [
+            i
+            for i, board in enumerate(boards)
+            if (name, mode, board.task, board.level, board.index, attempt) not in answered
+        ]
+        for name, _ in models
         for mode in settings.modes
+        for attempt in range(settings.tries)
         if name == settings.reference or mode not in settings.reference_only
-    ]
-    progress = metrics.open_progress(len(asked), is_main=jax.process_index() == 0, every=1)
-    with path.open("a", encoding="utf-8") as file:
-        for done, (name, source, mode) in enumerate(asked, 1):
-            there = {row["id"] for row in rows if (row["model"], row["mode"]) == (name, mode)}
-            missing = [b for b in boards if f"{b.task}/{b.level}/{b.index}/{mode}" not in there]
-            if missing:
-                loaded = loading.load(source, config, workdir)
-                encoder = stage.encoder(config, loaded.processor)
-                answer = make_answerer(loaded.model, encoder, settings, config.seed)
-                for row in answer({"params": loaded.params}, boards, mode):
-                    if row["id"] not in there:
-                        rows.append({"model": name, **row})
-                        file.write(json.dumps(rows[-1]) + "\n")
-                file.flush()
-            progress.update(done, float(len(rows)), 0.0)
+    }
+    progress = metrics.open_progress(len(jobs) * len(boards), is_main=is_main, every=1)
+    done = len(jobs) * len(boards) - sum(map(len, jobs.values()))
+    for name, source in models:
+        todo: dict[tuple[Mode, int], list[int]] = {
+            (mode, attempt): places
+            for (who, mode, attempt), places in jobs.items()
+            if who == name and places
+        }
+        if not todo:
+            continue
+        asker = make_asker(source)
+        for (mode, attempt), places in todo.items():
+            started = time.perf_counter()
+            for rows in asker(mode, attempt, places):
+                if is_main:
+                    named = [{"model": name, "attempt": attempt, **row} for row in rows]
+                    rows_lib.append(folder, named)
+                done += len(rows)
+                progress.update(done, 0.0, (time.perf_counter() - started) / len(rows))
+                started = time.perf_counter()
     progress.close()
-    result = summary.summarize(rows, source=str(path))
+    if is_main:
+        _summarize(folder)
+
+
+def _test_boards(config: Config, workdir: str) -> tuple[list[Board], list[str]]:
+    if config.evaluate.benchmarks:
+        named: list[tuple[Benchmark, str]] = [
+            (name, config_lib.resolve(folder, config, workdir))
+            for name, folder in config.evaluate.benchmarks
+        ]
+        return testsets.read_testsets(named)
+    boards = [board._replace(picture_path=None) for board in stage.boards(config, workdir, "test")]
+    return boards, [testsets.case_name(board) for board in boards]
+
+
+def _claim(folder: epath.Path, config: Config) -> None:
+    """Refuses a folder of other settings; how hard an endpoint is pressed is no setting."""
+    pressed = ("endpoint_key", "endpoint_workers", "endpoint_retries", "endpoint_seconds")
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(EvaluateConfig)
+        if field.name in pressed
+    }
+    settings = dataclasses.replace(config.evaluate, **defaults)
+    claimed = dataclasses.replace(config, evaluate=settings)
+    stage.claim(pathlib.Path(folder), claimed, ("data", "evaluate", "seed"))
+
+
+def _askers(
+    config: Config, workdir: str, boards: Sequence[Board]
+) -> tuple[Sequence[tuple[str, str]], Callable[[str], Asker]]:
+    """The (name, source) of who answers, and how to make one of them ready to be asked."""
+    settings = config.evaluate
+    if not settings.endpoint:
+        return settings.models, lambda source: _local_asker(source, config, workdir, boards)
+    client = endpoint.connect(settings)
+    served = endpoint.served_models(client, settings)
+    models = [(name, name) for name in served]
+    return models, lambda name: _endpoint_asker(client, name, config, boards)
+
+
+def _local_asker(source: str, config: Config, workdir: str, boards: Sequence[Board]) -> Asker:
+    settings = config.evaluate
+    mesh = sharding.open_mesh(config.mesh)
+    loaded = loading.load(source, config, workdir, mesh)
+    base = stage.encoder(config, loaded.processor)
+    encoder = BenchmarkEncoder(base.processor, base.prompts, base.data)
+    answer = make_answerer(loaded.model, encoder, settings, config.seed)
+    variables = sharding.make_layout(mesh, loaded.model.dtype)({"params": loaded.params})
+
+    def asker(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[Row]]:
+        shown = shown_boards(boards, mode)
+        for start in range(0, len(places), settings.batch_size):
+            chosen = places[start : start + settings.batch_size]
+            yield answer(
+                variables,
+                [boards[i] for i in chosen],
+                mode,
+                row_ids=chosen,
+                shown=[shown[i] for i in chosen],
+                attempt=attempt,
+            )
+
+    return asker
+
+
+def _endpoint_asker(client: Any, name: str, config: Config, boards: Sequence[Board]) -> Asker:
+    settings = config.evaluate
+    prompts = prompts_lib.load(config.data.prompts)
+
+    def asker(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[Row]]:
+        shown = shown_boards(boards, mode)
+
+        def answer(place: int) -> Row:
+            messages = ask(prompts, lambda board: show(config.data, board), shown[place], mode)
+            # Every row and try has its own noise, the same when it is asked again.
+            seed = int(np.random.SeedSequence([config.seed, place, attempt]).generate_state(1)[0])
+            got = endpoint.ask(client, settings, name, messages, seed >> 1)
+            row = score_row(boards[place], mode, got.text)
+            row |= {"truncated": got.truncated, "response_tokens": got.tokens}
+            return row if got.error is None else row | {"error": got.error}
+
+        failed = 0
+        with concurrent.futures.ThreadPoolExecutor(settings.endpoint_workers) as pool:
+            waiting = [pool.submit(answer, place) for place in places]
+            try:
+                for future in concurrent.futures.as_completed(waiting):
+                    row = future.result()
+                    yield [row]
+                    failed = failed + 1 if "error" in row else 0
+                    if failed >= _PATIENCE:
+                        raise ValueError(
+                            f"{settings.endpoint}: got {failed} failed requests in a row (the "
+                            f"last: {row['error']}), want answers; run again to go on from here"
+                        )
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    return asker
+
+
+def _summarize(folder: epath.Path) -> None:
+    rows = rows_lib.read_rows(folder)
+    rows_lib.compact(folder, rows)
+    result = summary.summarize(rows, source=str(folder / rows_lib.ROWS_FILE))
     (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, modes in result["models"].items():
         for mode, measures in modes.items():
             logging.info("%-10s %-10s %s", name, mode, measures.get("macro"))
-
-
-def read_rows(path: pathlib.Path) -> list[Row]:
-    """The rows written so far; a last line that a kill cut short is dropped, and said."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines[-1]:
-        logging.warning("%s: dropped a last line that was cut short", path)
-        path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-    return [json.loads(line) for line in lines[:-1]]
+    failed = sum("error" in row for row in rows)
+    if failed:
+        logging.warning("%d requests failed and count as failures; run again to ask them", failed)

@@ -109,7 +109,7 @@ def paired_difference(
     low, high = np.quantile(differences, _tails(confidence))
     # Equal draws count on both sides, the value itself as one draw.
     below, above = np.sum(differences <= 0), np.sum(differences >= 0)
-    p_value = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
+    p_value = float(min(1.0, 2 * (min(below, above) + 1) / (draws + 1)))
     return Difference(float(value), max(-1.0, float(low)), min(1.0, float(high)), p_value, n)
 
 

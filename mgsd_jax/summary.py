@@ -1,24 +1,34 @@
 """The summary of an evaluation: rates, intervals, diagnostics and errors out of its rows.
 
-A row is one answered prompt (`check_rows` names its keys). A measure is {"value", "low", "high",
-"n"}: a mean with its 95 % interval over n rows, values None where n is 0. `macro` and every
-measure of a model and mode is level-balanced, the mean over tasks of the mean over levels; a
-measure of a task or a level is the plain rate with a Wilson interval. All of it is JSON: the
-levels are strings, nothing is NaN.
+A row is one answered prompt (`check_rows` names its keys); measures are those of measures.py.
+`macro` and every measure of a model and mode is level-balanced, the mean over tasks of the mean
+over levels; a measure of a task or a level is the plain rate with a Wilson interval. `n` of a part
+counts its answers, and so do its `errors` and `reasons`. All of it is JSON: the levels are strings,
+nothing is NaN.
 """
 
 import collections
-import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mgsd_jax import stats
 from mgsd_jax.envs import ENVS
-
-Row = Mapping[str, Any]
-Measure = dict[str, Any]  # value, low, high: float | None; n: int
-Board = tuple[str, int, int]  # task, level, index: what pairs the rows of two models
+from mgsd_jax.measures import (
+    Board,
+    Getter,
+    Measure,
+    Row,
+    balanced,
+    board_of,
+    by_level,
+    by_task,
+    difference,
+    gap_by_task,
+    gap_closed,
+    pass_at_k,
+    rate,
+    rule_sets,
+)
 
 MODELS = ("base", "grounded", "distilled")  # the order of every listing; others follow
 MODES = ("picture", "text", "blind", "perception")
@@ -26,6 +36,7 @@ MODES = ("picture", "text", "blind", "perception")
 ERRORS = (
     "success",
     "not_optimal",
+    "request_failed",
     "truncated",
     "unparsed",
     "wrong_state",
@@ -42,9 +53,10 @@ def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
 
     Keys: `models` {model: {mode: measures}}, `diagnostics` {model: ...} (State F1, state exact,
     plan on the true state = text mode, end to end = picture mode, plan given own state),
-    `modality_gap` {model: text - picture}, `differences` {"a - b": ...} in picture mode,
-    `gap_closed` (of the distilled model) and `gap_closed_by` {model: ...}. Differences are paired:
-    they compare the same boards. Raises ValueError on rows that are empty or contradict each other.
+    `modality_gap` {model: text - picture}, the same by task, `differences` {"a - b": ...} in
+    picture mode, `gap_closed` (of the distilled model), `gap_closed_by` {model: ...}. Differences
+    are paired: they compare the same boards. Raises ValueError on rows that are empty or contradict
+    each other.
     """
     check_rows(rows, source=source)
     groups: dict[str, dict[str, list[Row]]] = {}
@@ -58,17 +70,21 @@ def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
         }
         for name in sort_models(groups)
     }
-    closed = {name: _gap_closed(groups, name) for name in models if name != "base"}
+    closed = {name: gap_closed(groups, name) for name in models if name != "base"}
     return {
         "n": len(rows),
         "models": models,
         "diagnostics": {name: _diagnostics(modes) for name, modes in models.items()},
         "modality_gap": {
-            name: _difference(groups[name].get("text"), groups[name].get("picture"))
+            name: difference(groups[name].get("text"), groups[name].get("picture"))
+            for name in models
+        },
+        "modality_gap_by_task": {
+            name: gap_by_task(groups[name].get("text"), groups[name].get("picture"))
             for name in models
         },
         "differences": {
-            f"{later} - {earlier}": _difference(
+            f"{later} - {earlier}": difference(
                 groups[later].get("picture"), groups[earlier].get("picture")
             )
             for i, later in enumerate(models)
@@ -92,6 +108,8 @@ def error_of(row: Row) -> str:
     outcome = row["outcome"]
     if outcome["success"]:
         return "success" if outcome["optimal"] else "not_optimal"
+    if "error" in row:
+        return "request_failed"
     if row["truncated"]:
         return "truncated"
     if not outcome["parsed"]:
@@ -101,20 +119,15 @@ def error_of(row: Row) -> str:
     return "not_successful" if outcome["legal"] else "illegal_plan"
 
 
-def board_of(row: Row) -> Board:
-    """Return what names the board of a row, the same for every model and mode."""
-    return row["task"], row["level"], row["index"]
-
-
 def check_rows(rows: Sequence[Row], *, source: str) -> None:
     """Raise ValueError naming `source`, the row, got and want, unless `rows` are of one evaluation.
 
     Wanted: at least one row, every key of its mode, a known task and mode, one row for each model,
-    mode and board, and one text for each board.
+    mode, board and try (`attempt`, 0 where there is none), and one text for each board.
     """
     if not rows:
         raise ValueError(f"{source}: got no rows, want one for each answered prompt")
-    seen: set[tuple[str, str, Board]] = set()
+    seen: set[tuple[str, str, Board, int]] = set()
     texts: dict[Board, str] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
@@ -130,11 +143,12 @@ def check_rows(rows: Sequence[Row], *, source: str) -> None:
             _want_keys(row, _PLAN_KEYS, where)
             _want_keys(row["outcome"], _OUTCOME_KEYS, f"{where}, outcome")
         board = board_of(row)
-        if (row["model"], row["mode"], board) in seen:
+        key = (row["model"], row["mode"], board, row.get("attempt", 0))
+        if key in seen:
             raise ValueError(
                 f"{where}: got {board} of {row['model']} {row['mode']} twice, want it once"
             )
-        seen.add((row["model"], row["mode"], board))
+        seen.add(key)
         if texts.setdefault(board, row["task_text"]) != row["task_text"]:
             raise ValueError(f"{where}: got two boards named {board}, want one text for each name")
 
@@ -149,9 +163,8 @@ def _want_keys(record: Mapping[str, Any], keys: tuple[str, ...], where: str) -> 
         raise ValueError(f"{where}: got keys {sorted(record)}, want {missing} as well")
 
 
-# Measures of one model in one mode. A getter returns None for a row it does not apply to.
+# Measures of one model in one mode.
 
-Getter = Callable[[Row], float | bool | None]
 _RATES: dict[str, Getter] = {
     "success": lambda row: row["outcome"]["success"],
     "optimal": lambda row: row["outcome"]["optimal"],
@@ -166,21 +179,23 @@ _RATES: dict[str, Getter] = {
 
 
 def _planning(rows: Sequence[Row]) -> dict[str, Any]:
-    measures = {name: _balanced(rows, get) for name, get in _RATES.items()}
+    measures = {name: balanced(rows, get) for name, get in _RATES.items()}
     macro = measures.pop("success")
     tasks = {
         task: _planning_counts(part)
-        | {"level_mean": _balanced(part, _RATES["success"])}
-        | {"levels": {str(level): _planning_counts(some) for level, some in _by_level(part)}}
-        for task, part in _by_task(rows)
+        | {"level_mean": balanced(part, _RATES["success"])}
+        | {"levels": {str(level): _planning_counts(some) for level, some in by_level(part)}}
+        for task, part in by_task(rows)
     }
-    by_task = [_success_rate(part) for _, part in _by_task(rows)]
+    task_rates = [_success_rate(part) for _, part in by_task(rows)]
     return {
         "n": len(rows),
         "macro": macro,
-        "macro_upstream": statistics.fmean(by_task),
+        "macro_upstream": statistics.fmean(task_rates),
         **measures,
         **_counts(rows),
+        "pass_at_k": pass_at_k(rows),
+        "rules": rule_sets(rows),
         "tasks": tasks,
     }
 
@@ -190,19 +205,20 @@ def _success_rate(rows: Sequence[Row]) -> float:
 
 
 def _planning_counts(rows: Sequence[Row]) -> dict[str, Any]:
-    rates = {name: _rate(rows, get) for name, get in _RATES.items()}
+    rates = {name: rate(rows, get) for name, get in _RATES.items()}
     return {"n": len(rows), **rates, **_counts(rows)}
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, Any]:
-    lengths = [row["response_tokens"] for row in rows]
+    # An endpoint need not count its tokens.
+    lengths = [row["response_tokens"] for row in rows if row["response_tokens"] is not None]
     errors = collections.Counter(error_of(row) for row in rows)
     reasons = collections.Counter(row["outcome"]["reason"] for row in rows)
     return {
         "response_tokens": {
-            "mean": statistics.fmean(lengths),
-            "median": float(statistics.median(lengths)),
-            "max": max(lengths),
+            "mean": statistics.fmean(lengths) if lengths else None,
+            "median": float(statistics.median(lengths)) if lengths else None,
+            "max": max(lengths, default=None),
         },
         "errors": {name: errors[name] for name in ERRORS},
         "reasons": dict(sorted(reasons.items())),
@@ -212,12 +228,12 @@ def _counts(rows: Sequence[Row]) -> dict[str, Any]:
 def _perception(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "n": len(rows),
-        "macro": _balanced(rows, _share_right),
-        "all_right": _balanced(rows, _all_right),
+        "macro": balanced(rows, _share_right),
+        "all_right": balanced(rows, _all_right),
         "tasks": {
             task: _questions(part)
-            | {"levels": {str(level): _questions(some) for level, some in _by_level(part)}}
-            for task, part in _by_task(rows)
+            | {"levels": {str(level): _questions(some) for level, some in by_level(part)}}
+            for task, part in by_task(rows)
         },
     }
 
@@ -226,9 +242,9 @@ def _questions(rows: Sequence[Row]) -> dict[str, Any]:
     names = dict.fromkeys(name for row in rows for name in row["perception"])
     return {
         "n": len(rows),
-        "all_right": _rate(rows, _all_right),
+        "all_right": rate(rows, _all_right),
         "questions": {
-            name: _rate(rows, lambda row, name=name: row["perception"].get(name)) for name in names
+            name: rate(rows, lambda row, name=name: row["perception"].get(name)) for name in names
         },
     }
 
@@ -251,81 +267,3 @@ def _diagnostics(modes: Mapping[str, Any]) -> dict[str, Measure | None]:
         "e2e": picture and picture["macro"],
         "plan_given_own_state": picture and picture["plan_given_own_state"],
     }
-
-
-def _by_task(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    parts = {task: [row for row in rows if row["task"] == task] for task in ENVS}
-    return [(task, part) for task, part in parts.items() if part]
-
-
-def _by_level(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
-    levels = sorted({row["level"] for row in rows})
-    return [(level, [row for row in rows if row["level"] == level]) for level in levels]
-
-
-def _rate(rows: Sequence[Row], get: Getter) -> Measure:
-    values = _values(rows, get)
-    if not values:
-        return _measure(None)
-    low, high = stats.wilson(sum(values), len(values))
-    return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
-
-
-def _balanced(rows: Sequence[Row], get: Getter) -> Measure:
-    strata = {
-        task: {level: _values(some, get) for level, some in _by_level(part)}
-        for task, part in _by_task(rows)
-    }
-    strata = {
-        task: {level: values for level, values in levels.items() if values}
-        for task, levels in strata.items()
-        if any(levels.values())
-    }
-    return _measure(stats.macro_mean(strata)) if strata else _measure(None)
-
-
-def _values(rows: Sequence[Row], get: Getter) -> list[float]:
-    return [float(value) for value in map(get, rows) if value is not None]
-
-
-def _measure(estimate: stats.Estimate | stats.Difference | None) -> Measure:
-    """An estimate as JSON: what is not defined is None, not NaN."""
-    if estimate is None:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    limits = {key: getattr(estimate, key) for key in ("value", "low", "high")}
-    return {k: None if math.isnan(v) else v for k, v in limits.items()} | {"n": estimate.n}
-
-
-# Comparisons of success on the boards that all sides were asked.
-
-
-def _difference(rows: Sequence[Row] | None, others: Sequence[Row] | None) -> Measure | None:
-    if rows is None or others is None:
-        return None
-    mine, theirs = _paired(rows, others)
-    return _measure(stats.paired_difference(mine, theirs) if mine else None)
-
-
-def _gap_closed(groups: Mapping[str, Mapping[str, Sequence[Row]]], name: str) -> Measure | None:
-    """(model - base) / (text - base), of base from text, base and model from the picture."""
-    if "base" not in groups or not {"text", "picture"} <= groups["base"].keys():
-        return None
-    if "picture" not in groups[name]:
-        return None
-    sides = (groups["base"]["picture"], groups["base"]["text"], groups[name]["picture"])
-    base, text, model = _paired(*sides)
-    return _measure(stats.gap_closed(base, text, model) if base else None)
-
-
-def _paired(*sides: Sequence[Row]) -> list[dict[str, dict[int, list[float]]]]:
-    """Success by task and level of each side, on the boards that all share, in one order."""
-    tables = [{board_of(row): float(row["outcome"]["success"]) for row in rows} for rows in sides]
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
-    paired = []
-    for table in tables:
-        strata: dict[str, dict[int, list[float]]] = {}
-        for task, level, index in shared:
-            values = strata.setdefault(task, {}).setdefault(level, [])
-            values.append(table[task, level, index])
-        paired.append(strata)
-    return paired

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mgsd_jax import evaluate, nano, prompts
+from mgsd_jax import evaluate, nano, prompts, rows
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import encode_answer, load_processor
 from mgsd_jax.envs import ENVS
@@ -27,13 +28,13 @@ def make_boards(count: int = 6) -> list[Board]:
 def test_a_right_answer_is_right_in_every_measure(board: Board) -> None:
     env = ENVS[board.task]
     text = prompts.response(board.task, board.state, env.shortest_plan(board.state))
-    row = evaluate.score_row(board, "picture", text)
+    row = rows.score_row(board, "picture", text)
     assert row["outcome"]["success"] and row["outcome"]["optimal"]
     assert row["state_f1"] == 1.0 and row["state_exact"] and row["plan_given_own_state"]
     assert env.key(env.from_text(row["task_text"], source="row")) == env.key(board.state)
     picture = np.zeros((64, 64, 3), np.uint8)
     _, answer = prompts.grounding(prompts.BUILT_IN, board.task, board.state, picture)
-    assert all(evaluate.score_row(board, "perception", answer)["perception"].values())
+    assert all(rows.score_row(board, "perception", answer)["perception"].values())
     json.dumps(row)
 
 
@@ -42,16 +43,16 @@ def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
     text = prompts.response(
         second.task, second.state, ENVS[second.task].shortest_plan(second.state)
     )
-    row = evaluate.score_row(first, "picture", text)
+    row = rows.score_row(first, "picture", text)
     assert not row["state_exact"] and row["state_f1"] < 1.0
     assert row["plan_given_own_state"]
 
 
 def test_numbered_answers() -> None:
     text = "so:\n1. 4x4\n2.\n(0,0): up\n(0,1): down\n3. x\n1. late"
-    found = evaluate.read_numbered(text)
+    found = rows.read_numbered(text)
     assert found[1].strip() == "4x4" and found[2].strip() == "(0,0): up\n(0,1): down"
-    assert evaluate.read_numbered("no numbers") == {}
+    assert rows.read_numbered("no numbers") == {}
 
 
 def test_a_blind_student_sees_another_board_of_its_level() -> None:
@@ -92,14 +93,30 @@ def test_validation_weighs_levels_alike() -> None:
     def row(task: str, success: bool) -> dict:
         return {"task": task, "level": 3, "outcome": {"success": success}, "state_exact": True}
 
-    rows = [row("maze", True)] + [row("frozenlake", False)] * 9
-    measured = evaluate.validation_metrics(rows)
+    found = [row("maze", True)] + [row("frozenlake", False)] * 9
+    measured = evaluate.validation_metrics(found)
     assert measured["val/success"].value == pytest.approx(0.5)
 
 
-def test_a_line_cut_short_is_dropped(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    assert evaluate.read_rows(path) == []
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert evaluate.read_rows(path) == [{"a": 1}, {"a": 2}]
-    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+def test_token_metrics_add_up_over_groups_and_over_positions() -> None:
+    """Every token counts in one group and one range of positions, with its own KL and agreement."""
+    processor = load_processor(BASE)
+    board = make_boards()[0]
+    text = prompts.response(board.task, board.state, ENVS[board.task].shortest_plan(board.state))
+    tokens = np.array([encode_answer(processor, text)] * 2, np.int32)
+    mask = np.ones(tokens.shape, np.float32)
+    mask[1, tokens.shape[1] // 2 :] = 0
+    rng = np.random.default_rng(0)
+    kl, agree = rng.random(tokens.shape), (rng.random(tokens.shape) < 0.5).astype(np.float32)
+    zeros = np.zeros_like(kl)
+    stats = SimpleNamespace(
+        kl=kl, top1_agree=agree, student_entropy=zeros, teacher_entropy=zeros, clipped=zeros
+    )
+    found = evaluate.token_metrics(processor, tokens, mask, stats)  # type: ignore[arg-type]
+    for values, name in ((kl, "kl"), (agree, "agree")):
+        for kind in (f"{name}/", f"{name}_pos/"):
+            parts = [mean for key, mean in found.items() if key.startswith(kind)]
+            assert sum(part.weight for part in parts) == mask.sum()
+            assert sum(part.sum for part in parts) == pytest.approx((values * mask).sum())
+    assert found["kl_pos/0-3"].sum == pytest.approx(kl[:, :4].sum())
+    assert found["teacher_agreement"].value == pytest.approx((agree * mask).sum() / mask.sum())

@@ -377,7 +377,8 @@ def test_an_answer_that_is_no_answer_is_not_taken_for_an_absent_slice(cloud: Clo
 
 
 def test_scripts_are_clean() -> None:
-    shellcheck = shutil.which("shellcheck")
+    programs = os.pathsep.join((str(pathlib.Path(sys.executable).parent), os.environ["PATH"]))
+    shellcheck = shutil.which("shellcheck", path=programs)
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     files = sorted(map(str, (ROOT / "launch").glob("*.sh")))

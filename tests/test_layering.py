@@ -20,11 +20,13 @@ RANKS = {
     **dict.fromkeys(("evaluate", "report"), 6),
     **dict.fromkeys(("loading", "stage"), 5),
     **dict.fromkeys(("losses", "sampler", "optimizer", "checkpoint", "trainable"), 4),
+    **dict.fromkeys(("rows", "endpoint"), 4),
     **dict.fromkeys(("data", "model", "sharding", "fused_head"), 3),
     **dict.fromkeys(("checkpoint_files", "checkpoint_state", "processes"), 3),
-    **dict.fromkeys(("prompts", "summary", "token_stats", "guards"), 2),
-    "envs": 1,
-    **dict.fromkeys(("config", "tree", "metrics", "batch", "stats", "axes"), 0),
+    "summary": 3,
+    **dict.fromkeys(("prompts", "measures", "token_stats", "guards"), 2),
+    **dict.fromkeys(("envs", "metrics"), 1),
+    **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes"), 0),
 }
 HOST_ONLY = ("config", "batch", "envs", "prompts", "data")  # run in loader processes, without jax
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")

@@ -9,6 +9,14 @@ import pytest
 
 from mgsd_jax import summary
 
+# As much of a board file as the public scorers read.
+TEXTS = {
+    "maze": "task=maze\nlevel=2\npath_length=1\nstart_row=0\nstart_col=0\ntarget_row=1\n"
+    "target_col=0\nstart_pos=0\ntarget_pos=2\nlayout_json="
+    + json.dumps([[dict.fromkeys(("north", "south", "east", "west"), False)] * 2] * 2),
+    "frozenlake": "task=frozenlake\nlevel=2\npath_length=1\nmap:\nSF\nGF",
+}
+
 
 def make_row(
     model: str = "base",
@@ -36,7 +44,7 @@ def make_row(
         "task": task,
         "level": level,
         "index": index,
-        "task_text": f"{task} {level} {index}",
+        "task_text": f"index={index}\n{TEXTS[task]}\n",
         "response": "",
         "outcome": outcome,
         "plan": ["up"],
@@ -102,6 +110,7 @@ def test_every_answer_counts_under_one_error_and_they_add_up() -> None:
                     state_exact=exact,
                 )
             )
+    rows.append(make_row(index=len(rows), parsed=False) | {"error": "timeout"})
     part = summary.summarize(rows)["models"]["base"]["picture"]
     assert sum(part["errors"].values()) == part["n"] == len(rows)
     assert set(part["errors"]) == set(summary.ERRORS)
@@ -120,6 +129,7 @@ def test_every_answer_counts_under_one_error_and_they_add_up() -> None:
         ({"legal": False}, "illegal_plan"),
         ({}, "not_successful"),
         ({"state_exact": None, "legal": False}, "illegal_plan"),
+        ({"error": "timeout", "parsed": False, "truncated": True}, "request_failed"),
     ],
 )
 def test_error_of(changes: dict[str, Any], want: str) -> None:
@@ -219,3 +229,102 @@ def test_bad_rows_raise_with_file_got_and_want(spoil: Any, message: str) -> None
     spoil(rows)
     with pytest.raises(ValueError, match=message):
         summary.summarize(rows, source="rows.jsonl")
+
+
+def test_several_answers_of_a_board_count_as_one_board() -> None:
+    rows = [
+        make_row(index=board, success=success, attempt=attempt)
+        for board, tries in enumerate([(True, True, False, False), (False,) * 4])
+        for attempt, success in enumerate(tries)
+    ]
+    part = summary.summarize(rows)["models"]["base"]["picture"]
+    assert part["n"] == sum(part["errors"].values()) == 8, "answers"
+    assert part["macro"]["n"] == part["tasks"]["maze"]["success"]["n"] == 2, "boards"
+    assert part["macro"]["value"] == pytest.approx(0.25)
+    once = [make_row(index=board, success=False) for board in range(2)]
+    spread = part["macro"]["high"] - part["macro"]["low"]
+    assert spread > 0.5, "the interval is that of two boards, not of eight"
+    # Two of four right: one of two is right but with 1 - (2 choose 2) / (4 choose 2).
+    assert {k: m["value"] for k, m in part["pass_at_k"].items()} == pytest.approx(
+        {"1": 0.25, "2": (1 - 1 / 6) / 2, "4": 0.5}
+    )
+    assert summary.summarize(once)["models"]["base"]["picture"]["pass_at_k"] == {}
+
+
+def test_pass_at_k_is_what_drawing_k_answers_gives() -> None:
+    rng = np.random.default_rng(0)
+    answers = rng.random((3, 6)) < 0.4
+    rows = [
+        make_row(index=b, success=bool(answers[b, t]), attempt=t)
+        for b in range(3)
+        for t in range(6)
+    ]
+    found = summary.summarize(rows)["models"]["base"]["picture"]["pass_at_k"]
+    assert list(found) == ["1", "2", "4", "6"]
+    for k in (1, 2, 4, 6):
+        subsets = list(itertools.combinations(range(6), k))
+        want = np.mean([[answers[b, list(s)].any() for s in subsets] for b in range(3)])
+        assert found[str(k)]["value"] == pytest.approx(want)
+
+
+def test_the_three_rule_sets_stand_side_by_side() -> None:
+    """Read first block or last, tagged or not: each answer once where the rules part ways."""
+    responses = {
+        "<answer>D</answer>": (True, True, True),
+        "<answer>U</answer> no: <answer>D</answer>": (True, False, True),
+        "<answer>D</answer> no: <answer>U</answer>": (False, True, False),
+        "down": (False, False, True),
+        "<answer>D, then rest</answer>": (False, True, True),
+    }
+    rows = [
+        make_row(index=i, success=ours, response=response)
+        for i, (response, (ours, _, _)) in enumerate(responses.items())
+    ]
+    rules = summary.summarize(rows)["models"]["base"]["picture"]["rules"]
+    for place, name in enumerate(("standard", "upstream_reward", "upstream_eval")):
+        want = [flags[place] for flags in responses.values()]
+        assert rules[name]["success"]["value"] == pytest.approx(np.mean(want)), name
+        assert rules[name]["macro_upstream"] == pytest.approx(np.mean(want))
+        assert rules[name]["tasks"] == {"maze": pytest.approx(np.mean(want))}
+        ours = [flags[0] for flags in responses.values()]
+        assert rules[name]["otherwise"] == sum(a != b for a, b in zip(want, ours, strict=True))
+
+
+def test_the_modality_gap_has_an_interval_a_p_value_and_parts() -> None:
+    rows = []
+    for task, seen in (("maze", 4), ("frozenlake", 10)):
+        rows += series("base", "text", [True] * 14 + [False] * 6, task=task)
+        rows += series("base", "picture", [True] * seen + [False] * (20 - seen), task=task)
+    found = summary.summarize(rows)
+    gap, parts = found["modality_gap"]["base"], found["modality_gap_by_task"]["base"]
+    assert gap["value"] == pytest.approx(np.mean([part["value"] for part in parts.values()]))
+    assert (parts["maze"]["value"], parts["frozenlake"]["value"]) == pytest.approx((0.5, 0.2))
+    assert gap["low"] < gap["value"] < gap["high"] and gap["p_value"] < 0.01
+    assert 0.02 < parts["frozenlake"]["p_value"] < 0.3
+
+
+def test_a_gap_of_no_size_is_covered_as_often_as_it_says() -> None:
+    """In simulation: the paired 95 % interval holds the true difference, p < 0.05 is rare."""
+    rng = np.random.default_rng(0)
+    covered = significant = 0
+    for _ in range(150):
+        board = rng.random(40)  # how hard a board is counts for both sides
+        picture, text = (rng.random(40) < board, rng.random(40) < board)
+        rows = series("base", "picture", picture.tolist()) + series("base", "text", text.tolist())
+        gap = summary.difference(
+            [row for row in rows if row["mode"] == "text"],
+            [row for row in rows if row["mode"] == "picture"],
+        )
+        assert gap is not None
+        covered += gap["low"] <= 0 <= gap["high"]
+        significant += gap["p_value"] < 0.05
+    assert covered >= 0.92 * 150
+    assert significant <= 0.08 * 150
+
+
+def test_a_server_that_counts_no_tokens_leaves_the_length_open() -> None:
+    rows = series("base", "picture", [True, False])
+    for row in rows:
+        row["response_tokens"] = None
+    part = summary.summarize(rows)["models"]["base"]["picture"]
+    assert part["response_tokens"] == {"mean": None, "median": None, "max": None}

@@ -38,6 +38,7 @@ class Case:
     state: Any
     optimal: int  # number of actions of a shortest plan
     picture_path: str | None  # the benchmark's own picture, None where it has none
+    index: int  # the number in its id, unique within task and level
 
 
 def read_benchmark(folder: str | pathlib.Path) -> tuple[Case, ...]:
@@ -85,7 +86,7 @@ def read_vsp(folder: str | pathlib.Path) -> tuple[Case, ...]:
             if not picture.is_file():
                 raise ValueError(f"{picture}: got no such file, want the picture of {table.name}")
             name = f"frozenlake_diffthinker_vsp_level{level}_{number:04d}"
-            cases.append(Case(name, "frozenlake", level, state, optimal, str(picture)))
+            cases.append(Case(name, "frozenlake", level, state, optimal, str(picture), number))
     if not cases:
         raise ValueError(f"{root}: got no level*/table/*.txt, want FrozenLake maps ({_ORIGIN})")
     return tuple(cases)
@@ -169,7 +170,7 @@ def read_visualplanning(file: str | pathlib.Path, task: str) -> tuple[Case, ...]
         )
         split = path.name.removesuffix("_dataset.jsonl")
         name = f"{task}_{split}_level{level}_{index:04d}"
-        cases.append(Case(name, task, level, state, optimal, None))
+        cases.append(Case(name, task, level, state, optimal, None, index))
     if not cases:
         raise _fail(str(path), "an empty file", "a JSON object a line")
     return tuple(cases)

@@ -48,7 +48,8 @@ def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
     answers: dict[Board, dict[str, Row]] = {}
     for row in rows:
         if row["mode"] == "picture":
-            answers.setdefault(board_of(row), {})[row["model"]] = row
+            # Of several tries the first one is shown.
+            answers.setdefault(board_of(row), {}).setdefault(row["model"], row)
     names = sort_models({name for by_model in answers.values() for name in by_model})
     known = [name for name in names if name in MODELS] or names
     picks = []
@@ -124,6 +125,8 @@ def outcome_words(row: Row) -> str:
     if outcome["success"]:
         kind = "the shortest way" if outcome["optimal"] else "not the shortest way"
         return f"solved in {_actions(outcome['steps'])}, {kind}"
+    if "error" in row:
+        return "the request failed"
     words = "cut off at the token limit, " if row["truncated"] else ""
     words += reason_label(outcome["reason"])
     if not outcome["parsed"] or not outcome["steps"]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mgsd_jax import metrics
+from mgsd_jax.rows import ROWS_FILE, read_rows
 from mgsd_jax.summary import Row, check_rows
 
-ROWS_FILE = "rows.jsonl"
 SUMMARY_FILE = "summary.json"
 _SUMMARY_KEYS = ("models", "diagnostics", "modality_gap", "differences", "gap_closed_by")
 STAGES = ("grounding", "distillation")
@@ -52,13 +52,11 @@ def read_evaluation(folder: PathLike) -> Evaluation:
     the two are not of one evaluation (a model, a mode or a number of rows that differs).
     """
     rows_path, summary_path = pathlib.Path(folder) / ROWS_FILE, pathlib.Path(folder) / SUMMARY_FILE
-    rows = tuple(
-        _parse(line, f"{rows_path}, line {number}")
-        for number, line in enumerate(_read(rows_path).splitlines(), start=1)
-        if line.strip()
-    )
+    _want(rows_path)
+    rows = tuple(read_rows(folder))
     check_rows(rows, source=str(rows_path))
-    summary = _parse(_read(summary_path), str(summary_path))
+    _want(summary_path)
+    summary = _parse(summary_path.read_text(encoding="utf-8"), str(summary_path))
     missing = [key for key in _SUMMARY_KEYS if key not in summary]
     if missing:
         raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want {missing} as well")
@@ -108,13 +106,12 @@ def _curve(name: str, points: Mapping[int, float]) -> Curve:
     return Curve(name, steps, values, len(points) - len(finite))
 
 
-def _read(path: pathlib.Path) -> str:
+def _want(path: pathlib.Path) -> None:
     if not path.is_file():
         raise ValueError(
             f"{path}: got no such file, want an evaluation folder with {ROWS_FILE} and "
-            f"{SUMMARY_FILE}"
+            f"{SUMMARY_FILE}; run --stage=evaluate to its end"
         )
-    return path.read_text(encoding="utf-8")
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -72,12 +72,25 @@ def tables_of(summary: Mapping[str, Any]) -> dict[str, list[tables.Table]]:
     asked, planned = found[True], found[False]
     has_plans = bool(planned)
     return {
-        "results": [tables.comparisons(summary), tables.overall(summary)] if has_plans else [],
+        "results": _there(
+            tables.comparisons(summary),
+            tables.overall(summary),
+            tables.passes(summary),
+            tables.rule_sets(summary),
+        )
+        if has_plans
+        else [],
         "levels": [tables.by_level(summary, task) for task in TASKS if task in planned],
-        "diagnostics": [tables.diagnostics(summary)] if has_plans else [],
+        "diagnostics": _there(tables.diagnostics(summary), tables.gaps(summary))
+        if has_plans
+        else [],
         "errors": [tables.errors(summary), tables.reasons(summary)] if has_plans else [],
         "perception": [tables.perception(summary, task) for task in TASKS if task in asked],
     }
+
+
+def _there(*made: tables.Table | None) -> list[tables.Table]:
+    return [table for table in made if table is not None]
 
 
 def page(

@@ -189,10 +189,11 @@ def stacked_bars(summary: Mapping[str, Any]) -> str:
 def _stacked_bar(who: str, part: Mapping[str, Any]) -> str:
     at, rects, words = 0.0, [], []
     for name, label in ERRORS.items():
-        share = 100 * part["errors"][name] / part["n"]
+        count = part["errors"].get(name, 0)  # summaries of an older version lack some
+        share = 100 * count / part["n"]
         if not share:
             continue
-        text = f"{label}: {part['errors'][name]} of {part['n']}, {share:.0f} %"
+        text = f"{label}: {count} of {part['n']}, {share:.0f} %"
         words.append(text)
         rects.append(
             f'<g class="e-{name}"><title>{escape(text)}</title>'

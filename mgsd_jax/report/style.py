@@ -68,9 +68,10 @@ svg text{fill:var(--muted);font-size:11px}
 .legend li{display:flex;align-items:center;gap:6px}
 .e-success{fill:#00704f}.e-not_optimal{fill:#7fcdb4}.e-not_successful{fill:#f2d16b}
 .e-illegal_plan{fill:#e79a3c}.e-wrong_state{fill:#c4480f}.e-truncated{fill:#9aa4af}
-.e-unparsed{fill:#5b6570}
+.e-unparsed{fill:#5b6570}.e-request_failed{fill:#23292f}
 .stack g text{fill:#1c2128}
-.stack .e-success text,.stack .e-wrong_state text,.stack .e-unparsed text{fill:#fff}
+.stack .e-success text,.stack .e-wrong_state text,.stack .e-unparsed text,
+.stack .e-request_failed text{fill:#fff}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr));
  gap:20px 24px;margin:12px 0}
 .panels.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr))}

@@ -10,9 +10,11 @@ from mgsd_jax.report.words import (
     ERRORS,
     MODES,
     REASONS,
+    RULES,
     TASKS,
     interval,
     model_label,
+    p_value,
     percent,
     points,
     signed,
@@ -54,7 +56,7 @@ def overall(summary: Mapping[str, Any]) -> Table:
                 Cell(percent(part["macro_upstream"])),
                 *(_cell(part[name]) for name in ("optimal", "parsed", "legal", "progress")),
                 _cell(part["truncated"]),
-                Cell(f"{lengths['mean']:.0f}", f"median {lengths['median']:.0f}"),
+                _lengths(lengths),
                 Cell(str(part["n"])),
             )
         )
@@ -136,7 +138,7 @@ def errors(summary: Mapping[str, Any]) -> Table:
     """How the answers of each model and mode ended; every row adds up to its n."""
     rows = []
     for model, mode, part in _parts(summary):
-        counts = part["errors"]
+        counts = error_counts(part)
         cells = [
             Cell(str(counts[name]), percent(counts[name] / part["n"]), counts[name] / part["n"])
             for name in ERRORS
@@ -146,11 +148,71 @@ def errors(summary: Mapping[str, Any]) -> Table:
         "How answers end",
         _head("model", "reads", *ERRORS.values(), "n"),
         tuple(rows),
-        "Each answer counts once, under the first that holds: solved, cut off, no readable plan, "
-        "state read wrong. The rest have the state right, or none was measured, and fail by their "
-        "plan.",
+        "Each answer counts once, under the first that holds: solved, request failed, cut off, no "
+        "readable plan, state read wrong. The rest have the state right, or none was measured, and "
+        "fail by their plan.",
         labels=2,
     )
+
+
+def error_counts(part: Mapping[str, Any]) -> dict[str, int]:
+    """The counts of `errors` by every name; what a summary of an older version lacks is 0."""
+    return {name: part["errors"].get(name, 0) for name in ERRORS}
+
+
+def rule_sets(summary: Mapping[str, Any]) -> Table | None:
+    """Success of each model and mode under our rules and both public ones; None without them."""
+    parts = [
+        (model, mode, part["rules"]) for model, mode, part in _parts(summary) if "rules" in part
+    ]
+    if not parts:
+        return None
+    rows = []
+    for model, mode, rules in parts:
+        cells = [_cell(rules[name]["success"]) for name in RULES]
+        cells += [Cell(percent(rules["upstream_eval"]["macro_upstream"]))]
+        cells += [Cell(str(rules[name]["otherwise"])) for name in RULES if name != "standard"]
+        rows.append((*_names(model, mode), *cells))
+    return Table(
+        "Under three sets of rules",
+        _head(
+            *("model", "reads", *RULES.values(), "public evaluation, unbalanced"),
+            *("otherwise than the reward", "otherwise than the evaluation"),
+        ),
+        tuple(rows),
+        "Success, level-balanced, of the same answers. The public reward reads the first answer "
+        "block, the public evaluation the last or else the whole response, and takes a step off a "
+        "lake for a failure; 'unbalanced' is the average that public results quote. Otherwise: "
+        "answers that succeed under our rules or the public ones, and not under both.",
+        labels=2,
+    )
+
+
+def passes(summary: Mapping[str, Any]) -> Table | None:
+    """pass@k of each model and mode; None where every board was answered once."""
+    parts = [(m, mode, p["pass_at_k"]) for m, mode, p in _parts(summary) if p.get("pass_at_k")]
+    if not parts:
+        return None
+    numbers = sorted({int(k) for _, _, measures in parts for k in measures})
+    return _measured(
+        "Several tries",
+        ("model", "reads"),
+        [_names(model, mode) for model, mode, _ in parts],
+        [(f"pass@{k}", [measures.get(str(k)) for _, _, measures in parts]) for k in numbers],
+        "The chance that one of k sampled answers solves the board (unbiased estimator), "
+        "level-balanced.",
+    )
+
+
+def gaps(summary: Mapping[str, Any]) -> Table | None:
+    """Text minus picture by model and task; None where no model was asked in both ways."""
+    rows = []
+    for model, by_task in summary.get("modality_gap_by_task", {}).items():
+        for task, measure in by_task.items():
+            rows.append((Cell(model_label(model)), Cell(TASKS[task]), *_points(measure)))
+    note = "Paired board by board, with 95 % intervals."
+    head = _head("model", "task", "points", "boards")
+    return Table("Text minus picture, by task", head, tuple(rows), note, 2) if rows else None
 
 
 def reasons(summary: Mapping[str, Any]) -> Table:
@@ -285,7 +347,15 @@ def _cell(measure: Measure | None, *, count: bool = False) -> Cell:
 def _points(measure: Measure | None) -> tuple[Cell, Cell]:
     if measure is None or measure["value"] is None:
         return Cell(DASH, "not measured"), Cell(_count(measure))
-    return Cell(points(measure["value"]), signed(measure)), Cell(_count(measure))
+    detail = signed(measure) + (f", {p_value(measure)}" if "p_value" in measure else "")
+    return Cell(points(measure["value"]), detail), Cell(_count(measure))
+
+
+def _lengths(lengths: Mapping[str, float | None]) -> Cell:
+    mean, median = lengths["mean"], lengths["median"]
+    if mean is None or median is None:  # an endpoint that does not count its tokens
+        return Cell(DASH)
+    return Cell(f"{mean:.0f}", f"median {median:.0f}")
 
 
 def _count(measure: Measure | None) -> str:

@@ -23,6 +23,12 @@ ERRORS = {
     "wrong_state": "state read wrong",
     "truncated": "cut off at the token limit",
     "unparsed": "no readable plan",
+    "request_failed": "request failed",
+}
+RULES = {
+    "standard": "ours",
+    "upstream_reward": "public reward",
+    "upstream_eval": "public evaluation",
 }
 REASONS: dict[Reason, str] = {
     "success": "solved",
@@ -66,6 +72,12 @@ def spelled(measure: Measure | None, digits: int = 1) -> str:
 def signed(measure: Measure) -> str:
     """Return the interval of a difference as '-1.2 to +4.0'."""
     return f"{points(measure['low'])} to {points(measure['high'])}"
+
+
+def p_value(measure: Measure) -> str:
+    """Return the p-value of a difference as 'p 0.032' or 'p < 0.001'."""
+    value = measure["p_value"]
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 
 
 def points(value: float) -> str:

@@ -1,0 +1,132 @@
+"""Named benchmarks as boards to evaluate on: the public ones, and our held-out mazes."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+from PIL import Image, UnidentifiedImageError
+
+from mgsd_jax.config import Benchmark
+from mgsd_jax.data.boards import MANIFEST, Board, read_split
+from mgsd_jax.envs import benchmarks
+
+_VSP_FOLDER = "level3 .. level8, each with img, table and metadata.json"
+_VISUALPLANNING_FOLDER = "dataset/<task>/tokenized_dataset/SFT/test_dataset.jsonl"
+_VSP_SOURCE = (
+    "the maps of the VSP benchmark (github.com/UCSB-NLP-Chang/Visual-Spatial-Planning, also in "
+    f"github.com/lcqysl/DiffThinker under FrozenLake/VSP/maps): {_VSP_FOLDER}"
+)
+_VISUALPLANNING_SOURCE = (
+    f"the data of VisualPlanning (github.com/yix8/VisualPlanning): {_VISUALPLANNING_FOLDER}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Public:
+    """A benchmark that results are quoted on, by name: what it holds and where to get it."""
+
+    task: str
+    boards: int | None  # in the public files, None where they are not public at present
+    source: str
+
+
+PUBLIC = {
+    "frozenlake_vsp": Public("frozenlake", 600, _VSP_SOURCE),
+    "frozenlake_visualplanning": Public("frozenlake", 1000, _VISUALPLANNING_SOURCE),
+    "minibehaviour_visualplanning": Public("minibehaviour", 403, _VISUALPLANNING_SOURCE),
+    "maze_visualplanning": Public(
+        "maze",
+        None,
+        _VISUALPLANNING_SOURCE + "; the maze file is not public at present, 'maze_held_out' "
+        "(a folder of --stage=generate) stands in for it",
+    ),
+}
+
+
+def read_public(name: str, folder: str | pathlib.Path) -> tuple[benchmarks.Case, ...]:
+    """The boards of the benchmark `name` of PUBLIC in `folder`.
+
+    Raises ValueError that says where to get it where the folder does not hold it, else that names
+    file, line and key of the first thing that is not as it should be.
+    """
+    named, root = PUBLIC[name], pathlib.Path(folder)
+    if named.source == _VSP_SOURCE:
+        if not any(root.glob("level*/table")):
+            raise ValueError(f"{root}: got no {name} there, want {named.source}")
+        return benchmarks.read_vsp(root)
+    file = root / _VISUALPLANNING_FOLDER.replace("<task>", named.task)
+    if not file.is_file():
+        raise ValueError(f"{file}: got no such file, want {named.source}")
+    return benchmarks.read_visualplanning(file, named.task)
+
+
+def read_testsets(named: Sequence[tuple[Benchmark, str]]) -> tuple[list[Board], list[str]]:
+    """The boards of (name, folder) benchmarks in order, and the name of each in its benchmark.
+
+    `picture_path` of a board is the benchmark's own picture, None where it has none. Raises
+    ValueError for a benchmark that is not there (saying where to get it) or is malformed, and for
+    two of which one row's task, level and index would mean two boards.
+    """
+    boards: list[Board] = []
+    cases: list[str] = []
+    owner: dict[tuple[str, int], str] = {}
+    names = [name for name, _ in named]
+    for name, folder in named:
+        if names.count(name) > 1:
+            raise ValueError(f"evaluate.benchmarks: got {name} twice, want it once")
+        found = _read(name, folder)
+        for task, level in sorted({(board.task, board.level) for board, _ in found}):
+            if owner.setdefault((task, level), name) != name:
+                raise ValueError(
+                    f"evaluate.benchmarks: got {task} level {level} in {owner[task, level]} and in "
+                    f"{name}, want each level in one of them (another evaluate.folder for the rest)"
+                )
+        boards += [board for board, _ in found]
+        cases += [case for _, case in found]
+    return boards, cases
+
+
+def _read(name: Benchmark, folder: str) -> list[tuple[Board, str]]:
+    if name == "maze_held_out":
+        return _held_out_mazes(folder)
+    cases = read_public(name, folder)
+    want = PUBLIC[name].boards
+    if want is not None and len(cases) != want:
+        logging.warning("%s: %s has %d boards of %d", folder, name, len(cases), want)
+    return [
+        (Board(case.task, case.level, case.index, case.state, case.picture_path), case.id)
+        for case in cases
+    ]
+
+
+def _held_out_mazes(folder: str) -> list[tuple[Board, str]]:
+    if not (pathlib.Path(folder) / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder}: got no {MANIFEST} there, want the folder of boards that --stage=generate "
+            "wrote, with mazes in its test split"
+        )
+    mazes = [board for board in read_split(folder, "test") if board.task == "maze"]
+    if not mazes:
+        raise ValueError(f"{folder}: got no maze in the test split, want some")
+    # Drawn as the model's training boards are; the files are those very pictures.
+    return [(board._replace(picture_path=None), case_name(board)) for board in mazes]
+
+
+def case_name(board: Board) -> str:
+    """The name of a board of a test split, in the manner of the public evaluator."""
+    return f"{board.task}_test_level{board.level}_{board.index:04d}"
+
+
+def read_picture(path: str, size: int) -> np.ndarray:
+    """A benchmark's picture, uint8 [size, size, 3]; resized as the public evaluator does.
+
+    Raises ValueError naming the file where it is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: got an unreadable picture ({error}), want a PNG") from None
+    return np.asarray(picture)

@@ -1,0 +1,233 @@
+"""The rows of an evaluation: scored, written as they come, read back whole, each counted once.
+
+An evaluation folder holds `boards.jsonl`, a line for each board that is asked (task, level, index,
+case, task_text), and `rows.jsonl`, a line for each answer, appended. A kill may cut the last line
+short: it is dropped, and its answer is asked for again. A failed request leaves a row with `error`;
+the row of a later try stands after it and counts in its place. Where files cannot be appended to
+(`gs://`), a batch of rows is a file `rows-N.jsonl` of its own until the evaluation is complete.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from mgsd_jax.config import Mode
+from mgsd_jax.data.boards import Board
+from mgsd_jax.envs import ENVS, facts, rules
+
+Row = dict[str, Any]
+Key = tuple[str, str, str, int, int, int]  # model, mode, task, level, index, attempt
+
+ROWS_FILE = "rows.jsonl"
+BOARDS_FILE = "boards.jsonl"
+PARTS = "rows-*.jsonl"
+
+
+def key_of(row: Row) -> Key:
+    """What a row is the answer to; no two rows of an evaluation share it."""
+    board = (row["task"], row["level"], row["index"])
+    return (row["model"], row["mode"], *board, row["attempt"])
+
+
+def board_text(board: Board) -> str:
+    """The board file of a board that is asked about."""
+    return ENVS[board.task].to_text(board.state, split="test", index=board.index, seed=0)
+
+
+def score_row(board: Board, mode: Mode, response: str) -> Row:
+    """The row of a response, all that needs no model: plan, outcome, state facts, questions."""
+    env = ENVS[board.task]
+    row: Row = {
+        "id": f"{board.task}/{board.level}/{board.index}/{mode}",
+        "mode": mode,
+        "task": board.task,
+        "level": board.level,
+        "index": board.index,
+        "task_text": board_text(board),
+        "response": response,
+    }
+    if mode == "perception":
+        answers = read_numbered(response)
+        row["perception"] = {
+            question.name: answers.get(i, "").strip() == question.answer.strip()
+            for i, question in enumerate(env.questions(board.state), 1)
+        }
+        return row
+    true, stated = env.facts(board.state), facts.read_facts(board.task, response)
+    outcome = rules.judge(board.state, board.task, response)
+    own_state = facts.state_from_facts(board.task, stated)
+    row["outcome"] = dataclasses.asdict(outcome)
+    row["plan"] = list(rules.parse_plan(response, board.task).plan)
+    row["state_f1"] = facts.state_f1(stated, true)
+    row["state_exact"] = stated == true
+    row["plan_given_own_state"] = (
+        False if own_state is None else rules.judge(own_state, board.task, response).success
+    )
+    return row
+
+
+def read_numbered(response: str) -> dict[int, str]:
+    """The text after each `1.`, `2.`, ... at the start of a line; the first of a number counts."""
+    answers: dict[int, str] = {}
+    current = 0
+    for line in response.split("\n"):
+        number, separator, rest = line.partition(".")
+        if separator and number.isdigit() and int(number) not in answers:
+            current = int(number)
+            answers[current] = rest
+        elif current:
+            answers[current] += "\n" + line
+    return answers
+
+
+def write_boards(folder: epath.PathLike, boards: Sequence[Board], cases: Sequence[str]) -> None:
+    """Writes `boards.jsonl` in one piece; `cases` are the boards' names in their benchmark.
+
+    Raises ValueError where the folder has rows about other boards.
+    """
+    lines = [
+        {
+            "task": board.task,
+            "level": board.level,
+            "index": board.index,
+            "case": case,
+            "task_text": board_text(board),
+        }
+        for board, case in zip(boards, cases, strict=True)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path = epath.Path(folder) / BOARDS_FILE
+    if not path.exists():
+        _write_whole(path, text)
+    elif path.read_text() != text:
+        raise ValueError(
+            f"{path}: got the boards of another evaluation, want those of this one; "
+            "set evaluate.folder to a new folder"
+        )
+
+
+def read_rows(folder: epath.PathLike) -> list[Row]:
+    """The rows of an evaluation folder, in the order of their first tries, with `task_text`.
+
+    Raises ValueError naming file, line, got and want where a line is no row or its board is
+    unknown. A last line without its end is left out.
+    """
+    root = epath.Path(folder)
+    boards = _read_boards(root / BOARDS_FILE)
+    rows: dict[Key, Row] = {}
+    for path in [root / ROWS_FILE, *sorted(root.glob(PARTS))]:
+        for number, row in _read_lines(path):
+            where = f"{path}, line {number}"
+            rows_key = _checked_key(row, where)
+            _add_board(row, boards, where)
+            # Only a failed request is asked again, so a later row is the better one.
+            if rows_key not in rows or "error" in rows[rows_key]:
+                rows[rows_key] = row
+    return list(rows.values())
+
+
+def append(folder: epath.PathLike, rows: Sequence[Row]) -> None:
+    """Adds rows, without their `task_text`, and returns when they are on disk."""
+    root = epath.Path(folder)
+    text = "".join(json.dumps(_without_text(row)) + "\n" for row in rows)
+    if is_remote(root):
+        names = sorted(path.name for path in root.glob(PARTS))
+        number = int(names[-1].removeprefix("rows-").removesuffix(".jsonl")) + 1 if names else 0
+        _write_whole(root / f"rows-{number:06d}.jsonl", text)
+        return
+    with open(root / ROWS_FILE, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path is of an object store, where nothing can be appended to or renamed."""
+    return "://" in str(path)
+
+
+def mend(folder: epath.PathLike) -> None:
+    """Drops a last line that a kill cut short, so that the next row starts a line."""
+    path = epath.Path(folder) / ROWS_FILE
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        logging.warning("%s: dropped a last line that was cut short", path)
+        os.truncate(path, end)
+
+
+def compact(folder: epath.PathLike, rows: Sequence[Row]) -> None:
+    """Rewrites `rows.jsonl` as just these rows, in one atomic replacement, and drops the parts."""
+    root = epath.Path(folder)
+    _write_whole(root / ROWS_FILE, "".join(json.dumps(_without_text(row)) + "\n" for row in rows))
+    for path in root.glob(PARTS):
+        path.unlink()
+
+
+def _without_text(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "task_text"}
+
+
+def _read_boards(path: epath.Path) -> dict[tuple[str, int, int], str]:
+    if not path.exists():
+        return {}
+    boards: dict[tuple[str, int, int], str] = {}
+    for number, line in _read_lines(path):
+        missing = {"task", "level", "index", "task_text"} - line.keys()
+        if missing:
+            raise ValueError(f"{path}, line {number}: got no {sorted(missing)}, want a board")
+        boards[line["task"], line["level"], line["index"]] = line["task_text"]
+    return boards
+
+
+def _add_board(row: Row, boards: dict[tuple[str, int, int], str], where: str) -> None:
+    board = (row["task"], row["level"], row["index"])
+    if board in boards:
+        row["task_text"] = boards[board]
+    elif "task_text" not in row:  # evaluations of an older version hold it in every row
+        raise ValueError(f"{where}: got a row about {board}, want it in {BOARDS_FILE}")
+
+
+def _checked_key(row: Row, where: str) -> Key:
+    row.setdefault("attempt", 0)  # evaluations of an older version had one answer a board
+    missing = [k for k in ("model", "mode", "task", "level", "index") if k not in row]
+    if missing:
+        raise ValueError(f"{where}: got keys {sorted(row)}, want {missing} as well")
+    return key_of(row)
+
+
+def _read_lines(path: epath.Path) -> Iterable[tuple[int, Row]]:
+    """(number from 1, object) of every whole line; blank ones are none."""
+    if not path.exists():
+        return
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # broken JSON and broken UTF-8
+            raise ValueError(f"{where}: got {line[:80]!r}, want JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: got {line[:80]!r}, want a JSON object")
+        yield number, row
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+    if is_remote(path):
+        path.write_text(text)  # an object appears whole or not at all
+        return
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

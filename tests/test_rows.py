@@ -1,0 +1,214 @@
+"""Rows on disk: cut anywhere and resumed, no row is lost and none counts twice."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgsd_jax import evaluate, rows
+from mgsd_jax.config import Config, Mode
+from mgsd_jax.data import testsets
+from mgsd_jax.data.boards import Board
+from mgsd_jax.envs import ENVS
+from mgsd_jax.main import load_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+BOARDS = [
+    Board("maze", 3, i, ENVS["maze"].generate(np.random.default_rng(i), 3), None) for i in range(2)
+]
+CASES = [testsets.case_name(board) for board in BOARDS]
+
+
+def make_config(**changes: Any) -> Config:
+    config = load_config(str(ROOT / "configs" / "nano.py"), [])
+    settings = {
+        "models": (("base", "there"), ("other", "there")),
+        "modes": ("picture", "perception"),
+        "batch_size": 1,
+    }
+    return dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, **{**settings, **changes})
+    )
+
+
+class Model:
+    """Answers as a function of board, mode and try; remembers what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, batch: int = 1) -> None:
+        self.asked: list[tuple[str, int, int]] = []
+        self.failing = False
+        self.batch = batch
+        monkeypatch.setattr(evaluate, "_test_boards", lambda *_: (BOARDS, CASES))
+        monkeypatch.setattr(evaluate, "_local_asker", lambda *_: self.ask)
+
+    def ask(self, mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
+        for start in range(0, len(places), self.batch):
+            yield [self.answer(mode, attempt, i) for i in places[start : start + self.batch]]
+
+    def answer(self, mode: Mode, attempt: int, place: int) -> rows.Row:
+        self.asked.append((mode, attempt, place))
+        row = rows.score_row(BOARDS[place], mode, f"→ {place}")
+        row |= {"truncated": False, "response_tokens": 1}
+        return row | {"error": "timeout"} if self.failing else row
+
+
+def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_boards_are_written_once_and_rows_are_small(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Model(monkeypatch)
+    evaluate.run(make_config(), str(tmp_path))
+    folder = tmp_path / "evaluate"
+    found = lines(folder)
+    assert len(found) == 2 * 2 * 2 and not any("task_text" in row for row in found)
+    boards = [json.loads(line) for line in (folder / "boards.jsonl").read_text().splitlines()]
+    assert [board["case"] for board in boards] == ["maze_test_level3_0000", "maze_test_level3_0001"]
+    for row in rows.read_rows(folder):
+        assert row["task_text"] == rows.board_text(BOARDS[row["index"]])
+
+
+def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a kill leaves of rows.jsonl: whole lines are kept, and only the rest is asked."""
+    model = Model(monkeypatch)
+    config, folder = make_config(models=(("base", "there"),)), tmp_path / "evaluate"
+    # What takes long and does not bear on it.
+    monkeypatch.setattr(evaluate, "_summarize", lambda _: None)
+    monkeypatch.setattr(evaluate, "_claim", lambda *_: folder.mkdir(exist_ok=True))
+    monkeypatch.setattr(rows.os, "fsync", lambda _: None)
+    text = {board: rows.board_text(board) for board in BOARDS}
+    monkeypatch.setattr(rows, "board_text", text.__getitem__)
+    evaluate.run(config, str(tmp_path))
+    whole = (folder / "rows.jsonl").read_bytes()
+    assert len(whole) < 3000 and whole.count(b"\n") == 4
+    for cut in range(len(whole) + 1):
+        (folder / "rows.jsonl").write_bytes(whole[:cut])
+        model.asked.clear()
+        evaluate.run(config, str(tmp_path))
+        assert (folder / "rows.jsonl").read_bytes() == whole, cut
+        assert len(model.asked) == 4 - whole[:cut].count(b"\n"), cut
+
+
+def test_a_kill_between_batches_loses_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(monkeypatch)
+
+    def killed_after(folder: pathlib.Path, count: int) -> Any:
+        def asker(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
+            for batch in Model.ask(model, mode, attempt, places):
+                if len(lines(folder)) == count:
+                    raise KeyboardInterrupt
+                yield batch
+
+        return asker
+
+    for survived in range(8):
+        workdir = tmp_path / str(survived)
+        folder = workdir / "evaluate"
+        folder.mkdir(parents=True)
+        (folder / "rows.jsonl").touch()
+        killed = killed_after(folder, survived)
+        monkeypatch.setattr(evaluate, "_local_asker", lambda *_, killed=killed: killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(make_config(), str(workdir))
+        assert len(lines(folder)) == survived, "every row is on disk before the next batch"
+        monkeypatch.setattr(evaluate, "_local_asker", lambda *_: model.ask)
+        model.asked.clear()
+        evaluate.run(make_config(), str(workdir))
+        assert len(model.asked) == 8 - survived
+        keys = [rows.key_of(row) for row in lines(folder)]
+        assert len(keys) == len(set(keys)) == 8
+
+
+def test_failed_requests_count_as_failures_and_are_asked_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(monkeypatch)
+    config = make_config(models=(("base", "there"),), modes=("picture",))
+    model.failing = True
+    evaluate.run(config, str(tmp_path))
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    part = summary["models"]["base"]["picture"]
+    assert part["n"] == 2 and part["errors"]["request_failed"] == 2
+    assert part["macro"] == part["macro"] | {"value": 0.0, "n": 2}
+    model.failing = False
+    evaluate.run(config, str(tmp_path))
+    assert len(model.asked) == 4
+    found = lines(tmp_path / "evaluate")
+    assert len(found) == 2 and not any("error" in row for row in found)
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    assert summary["models"]["base"]["picture"]["errors"]["request_failed"] == 0
+    evaluate.run(config, str(tmp_path))
+    assert len(model.asked) == 4, "nothing is left to ask"
+
+
+def test_every_try_is_asked_once_and_under_its_own_number(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(monkeypatch, batch=2)
+    evaluate.run(make_config(tries=3, models=(("base", "there"),)), str(tmp_path))
+    assert sorted(set(model.asked)) == sorted(model.asked)
+    assert len(model.asked) == 2 * 3 * 2
+    assert {row["attempt"] for row in lines(tmp_path / "evaluate")} == {0, 1, 2}
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    assert list(summary["models"]["base"]["picture"]["pass_at_k"]) == ["1", "2", "3"]
+
+
+def test_rows_of_an_older_version_are_read(tmp_path: pathlib.Path) -> None:
+    """They hold their board's file, and no number of a try."""
+    row = rows.score_row(BOARDS[0], "picture", "") | {"model": "base"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert rows.read_rows(tmp_path) == [row | {"attempt": 0}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{]\n", r"rows.jsonl, line 1: got .*want JSON"),
+        ("\n[1]\n", r"rows.jsonl, line 2: got .*want a JSON object"),
+        ("\xff\n", r"rows.jsonl, line 1: got .*want JSON"),
+        ('{"model": "a"}\n', r"line 1: got keys .*want \['mode', 'task', 'level', 'index'\]"),
+        (
+            '{"model": "a", "mode": "text", "task": "maze", "level": 3, "index": 9}\n',
+            r"line 1: got a row about \('maze', 3, 9\), want it in boards.jsonl",
+        ),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: pathlib.Path, text: str, message: str) -> None:
+    rows.write_boards(tmp_path, BOARDS, CASES)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        rows.read_rows(tmp_path)
+
+
+def test_a_folder_about_other_boards_is_refused(tmp_path: pathlib.Path) -> None:
+    rows.write_boards(tmp_path, BOARDS, CASES)
+    rows.write_boards(tmp_path, BOARDS, CASES)
+    with pytest.raises(ValueError, match=r"boards.jsonl: got the boards of another evaluation"):
+        rows.write_boards(tmp_path, BOARDS[:1], CASES[:1])
+
+
+def test_where_nothing_can_be_appended_each_batch_is_a_file(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Object stores have no append: rows are parts until the evaluation is complete."""
+    monkeypatch.setattr(rows, "is_remote", lambda _: True)
+    found = [
+        rows.score_row(board, "picture", "") | {"model": "base", "attempt": 0} for board in BOARDS
+    ]
+    rows.write_boards(tmp_path, BOARDS, CASES)
+    for row in found:
+        rows.append(tmp_path, [row])
+    assert len(list(tmp_path.glob(rows.PARTS))) == 2 and not (tmp_path / "rows.jsonl").exists()
+    assert rows.read_rows(tmp_path) == found
+    rows.compact(tmp_path, found)
+    assert not list(tmp_path.glob(rows.PARTS)) and rows.read_rows(tmp_path) == found

@@ -1,0 +1,119 @@
+"""Benchmarks by name: their boards, names and pictures, and what is said where they are absent."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import evaluate, generate
+from mgsd_jax.data import testsets
+from mgsd_jax.envs import ENVS
+from mgsd_jax.main import load_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data" / "benchmarks"
+REFERENCE = ROOT.parent / "shared" / "reference" / "benchmarks"
+VISUALPLANNING = str(DATA / "visualplanning")
+
+
+def test_each_name_reads_its_boards_under_the_names_of_the_public_evaluator() -> None:
+    boards, cases = testsets.read_testsets(
+        [
+            ("frozenlake_vsp", str(DATA / "vsp")),
+            ("maze_visualplanning", VISUALPLANNING),
+            ("minibehaviour_visualplanning", VISUALPLANNING),
+        ]
+    )
+    assert cases == [
+        "frozenlake_diffthinker_vsp_level3_0000",
+        "frozenlake_diffthinker_vsp_level3_0010",
+        "frozenlake_diffthinker_vsp_level4_0000",
+        "maze_test_level3_0000",
+        "maze_test_level4_0001",
+        "minibehaviour_test_level5_0004",
+        "minibehaviour_test_level6_0012",
+    ]
+    keys = [(board.task, board.level, board.index) for board in boards]
+    assert len(set(keys)) == len(keys) and keys[1] == ("frozenlake", 3, 10)
+    assert [board.picture_path is not None for board in boards] == [True] * 3 + [False] * 4
+    boards, cases = testsets.read_testsets([("frozenlake_visualplanning", VISUALPLANNING)])
+    assert {board.task for board in boards} == {"frozenlake"}
+
+
+def test_a_benchmark_is_shown_in_its_own_pictures() -> None:
+    boards, _ = testsets.read_testsets([("frozenlake_vsp", str(DATA / "vsp"))])
+    data = load_config(str(ROOT / "configs" / "nano.py"), []).data
+    data = dataclasses.replace(data, picture_size=256, cell_pixels=0)
+    for board in boards:
+        shown = evaluate.show(data, board)
+        assert shown.shape == (256, 256, 3) and shown.dtype == np.uint8
+        drawn = ENVS["frozenlake"].render(board.state, 256)
+        assert 0 < np.abs(shown.astype(int) - drawn).mean() < 12, "the same board, other sprites"
+        assert np.array_equal(evaluate.show(data, board._replace(picture_path=None)), drawn)
+
+
+def test_our_held_out_mazes_are_the_mazes_of_a_test_split(tmp_path: pathlib.Path) -> None:
+    config = load_config(str(ROOT / "configs" / "nano.py"), [])
+    levels = (
+        config_lib.LevelSet("frozenlake", (3,), train=2, val=1, test=2),
+        config_lib.LevelSet("maze", (3, 4), train=2, val=1, test=3),
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, boards=levels))
+    generate.run(config, str(tmp_path))
+    folder = str(tmp_path / "data")
+    boards, cases = testsets.read_testsets([("maze_held_out", folder)])
+    assert [(board.task, board.level) for board in boards] == [("maze", 3)] * 3 + [("maze", 4)] * 3
+    assert cases[4] == "maze_test_level4_0001"
+    file = next((tmp_path / "data" / "test").rglob("Maze/level4/text/0001.txt"))
+    file.write_text(file.read_text().replace("target_row=", "target_row=9"))
+    with pytest.raises(ValueError, match=r"level4/text/0001.txt: .*got"):
+        testsets.read_testsets([("maze_held_out", folder)])
+
+
+@pytest.mark.parametrize("name", ["frozenlake_vsp", "visualplanning"])
+def test_reference_samples(name: str) -> None:
+    folder = REFERENCE / name
+    if not folder.is_dir():
+        pytest.skip(f"no sample of {name} beside the repository")
+    named = [n for n in testsets.PUBLIC if name in n and not n.startswith("maze")]
+    for one in named:
+        boards, cases = testsets.read_testsets([(one, str(folder))])  # type: ignore[list-item]
+        assert len(boards) == len(set(cases)) >= 10
+        assert {board.task for board in boards} == {testsets.PUBLIC[one].task}
+
+
+def test_an_absent_benchmark_says_where_to_get_it(tmp_path: pathlib.Path) -> None:
+    for name, source in (
+        ("frozenlake_vsp", "github.com/UCSB-NLP-Chang/Visual-Spatial-Planning"),
+        ("frozenlake_visualplanning", "github.com/yix8/VisualPlanning"),
+        ("minibehaviour_visualplanning", "github.com/yix8/VisualPlanning"),
+        ("maze_visualplanning", "'maze_held_out'"),
+        ("maze_held_out", "want the folder of boards that --stage=generate"),
+    ):
+        for folder in (tmp_path, tmp_path / "absent"):
+            with pytest.raises(ValueError, match=source) as error:
+                testsets.read_testsets([(name, str(folder))])  # type: ignore[list-item]
+            assert str(folder) in str(error.value)
+
+
+def test_one_evaluation_holds_a_level_once() -> None:
+    named = [("frozenlake_vsp", str(DATA / "vsp")), ("frozenlake_visualplanning", VISUALPLANNING)]
+    with pytest.raises(ValueError, match="got frozenlake level 3 in frozenlake_vsp and in frozen"):
+        testsets.read_testsets(named)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got frozenlake_vsp twice"):
+        testsets.read_testsets([named[0], named[0]])  # type: ignore[list-item]
+
+
+def test_a_broken_picture_is_named(tmp_path: pathlib.Path) -> None:
+    shutil.copytree(DATA / "vsp", tmp_path / "vsp")
+    picture = tmp_path / "vsp" / "level3" / "img" / "10.png"
+    picture.write_bytes(picture.read_bytes()[:100])
+    boards, _ = testsets.read_testsets([("frozenlake_vsp", str(tmp_path / "vsp"))])
+    with pytest.raises(ValueError, match=r"level3/img/10.png: got an unreadable picture"):
+        testsets.read_picture(str(boards[1].picture_path), 256)
+    Image.new("RGB", (8, 8)).save(picture)
+    assert testsets.read_picture(str(picture), 16).shape == (16, 16, 3)

@@ -24,7 +24,7 @@ from etils import epath
 from mgsd_jax import checkpoint_files as files
 from mgsd_jax import checkpoint_state as states
 from mgsd_jax import metrics as metrics_lib
-from mgsd_jax import processes, tree
+from mgsd_jax import paths, processes, tree
 
 PyTree = Any
 Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
@@ -72,7 +72,7 @@ def open_checkpointer(
         raise ValueError(f"got keep_last {keep_last}, keep_best {keep_best}, want >= 1 and >= 0")
     if keep_best and metric is None:
         raise ValueError(f"keep_best: got {keep_best} and no metric, want the metric's name")
-    folder = _absolute(folder)
+    folder = paths.absolute(folder)
     found = _scan(folder)
     skipped = tuple(f"{name}: {problem}" for name, problem in found.items() if problem)
     damaged = [name for name, problem in found.items() if problem not in ("", files.HALF_WRITTEN)]
@@ -203,7 +203,7 @@ def load_params(
     `abstract_params` the result is as from `restore_latest`, else nested dicts of np.ndarray.
     Raises ValueError where nothing is readable or tree, shape or dtype differ.
     """
-    folder = _absolute(folder)
+    folder = paths.absolute(folder)
     found = _scan(folder)
     skipped = [f"{name}: {problem}" for name, problem in found.items() if problem]
     steps = sorted(int(name) for name, problem in found.items() if not problem)
@@ -256,11 +256,6 @@ def check_config(
         raise ValueError(f"{path} is of a run with another config: {'; '.join(differing)}")
 
 
-def _absolute(folder: epath.PathLike) -> epath.Path:
-    path = epath.Path(folder)
-    return path if "://" in str(path) else path.absolute()
-
-
 def _scan(folder: epath.Path) -> dict[str, str]:
     """`files.scan` by one process, told to all, so that all restore the same checkpoint."""
     return processes.gather(files.scan(folder) if jax.process_index() == 0 else None)[0]
@@ -292,7 +287,9 @@ def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
         # tensorstore raises ValueError with the system's words in it.
         if "No space left" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
             raise
-        free = "" if "://" in str(folder) else f", {shutil.disk_usage(folder).free} bytes are free"
+        free = (
+            "" if paths.is_remote(folder) else f", {shutil.disk_usage(folder).free} bytes are free"
+        )
         message = (
             f"no space left for checkpoint {pending['step']}, which needs up to "
             f"{pending['bytes']} bytes{free}; earlier checkpoints are kept"

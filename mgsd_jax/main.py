@@ -35,6 +35,7 @@ from mgsd_jax import (
     generate,
     grounding,
     nano,
+    paths,
     processes,
     report,
     score,
@@ -87,11 +88,6 @@ def _wanted(name: str, value: str | None) -> str:
     return value
 
 
-def absolute(workdir: str) -> str:
-    """The workdir as an absolute path, which checkpoints need; a URL such as gs://a/b as it is."""
-    return workdir if "://" in workdir else str(pathlib.Path(workdir).resolve())
-
-
 def main(argv: Sequence[str]) -> int:
     """Runs one stage; returns the exit code.
 
@@ -113,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
         if _STAGE.value in JOINT:
             given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             are_several = processes.join(*processes.settings(given, os.environ))
-        STAGES[_STAGE.value](config, absolute(workdir))
+        STAGES[_STAGE.value](config, str(paths.absolute(workdir)))
         return 0
     except stage.Stopped as stopped:  # all processes together
         logging.error("%s", stopped)

@@ -1,20 +1,22 @@
 """Metrics of a run: weighted means, phase timers, the writer, the progress bar, the run's record.
 
 A run directory holds `config.json` (the config), `runs.jsonl` (one line for each start: commit
-and versions), `metrics.jsonl` (one line for each write) and `tensorboard/` (event files).
+and versions), `metrics.jsonl` (one line for each write) and `tensorboard/` (event files). Where it
+is remote (gs://), the last two are kept here and copied there by `Writer.flush`.
 Needs the packages `tensorboardX` (event files without TensorFlow) and `tqdm`.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TextIO
@@ -22,6 +24,9 @@ from typing import Any, NamedTuple, TextIO
 import tensorboardX
 import tqdm
 from absl import logging
+from etils import epath
+
+from mgsd_jax import paths
 
 Array = Any  # a float, np.ndarray or jax.Array
 Sink = Callable[[int, Mapping[str, float]], None]  # (step, values)
@@ -101,6 +106,7 @@ class Writer:
 
     sinks: tuple[Sink, ...]
     resources: contextlib.ExitStack
+    copy: Callable[[], None] = lambda: None  # to a remote folder
 
     def write(self, step: int, metrics: Mapping[str, Mean | Array]) -> None:
         """Write one record; train and evaluation metrics of a step may come in two writes."""
@@ -110,20 +116,24 @@ class Writer:
         for sink in self.sinks:
             sink(step, values)
 
+    def flush(self) -> None:
+        """Returns when what was written so far outlives this machine; call it before each save."""
+        self.copy()
+
     def close(self) -> None:
         """Flush and close the files."""
         self.resources.close()
 
 
 def open_writer(
-    workdir: str | os.PathLike[str],
+    workdir: epath.PathLike,
     *,
     is_main: bool,
     step: int = 0,
     tensorboard: bool = True,
     extra_sinks: tuple[Sink, ...] = (),
 ) -> Writer:
-    """Return a Writer of `metrics.jsonl` and TensorBoard events under the local path `workdir`.
+    """Return a Writer of `metrics.jsonl` and TensorBoard events under `workdir`.
 
     A run restored at `step` repeats the steps after it: their lines go first, in one atomic
     replacement. At step 0 the run starts over and every old line goes.
@@ -131,10 +141,18 @@ def open_writer(
     resources = contextlib.ExitStack()
     if not is_main:
         return Writer((), resources)
-    folder = pathlib.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = epath.Path(workdir)
+    target.mkdir(parents=True, exist_ok=True)
     keep_until = step if step > 0 else -1
-    _drop_lines_after(folder / METRICS_FILE, keep_until)
+    _drop_lines_after(target / METRICS_FILE, keep_until)
+    copy = Writer((), resources).copy
+    folder = pathlib.Path(workdir)
+    if paths.is_remote(workdir):
+        folder = pathlib.Path(resources.enter_context(tempfile.TemporaryDirectory()))
+        if (target / METRICS_FILE).exists():
+            (folder / METRICS_FILE).write_bytes((target / METRICS_FILE).read_bytes())
+        copy = functools.partial(_copy_files, folder, target)
+        resources.callback(copy)  # after the files are closed, before they are deleted
     lines = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
     resources.callback(lines.close)
     sinks: list[Sink] = [_jsonl_sink(lines)]
@@ -144,16 +162,24 @@ def open_writer(
         )
         resources.callback(events.close)
         sinks.append(_tensorboard_sink(events))
-    return Writer((*sinks, *extra_sinks), resources)
+    return Writer((*sinks, *extra_sinks), resources, copy)
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def _copy_files(folder: pathlib.Path, target: epath.Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            copied = target / file.relative_to(folder).as_posix()
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(file.read_bytes())
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """Return the records of a `metrics.jsonl`, non-finite values as floats again.
 
     A last line without its newline (the process was killed while writing) is left out; any other
     line that is not a record raises ValueError naming file and line.
     """
-    *lines, _ = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    *lines, _ = epath.Path(path).read_text(encoding="utf-8").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -216,7 +242,7 @@ def open_progress(
 
 
 def write_run_info(
-    workdir: str | os.PathLike[str], config: Mapping[str, Any], *, is_main: bool = True
+    workdir: epath.PathLike, config: Mapping[str, Any], *, is_main: bool = True
 ) -> None:
     """Write `config.json`, and add this start's commit and versions to `runs.jsonl`.
 
@@ -225,10 +251,10 @@ def write_run_info(
     """
     if not is_main:
         return
-    folder = pathlib.Path(workdir)
+    folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    _replace(folder / CONFIG_FILE, text + "\n")
+    paths.write_whole(folder / CONFIG_FILE, text + "\n")
     commit, is_dirty = _git_commit()
     info = {
         "time": time.time(),
@@ -238,7 +264,12 @@ def write_run_info(
         "platform": platform.platform(),
         "versions": {package: _version(package) for package in PACKAGES},
     }
-    with (folder / RUNS_FILE).open("a", encoding="utf-8") as file:
+    runs = folder / RUNS_FILE
+    if paths.is_remote(folder):
+        before = runs.read_text(encoding="utf-8") if runs.exists() else ""
+        runs.write_text(before + json.dumps(info) + "\n")
+        return
+    with runs.open("a", encoding="utf-8") as file:
         file.write(json.dumps(info) + "\n")
 
 
@@ -271,7 +302,7 @@ def _from_json(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+def _drop_lines_after(path: epath.Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -280,17 +311,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     dropped = len(records) - len(kept)
     if dropped or lines[-1]:
         logging.info("%s: dropped %d records after step %d", path, dropped, step)
-        _replace(path, "".join(line + "\n" for line in kept))
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Write `text` to `path` such that a reader, or a kill, sees the old or the new file whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        paths.write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _git_commit() -> tuple[str | None, bool | None]:

@@ -181,6 +181,7 @@ class Session:
         )
 
     def _save(self, step: int, state: TrainState, values: dict[str, float]) -> None:
+        self.writer.flush()
         checkpoint.save(
             self.checkpointer,
             step,

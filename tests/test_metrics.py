@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgsd_jax import metrics
+from mgsd_jax import metrics, paths
 from mgsd_jax.metrics import Mean
 
 
@@ -131,7 +131,7 @@ def test_a_kill_while_dropping_leaves_the_old_file(
     def killed(*paths: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(paths.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         metrics.open_writer(tmp_path, is_main=True, step=1)
     assert steps_of(tmp_path) == [0, 1, 2, 3]

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -190,7 +190,7 @@ def restore_latest(checkpointer: Checkpointer, abstract_state: PyTree) -> Restor
 
 def load_params(
     folder: epath.PathLike,
-    abstract_params: PyTree | None = None,
+    abstract_params: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
     which: Literal["last", "best"] = "last",
     metric: str | None = None,
@@ -200,7 +200,8 @@ def load_params(
 
     Nothing else is read, and the folder is left as it is. `best` goes by the metric that ranked
     the checkpoints when they were saved, which has to be `metric` where one is given. With
-    `abstract_params` the result is as from `restore_latest`, else nested dicts of np.ndarray.
+    `abstract_params`, or what that makes of the saved shapes where it is a function, the result is
+    as from `restore_latest`, else nested dicts of np.ndarray.
     Raises ValueError where nothing is readable or tree, shape or dtype differ.
     """
     folder = paths.absolute(folder)

@@ -85,6 +85,7 @@ def read_field(
 ) -> PyTree:
     """Return one field of a step's state, like `abstract` or as nested dicts of np.ndarray.
 
+    `abstract` may be a function of the field's own shapes, nested dicts that it gives shardings.
     Raises Unreadable, or ValueError where there is no such field or it differs from `abstract`.
     """
     where = f"{manager.directory}, step {step}"
@@ -95,6 +96,8 @@ def read_field(
         raise ValueError(f"{where}: got the fields {there}, want {field!r}")
     if abstract is None:
         return _restore(manager, step, saved, ())["state"][field]
+    if callable(abstract):
+        abstract = abstract(tree.get(tree.nest(saved.items()), field))
     wanted = [(f"{field}/{path}".rstrip("/"), leaf) for path, leaf in named_arrays(abstract)]
     _check_same(saved, dict(wanted), where)
     arrays = dict(tree.named_leaves(_restore(manager, step, dict(wanted), ())["state"]))

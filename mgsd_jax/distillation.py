@@ -4,7 +4,6 @@ reads the same board as text, would have said at every one of the student's own 
 Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import (
@@ -21,7 +21,9 @@ from mgsd_jax import (
     loading,
     losses,
     optimizer,
+    processes,
     sampler,
+    sharding,
     stage,
     trainable,
     tree,
@@ -104,6 +106,7 @@ def loss_fn(
         config=loss_config(settings),
         targets=batch.tokens.reshape(-1),
         vocab_mask=jnp.asarray(vocab_mask),
+        mesh=student.mesh,
     )
     return loss, weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats)
 
@@ -121,16 +124,17 @@ def make_update(
     is donated. `banned_ids` can be sampled by neither reader.
     """
     vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
+    mesh = student.mesh
 
     def update(
         state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
     ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
         def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
             return loss_fn(
-                trained,
+                sharding.constrain_state(trained, mesh),
                 frozen,
                 teacher_params,
-                batch,
+                sharding.constrain_batch(batch, mesh),
                 student=student,
                 teacher=teacher,
                 settings=settings,
@@ -141,7 +145,8 @@ def make_update(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
         state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
-        return state, {"loss": loss, **norms}, stats
+        state = sharding.constrain_state(state, mesh)
+        return state, {"loss": loss, **norms}, sharding.constrain_batch(stats, mesh)
 
     return jax.jit(update, donate_argnums=0)
 
@@ -162,17 +167,22 @@ def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
     settings = config.distillation
-    folder = pathlib.Path(workdir) / "distillation"
+    folder = epath.Path(workdir) / "distillation"
     training = stage.boards(config, workdir, "train")
     held_out = evaluate.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
     stage.claim(folder, config, ("model", "data", "distillation", "seed"))
+    mesh = sharding.open_mesh(config.mesh)
+    prompts_a_step = settings.batch_size * settings.rollouts
+    sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
 
     # The student, the part of it that learns, and the frozen teacher.
-    student = loading.load(settings.student, config, workdir)
-    teacher = loading.load(settings.teacher, config, workdir)
+    student = loading.load(settings.student, config, workdir, mesh)
+    teacher = loading.load(settings.teacher, config, workdir, mesh)
+    teacher_params = sharding.cast(teacher.params, teacher.model.dtype)
     trained, frozen = trainable.split(
         student.params, settings.optim, settings.lora, jax.random.key(config.seed)
     )
+    trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
     loading.write_source(
         folder,
         student,
@@ -191,9 +201,13 @@ def run(config: Config, workdir: str) -> None:
         batch_size=settings.batch_size,
         rollouts=settings.rollouts,
         seed=config.seed,
+        process=sharding.process_share(mesh),
+        agree=processes.largest,
     )
 
-    # Two programs a step: sample; then teacher, student, gradient and update in one.
+    # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
+    # gradient and update in one.
+    lay_out = sharding.make_layout(mesh, student.model.dtype)
     banned = (student.processor.image_token_id, student.processor.video_token_id)
     rollout = sampler.make_rollout(
         student.model,
@@ -206,8 +220,8 @@ def run(config: Config, workdir: str) -> None:
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
 
     update = make_update(student.model, teacher.model, settings, tx, banned)
-    rng = jax.random.key(config.seed)
-    state = optimizer.init(trained, tx)
+    rng = sharding.make_key(config.seed, mesh)
+    state = optimizer.init(trained, tx, mesh)
 
     with stage.opened(
         folder, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
@@ -217,36 +231,37 @@ def run(config: Config, workdir: str) -> None:
             with session.timers.phase("data"):
                 prompts = next(loader)
             with session.timers.phase("rollout"):
-                variables = tree.combine(state.params, frozen)
+                asked = sharding.to_global(prompts.batch, mesh)
                 sampled = rollout(
-                    variables,
-                    prompts.batch.student,
+                    lay_out(tree.combine(state.params, frozen)),
+                    asked.student,
                     jax.random.fold_in(rng, step),
-                    prompts.batch.row_ids,
+                    asked.row_ids,
                 )
-                tokens, mask, truncated, logprobs = jax.device_get(
+                tokens, mask, truncated, logprobs = sharding.to_local(
                     (sampled.tokens, sampled.mask, sampled.truncated, sampled.logprobs)
                 )
-            batch = DistillationBatch(
-                prompts.batch.student, prompts.batch.teacher, sampled.tokens, sampled.mask
-            )
+            batch = DistillationBatch(asked.student, asked.teacher, sampled.tokens, sampled.mask)
             started = time.perf_counter()
-            state, measured, stats = update(state, frozen, teacher.params, batch)
+            state, measured, stats = update(state, frozen, teacher_params, batch)
             # The host scores the rollouts while the device works on the update.
             responses = evaluate.decode_rows(student.processor, tokens, mask)
             measured |= evaluate.rollout_metrics(prompts.boards, responses, truncated, mask)
+            stats = sharding.to_local(stats)
             measured |= evaluate.token_metrics(student.processor, tokens, mask, stats)
             measured |= guards.rollout_measures(
-                tokens, mask, logprobs, np.asarray(stats.student_logprob), settings.sampling
+                tokens, mask, logprobs, stats.student_logprob, settings.sampling
             )
             spent = session.timers.seconds
             spent["update"] = time.perf_counter() - started
             measured["tokens_per_s/rollout"] = mask.sum() / spent["rollout"]
             measured |= stage.speed(
-                update_flops(student.model, teacher.model, batch), 2 * mask.size, spent["update"]
+                update_flops(student.model, teacher.model, batch),
+                2 * sampled.mask.size,
+                spent["update"],
             )
             if stage.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
-                    rows = answer(tree.combine(state.params, frozen), held_out, "picture")
+                    rows = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
                     measured |= evaluate.validation_metrics(rows)
             session.finish_step(step + 1, state, measured)

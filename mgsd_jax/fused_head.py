@@ -4,6 +4,11 @@ Axes: N tokens of all rows together, C tokens of a chunk, V vocabulary, D model 
 are not counted are left out first, so padding costs no head matmul; the others are taken
 `token_chunk` at a time, and their gradient is formed in the same pass as their loss: four head
 matmuls instead of six, no logits kept for the backward pass, and no array of [N, V] at any time.
+
+On a mesh the vocabulary is split over axes.MODEL and stays where it is; what moves is a chunk of
+hidden states to all parts of the vocabulary, a handful of sums a token, and the chunk's gradient
+back: 6 C D numbers, where gathering the head would move V D. The rows of 'data' meet in the
+head's gradient alone, once. Left to itself the compiler gathers [V, D] in every turn of the loop.
 """
 
 import dataclasses
@@ -13,9 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-# (settings, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
-ChunkLoss = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
+from mgsd_jax import axes
+from mgsd_jax.token_stats import Shard
+
+# (settings, shard, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
+ChunkLoss = Callable[[Any, Shard, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +36,7 @@ class FusedLoss:
     settings: Any  # handed to chunk_loss
     token_chunk: int  # tokens whose logits are held at once
     train_head: bool = True  # False: the head gets no gradient even where it is asked for
+    mesh: Mesh | None = None  # None: on one device
 
 
 def fused_loss(
@@ -40,8 +51,8 @@ def fused_loss(
     """(sum_t w_t L_t float32, statistics [N] of every token, 0 where it is not counted).
 
     hidden [N, D], head [V, D], weights [N], counted [N] bool (every token of weight != 0 is);
-    rows, a pytree of [N, ...], and shared, any pytree, are what chunk_loss needs besides the
-    logits. Gradients go to hidden and head, each formed only where it is asked for; without
+    rows, a pytree of [N, ...], and shared, a pytree of [V, ...], are what chunk_loss needs besides
+    the logits. Gradients go to hidden and head, each formed only where it is asked for; without
     differentiation there is none to form.
     """
     result: Any = _fused(spec, hidden, head, weights, counted, rows, shared)
@@ -93,67 +104,156 @@ def _run(
     shared: Any,
 ) -> tuple[jax.Array, Any, tuple[jax.Array | None, jax.Array | None]]:
     """(loss, statistics, gradients of hidden and head, None where not wanted)."""
-    train_hidden, train_head = wanted
-    kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
+    tokens = (hidden, weights.astype(jnp.float32), counted, rows)
+    if spec.mesh is None:
+        return _run_part(spec, wanted, _Split(), tokens, head, shared)
+    mesh = spec.mesh
+    split = _Split(axes.BATCH, axes.dividing(mesh, axes.MODEL, head.shape[0]))
+    total = hidden.shape[0]
+    spare = -total % axes.parts(mesh, axes.BATCH)
+    if spare:
+        tokens = jax.tree.map(lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), tokens)
+    by_token, by_word = P(split.tokens), P(split.vocabulary or None)
+    run = jax.shard_map(
+        partial(_run_part, spec, wanted, split),
+        mesh=mesh,
+        in_specs=(by_token, by_word, by_word),
+        out_specs=(P(), by_token, (by_token, by_word)),
+        check_vma=False,  # what varies over which axis is told by _Split, not by every zero
+    )
+    loss, stats, (d_hidden, d_head) = run(tokens, head, shared)
+    stats, d_hidden = jax.tree.map(lambda x: x[:total], (stats, d_hidden))
+    return loss, stats, (d_hidden, d_head)
 
-    def step(d_head: jax.Array | None, picked: Any) -> tuple[jax.Array | None, Any]:
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The mesh axes that split tokens, and those that split the vocabulary; () on one device."""
+
+    tokens: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Axes along which tokens meet all parts of the vocabulary."""
+        return tuple(axis for axis in self.tokens if axis in self.vocabulary)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Axes along which the same part of the vocabulary meets other tokens."""
+        return tuple(axis for axis in self.tokens if axis not in self.vocabulary)
+
+
+def _run_part(
+    spec: FusedLoss,
+    wanted: tuple[bool, bool],
+    split: _Split,
+    tokens: tuple[jax.Array, jax.Array, jax.Array, Any],
+    head: jax.Array,
+    shared: Any,
+) -> tuple[jax.Array, Any, tuple[jax.Array | None, jax.Array | None]]:
+    """`_run` for the tokens and the part of the head that one device holds."""
+    train_hidden, train_head = wanted
+    hidden, weights, counted, rows = tokens
+    kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
+    shard = Shard(split.vocabulary)
+
+    def step(carry: Any, index: jax.Array, picked: Any) -> tuple[Any, Any]:
+        d_hidden, d_head = carry
         chunk_hidden, chunk_weights, chunk_rows = picked
         logits = head_logits(chunk_hidden, kernel)
-        loss, stats, d_logits = spec.chunk_loss(spec.settings, logits, chunk_rows, shared)
+        loss, stats, d_logits = spec.chunk_loss(spec.settings, shard, logits, chunk_rows, shared)
         # Selects and not products: a row counted for its statistics alone may hold a NaN.
         live = (chunk_weights != 0)[:, None]
         loss = jnp.where(live[:, 0], loss * chunk_weights, 0.0)
         d_logits = jnp.where(live, d_logits * chunk_weights[:, None], 0.0).astype(hidden.dtype)
-        d_hidden = None
-        if train_hidden:
-            d_hidden = _matmul("NV,VD->ND", d_logits, kernel).astype(hidden.dtype)
+        if d_hidden is not None:
+            part = _sum_over(_matmul("NV,VD->ND", d_logits, kernel), split.vocabulary)
+            if split.vocabulary:  # or the compiler rounds before it sums
+                part = jax.lax.optimization_barrier(part)
+            # Straight to their rows: packed first, all of [N, D] would be held twice.
+            d_hidden = d_hidden.at[index].set(part.astype(hidden.dtype), mode="drop")
         if d_head is not None:
             d_head += _matmul("NV,ND->VD", d_logits, jnp.where(live, chunk_hidden, 0))
-        return d_head, (loss, stats, d_hidden)
+        return (d_hidden, d_head), (loss, stats)
 
-    d_head = jnp.zeros(head.shape, jnp.float32) if train_head else None
-    inputs = (hidden, weights.astype(jnp.float32), rows)
-    d_head, outputs = _over_packed_chunks(step, d_head, inputs, counted, spec.token_chunk)
-    loss, stats, d_hidden = outputs
-    d_head = None if d_head is None else d_head.astype(head.dtype)
-    return jnp.sum(loss), stats, (d_hidden, d_head)
+    carry = (
+        jnp.zeros_like(hidden) if train_hidden else None,
+        jnp.zeros(head.shape, jnp.float32) if train_head else None,
+    )
+    (d_hidden, d_head), (loss, stats) = _over_packed_chunks(
+        step, carry, (hidden, weights, rows), counted, spec.token_chunk, split
+    )
+    loss = _sum_over(jnp.sum(loss), split.tokens)
+    if d_head is not None:
+        d_head = _sum_over(d_head, split.copies).astype(head.dtype)
+    return loss, stats, (d_hidden, d_head)
 
 
 def _over_packed_chunks(
-    step: Callable[[Any, Any], tuple[Any, Any]],
+    step: Callable[[Any, jax.Array, Any], tuple[Any, Any]],
     carry: Any,
     rows: Any,
     counted: jax.Array,
     token_chunk: int,
+    split: _Split,
 ) -> tuple[Any, Any]:
-    """Calls step(carry, chunk of rows) for the counted [N] rows alone; outputs are [N] again.
+    """Calls step(carry, index, rows) for chunks of the counted [N] rows; outputs are [N] again.
 
-    Rows are gathered by the index of the counted ones, so the loop is as short as their number,
-    not N, asks for, and a row that is not counted is never read: step sees zeros past the last
-    counted row, and outputs are 0 where nothing was counted.
+    Counted rows are numbered through all devices of `split.gathered`, and chunks are runs of these
+    numbers: the loop is as long as their number, not N, asks for, however they are spread. Every
+    device gives the rows it has, zeros for the others, and takes back the outputs that are its
+    own; index [C] says which of its rows they are, out of range where another device has them. A
+    row that is not counted is never read: step sees zeros past the last counted row, and outputs
+    are 0 where nothing was counted.
     """
-    total = counted.shape[0]
-    chunk = min(token_chunk, total)
-    slots = -(-total // chunk) * chunk
-    # Where each row goes, and, of each slot, which row it holds; out of range where none.
-    place = jnp.where(counted, jnp.cumsum(counted) - 1, slots)
-    held = jnp.full(slots, total).at[place].set(jnp.arange(total), mode="drop")
+    own = counted.shape[0]
+    chunk = min(token_chunk, own * _size(split.gathered))
+    # The rank of each counted row here, and the row of each rank, `own` where there is none. Room
+    # for a chunk on both sides: a window into the ranks may hang over or miss them altogether.
+    place = jnp.where(counted, jnp.cumsum(counted) - 1, own + chunk)
+    held = jnp.full(own + 2 * chunk, own).at[place + chunk].set(jnp.arange(own), mode="drop")
+    first, total = _numbering(jnp.sum(counted), split.gathered)
 
-    def pick(start: jax.Array) -> Any:
-        index = jax.lax.dynamic_slice_in_dim(held, start, chunk)
-        return jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
+    def window(i: jax.Array) -> jax.Array:
+        return jnp.clip(i * chunk - first, -chunk, own) + chunk
+
+    def pick(i: jax.Array) -> tuple[jax.Array, Any]:
+        index = jax.lax.dynamic_slice_in_dim(held, window(i), chunk)
+        mine = jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
+        return index, jax.tree.map(lambda x: _sum_over(x, split.gathered), mine)
 
     def body(i: jax.Array, state: Any) -> Any:
         carry, packed = state
-        carry, outputs = step(carry, pick(i * chunk))
-        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        carry, outputs = step(carry, *pick(i))
+        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=window(i), axis=0)
         return carry, jax.tree.map(update, packed, outputs)
 
-    _, shapes = jax.eval_shape(lambda c: step(c, pick(jnp.int32(0))), carry)
-    packed = jax.tree.map(lambda s: jnp.zeros((slots, *s.shape[1:]), s.dtype), shapes)
-    trips = (jnp.sum(counted) + chunk - 1) // chunk
+    _, shapes = jax.eval_shape(lambda c: step(c, *pick(jnp.int32(0))), carry)
+    packed = jax.tree.map(lambda s: jnp.zeros((held.size, *s.shape[1:]), s.dtype), shapes)
+    trips = (total + chunk - 1) // chunk
+    if split.copies:  # their loops hold no common sum, but one program runs them all
+        trips = jax.lax.pmax(trips, split.copies)
     carry, packed = jax.lax.fori_loop(0, trips, body, (carry, packed))
-    return carry, jax.tree.map(lambda x: x.at[place].get(mode="fill", fill_value=0), packed)
+    index = jnp.where(counted, place + chunk, held.size)
+    return carry, jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), packed)
+
+
+def _numbering(count: jax.Array, gathered: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """(the number of this device's first row, the number of all rows) along these axes."""
+    if not gathered:
+        return jnp.int32(0), count
+    counts = jax.lax.all_gather(count, gathered)
+    before = jnp.arange(counts.size) < jax.lax.axis_index(gathered)
+    return jnp.sum(jnp.where(before, counts, 0)), jnp.sum(counts)
+
+
+def _sum_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(x, names) if names else x
+
+
+def _size(names: tuple[str, ...]) -> int:
+    return jax.lax.axis_size(names) if names else 1
 
 
 def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ Axes: B batch, T tokens, D width.
 """
 
 import functools
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import loading, losses, optimizer, stage, trainable, tree
+from mgsd_jax import (
+    loading,
+    losses,
+    optimizer,
+    processes,
+    sharding,
+    stage,
+    trainable,
+    tree,
+)
 from mgsd_jax.config import Config, GroundingConfig
 from mgsd_jax.data import sources
 from mgsd_jax.data.batching import GroundingBatch
@@ -39,6 +48,7 @@ def loss_fn(
         jnp.asarray(batch.targets).reshape(-1),
         weights,
         token_chunk=token_chunk,
+        mesh=model.mesh,
     )
     count = weights.sum()
     return loss, count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)}
@@ -58,12 +68,14 @@ def make_update(
         state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
     ) -> tuple[optimizer.TrainState, dict[str, Any]]:
         def microbatch_loss(trained: Any, batch: GroundingBatch) -> Any:
-            return loss_of(trained, frozen, batch)
+            trained = sharding.constrain_state(trained, model.mesh)
+            return loss_of(trained, frozen, sharding.constrain_batch(batch, model.mesh))
 
         grads, loss, sums = optimizer.accumulate(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
         state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
+        state = sharding.constrain_state(state, model.mesh)
         return state, {"loss": loss, **sums, **norms}
 
     return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
@@ -82,16 +94,19 @@ def update_flops(model: Qwen3VL, batch: GroundingBatch) -> float:
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
     settings = config.grounding
-    folder = pathlib.Path(workdir) / "grounding"
+    folder = epath.Path(workdir) / "grounding"
     training = stage.boards(config, workdir, "train")
     validation_boards = stage.boards(config, workdir, "val")
     stage.claim(folder, config, ("model", "data", "grounding", "seed"))
+    mesh = sharding.open_mesh(config.mesh)
+    sharding.check_batch(mesh, "grounding.batch_size", settings.batch_size, settings.microbatches)
 
     # The model, and which part of it learns.
-    student = loading.load(settings.student, config, workdir)
+    student = loading.load(settings.student, config, workdir, mesh)
     trained, frozen = trainable.split(
         student.params, settings.optim, settings.lora, jax.random.key(config.seed)
     )
+    trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
     loading.write_source(
         folder,
         student,
@@ -103,17 +118,22 @@ def run(config: Config, workdir: str) -> None:
 
     # Records from the training boards, and fixed ones from the validation boards.
     encoder = stage.encoder(config, student.processor)
-    options = {"mixture": settings.mixture, "batch_size": settings.batch_size}
+    options: dict[str, Any] = {
+        "mixture": settings.mixture,
+        "batch_size": settings.batch_size,
+        "process": sharding.process_share(mesh),
+        "agree": processes.largest,
+    }
     loader = sources.grounding_loader(training, encoder, seed=config.seed, **options)
     validation = sources.grounding_loader(
         validation_boards, encoder, seed=config.seed + 1, **options
     )
-    held_out = [next(validation) for _ in range(settings.eval_batches)]
+    held_out = [sharding.to_global(next(validation), mesh) for _ in range(settings.eval_batches)]
 
     # One jitted update, its state donated.
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
     update, validate = make_update(student.model, settings, tx)
-    state = optimizer.init(trained, tx)
+    state = optimizer.init(trained, tx, mesh)
 
     with stage.opened(
         folder, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
@@ -121,7 +141,7 @@ def run(config: Config, workdir: str) -> None:
         state = session.state
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
-                batch = next(loader)
+                batch = sharding.to_global(next(loader), mesh)
             started = time.perf_counter()
             state, measured = jax.block_until_ready(update(state, frozen, batch))
             seconds = time.perf_counter() - started

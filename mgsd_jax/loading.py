@@ -6,20 +6,24 @@ A stage folder holds `model/` (config, tokenizer and processor files of its sour
 """
 
 import dataclasses
+import functools
 import json
-import pathlib
-import shutil
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
 
-from mgsd_jax import checkpoint, tree
+from mgsd_jax import checkpoint, paths, sharding, tree
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, LoraConfig
 from mgsd_jax.data.processor import Processor, load_processor
-from mgsd_jax.model import hf, lora
+from mgsd_jax.model import hf, lora, table
+from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.sharding import TRAIN_RULES, Rules
 
 Params = dict[str, Any]
 
@@ -34,43 +38,66 @@ class Loaded:
     folder: str
 
 
-def load(path: str, config: Config, workdir: str) -> Loaded:
+def load(
+    path: str, config: Config, workdir: str, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES
+) -> Loaded:
     """The model at `path`: a Hugging Face folder, or the folder of a stage (see above).
 
-    `path` may hold `{workdir}` and `{model}`. Weights get `config.model.param_dtype`. Raises
-    ValueError where the path is neither.
+    `path` may hold `{workdir}` and `{model}`. Weights get `config.model.param_dtype` and go
+    straight to where `rules` lay them on the mesh. Raises ValueError where the path is neither.
     """
-    root = pathlib.Path(config_lib.resolve(path, config, workdir))
+    root = epath.Path(config_lib.resolve(path, config, workdir))
     folder = root / "model" if (root / "model" / "source.json").is_file() else root
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{root}: got no config.json and no model/source.json, "
             "want a Hugging Face folder or the folder of a finished stage"
         )
-    model_config = hf.read_config(folder)
+    with paths.local_files(folder, _is_side_file) as local:
+        model_config, processor = hf.read_config(local), load_processor(local)
     model = Qwen3VL(
-        model_config, dtype=jnp.dtype(config.model.compute_dtype), remat=config.model.remat
+        model_config,
+        dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        kernel=kernel_for(mesh),
     )
-    params = load_params(root, model_config, config, workdir)
-    return Loaded(model, params, load_processor(folder), str(folder))
+    params = load_params(root, model_config, config, workdir, mesh, rules)
+    return Loaded(model, params, processor, str(folder))
 
 
 def load_params(
-    root: pathlib.Path, model_config: ModelConfig, config: Config, workdir: str
+    root: epath.Path,
+    model_config: ModelConfig,
+    config: Config,
+    workdir: str,
+    mesh: Mesh | None = None,
+    rules: Rules = TRAIN_RULES,
 ) -> Params:
     """The weights below `root`, trained parts taken from the checkpoint, adapters merged."""
     dtype = jnp.dtype(config.model.param_dtype)
     source_file = root / "model" / "source.json"
     if not source_file.is_file():
-        return hf.load_params(root, model_config, dtype=dtype)
+        if paths.is_remote(root):
+            raise ValueError(
+                f"{root}: got a remote folder of weights, want a local one: tensors are read from "
+                "files mapped into memory; copy the folder to every host"
+            )
+        shardings = None
+        if mesh is not None:
+            shapes = table.abstract_params(model_config, config.model.param_dtype)
+            shardings = sharding.param_shardings(shapes, mesh, rules)
+        return hf.load_params(str(root), model_config, dtype=dtype, shardings=shardings)
     source = json.loads(source_file.read_text())
     adapters_spec = LoraConfig(**source["lora"])
     trained = checkpoint.load_params(
-        root / "checkpoints", which=config.checkpoint.use, metric=source["metric"]
+        root / "checkpoints",
+        None if mesh is None else functools.partial(_placed, mesh=mesh, rules=rules),
+        which=config.checkpoint.use,
+        metric=source["metric"],
     )
     if source["complete"]:
         return trained["params"]
-    base = load_params(pathlib.Path(source["weights"]), model_config, config, workdir)
+    base = load_params(epath.Path(source["weights"]), model_config, config, workdir, mesh, rules)
     if adapters_spec.rank:
         spec = lora.LoraSpec(adapters_spec.rank, adapters_spec.alpha, adapters_spec.targets)
         return lora.merge(base, lora.with_scale(trained["adapters"], spec))
@@ -79,8 +106,12 @@ def load_params(
     return tree.combine(trained["params"], rest)
 
 
+def _placed(shapes: Params, mesh: Mesh, rules: Rules) -> Params:
+    return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh, rules))
+
+
 def write_source(
-    stage_folder: pathlib.Path,
+    stage_folder: epath.Path,
     loaded: Loaded,
     *,
     weights: str,
@@ -88,16 +119,25 @@ def write_source(
     is_complete: bool,
     metric: str,
 ) -> None:
-    """Makes a stage folder loadable: side files of the source model, and `source.json`."""
+    """Makes a stage folder loadable: side files of the source model, and `source.json`.
+
+    Process 0 writes them.
+    """
+    if jax.process_index() != 0:
+        return
     folder = stage_folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(pathlib.Path(loaded.folder).iterdir()):
-        if file.is_file() and not file.name.startswith(("model", "source.json", ".")):
-            shutil.copyfile(file, folder / file.name)
+    for file in sorted(epath.Path(loaded.folder).iterdir()):
+        if file.is_file() and _is_side_file(file.name):
+            paths.write_whole(folder / file.name, file.read_bytes())
     source = {
-        "weights": str(pathlib.Path(weights).resolve()),
+        "weights": str(paths.absolute(weights)),
         "lora": dataclasses.asdict(lora_config),
         "complete": is_complete,
         "metric": metric,
     }
-    (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+    paths.write_whole(folder / "source.json", json.dumps(source, indent=2) + "\n")
+
+
+def _is_side_file(name: str) -> bool:
+    return not name.startswith(("model", "source.json", "."))

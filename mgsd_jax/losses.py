@@ -3,6 +3,9 @@
 Axes: B batch, S sequence, R response tokens, N tokens of all rows together, C tokens of a chunk,
 V vocabulary, D model width (`Dt` the teacher's).
 
+`mesh` is where the arrays lie, None on one device: rows split over axes.BATCH, heads over the
+vocabulary and axes.MODEL; `token_chunk` counts the tokens of all devices that share a head.
+
 Gradients are formed with the losses. Hence `weights` must hold every factor that differs from
 token to token; only one that is common to all, a normaliser, may also be applied to the result.
 """
@@ -12,10 +15,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mgsd_jax import token_stats
 from mgsd_jax.fused_head import ChunkLoss, FusedLoss, fused_loss, head_logits
-from mgsd_jax.token_stats import Distribution, TargetStats, TokenStats
+from mgsd_jax.token_stats import Distribution, Shard, TargetStats, TokenStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ def token_cross_entropy(
     weights: jax.Array,
     *,
     token_chunk: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, TargetStats]:
     """sum_t w_t * -log p(target_t) as a float32 scalar, and statistics [N] of every target.
 
@@ -82,7 +87,7 @@ def token_cross_entropy(
     _check_head("head", hidden, head)
     if token_chunk < 1:
         raise ValueError(f"token_chunk: got {token_chunk}, want >= 1")
-    spec = FusedLoss(_cross_entropy_chunk, None, token_chunk)
+    spec = FusedLoss(_cross_entropy_chunk, None, token_chunk, mesh=mesh)
     return fused_loss(spec, hidden, head, weights, weights != 0, targets, None)
 
 
@@ -97,6 +102,7 @@ def reverse_kl(
     targets: jax.Array,
     vocab_mask: jax.Array | None = None,
     valid: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, TokenStats]:
     """sum_t w_t L_t over the whole vocabulary (float32 scalar), and statistics [N] of every token.
 
@@ -116,6 +122,7 @@ def reverse_kl(
         {"targets": targets},
         vocab_mask,
         valid,
+        mesh,
     )
 
 
@@ -133,6 +140,7 @@ def sampled_reverse_kl(
     clip: PolicyClip | None = None,
     advantage_clip: float | None = None,
     old_logprobs: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, TokenStats]:
     """Reverse KL of the sampled token alone, as a policy gradient: upstream's objective.
 
@@ -157,6 +165,7 @@ def sampled_reverse_kl(
         rows,
         vocab_mask,
         valid,
+        mesh,
     )
 
 
@@ -179,15 +188,19 @@ def response_hidden(hidden: jax.Array, prompt_length: int, response_length: int)
 
 
 def _cross_entropy_chunk(
-    _: None, logits: jax.Array, targets: jax.Array, __: None
+    _: None, shard: Shard, logits: jax.Array, targets: jax.Array, __: None
 ) -> tuple[jax.Array, TargetStats, jax.Array]:
-    return token_stats.cross_entropy_tokens(logits, targets)
+    return token_stats.cross_entropy_tokens(logits, targets, shard)
 
 
 def _divergence_chunk(
-    config: DistillLossConfig, logits: jax.Array, rows: dict[str, jax.Array], shared: Any
+    config: DistillLossConfig,
+    shard: Shard,
+    logits: jax.Array,
+    rows: dict[str, jax.Array],
+    shared: Any,
 ) -> tuple[jax.Array, TokenStats, jax.Array]:
-    p, q = _distributions(config, logits, rows, shared)
+    p, q = _distributions(config, shard, logits, rows, shared)
     stats = token_stats.measure(p, q, rows["targets"])
     if config.objective == "jsd":
         assert config.jsd_teacher_weight is not None
@@ -211,12 +224,13 @@ def _divergence_chunk(
 
 def _sampled_chunk(
     settings: tuple[DistillLossConfig, PolicyClip | None, float | None],
+    shard: Shard,
     logits: jax.Array,
     rows: dict[str, jax.Array],
     shared: Any,
 ) -> tuple[jax.Array, TokenStats, jax.Array]:
     config, clip, advantage_clip = settings
-    p, q = _distributions(config, logits, rows, shared)
+    p, q = _distributions(config, shard, logits, rows, shared)
     stats = token_stats.measure(p, q, rows["targets"])
     advantage = stats.teacher_logprob - stats.student_logprob
     clipped = jnp.zeros_like(advantage, dtype=bool)
@@ -242,13 +256,17 @@ def _sampled_chunk(
 
 
 def _distributions(
-    config: DistillLossConfig, logits: jax.Array, rows: dict[str, jax.Array], shared: Any
+    config: DistillLossConfig,
+    shard: Shard,
+    logits: jax.Array,
+    rows: dict[str, jax.Array],
+    shared: Any,
 ) -> tuple[Distribution, Distribution]:
     teacher_head, vocab_mask = shared
     teacher_logits = head_logits(rows["teacher_hidden"], teacher_head)
     scale = 1.0 / config.loss_temperature
-    p = token_stats.distribution(logits * scale, vocab_mask)
-    return p, token_stats.distribution(teacher_logits * scale, vocab_mask)
+    p = token_stats.distribution(logits * scale, vocab_mask, shard)
+    return p, token_stats.distribution(teacher_logits * scale, vocab_mask, shard)
 
 
 # ------------------------------------------------------------------------------------- boundaries
@@ -262,6 +280,7 @@ def _distill(
     rows: dict[str, jax.Array],
     vocab_mask: jax.Array | None,
     valid: jax.Array | None,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, TokenStats]:
     hidden, head, teacher_hidden, teacher_head, weights = arrays
     _check_rows(hidden.shape[0], teacher_hidden=teacher_hidden, weights=weights, **rows)
@@ -280,7 +299,7 @@ def _distill(
         counted = counted | valid
     rows = {**rows, "teacher_hidden": jax.lax.stop_gradient(teacher_hidden)}
     teacher = jax.lax.stop_gradient(teacher_head).astype(teacher_hidden.dtype)
-    spec = FusedLoss(chunk_loss, settings, config.token_chunk, config.train_head)
+    spec = FusedLoss(chunk_loss, settings, config.token_chunk, config.train_head, mesh)
     return fused_loss(spec, hidden, head, weights, counted, rows, (teacher, vocab_mask))
 
 

@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from mgsd_jax import tree
+from mgsd_jax import sharding, tree
 from mgsd_jax.config import OptimConfig
 from mgsd_jax.metrics import Mean
 
@@ -76,10 +77,21 @@ def make_optimizer(
     return optax.chain(*parts)
 
 
-def init(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the moments are float32 whatever params are."""
-    # optax takes the second moment's dtype from the parameters.
-    return TrainState(jnp.int32(0), params, tx.init(_float32(params)))
+def init(params: Params, tx: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """The state before the first step; the moments are float32 whatever params are.
+
+    On a mesh the moments are made where they will lie, each as its parameter does.
+    """
+
+    def rest(params: Params) -> tuple[jax.Array, optax.OptState]:
+        # optax takes the second moment's dtype from the parameters.
+        return jnp.int32(0), tx.init(_float32(params))
+
+    if mesh is not None:
+        places = sharding.state_shardings(jax.eval_shape(rest, params), mesh)
+        rest = jax.jit(rest, out_shardings=places)
+    step, opt_state = rest(params)
+    return TrainState(step, params, opt_state)
 
 
 def accumulate(

@@ -4,6 +4,7 @@ Axes: B batch, T prompt tokens, R response tokens, S cache slots, D width, V voc
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from mgsd_jax import sharding
+from mgsd_jax.axes import BATCH, constrain, fit
 from mgsd_jax.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
 from mgsd_jax.model.text import KVCache
@@ -49,7 +54,7 @@ class Rollout:
     truncated: jax.Array  # [B] bool, True where R tokens went by without an end token
 
 
-RolloutFn = Callable[[Variables, Inputs, jax.Array, jax.Array], Rollout]
+RolloutFn = Callable[[Variables, Inputs, jax.Array, jax.typing.ArrayLike], Rollout]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,58 @@ def make_rollout(
     `logprobs` are float32, after bans, temperature, top-k and top-p. For greedy rollouts they are
     those of the model at temperature 1.
     """
+    static, choice = _prepare(model, sampling, eos_ids, banned_ids, pad_id)
+
+    def rollout(
+        variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.typing.ArrayLike
+    ) -> Rollout:
+        hidden, cache = _prefill(static, variables, inputs)
+        return _decode(
+            static, choice, variables, hidden, cache, inputs.next_position, rng, row_ids
+        )[0]
+
+    return rollout
+
+
+def programs(
+    model: Qwen3VL,
+    sampling: Sampling,
+    *,
+    eos_ids: tuple[int, ...],
+    banned_ids: tuple[int, ...],
+    pad_id: int,
+    arguments: tuple[Variables, Inputs, Any, Any],
+) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """What lowers the 'prefill' and the 'decode' of such a rollout, and runs nothing.
+
+    `arguments` are those of the rollout, as ShapeDtypeStructs that lie on the model's mesh.
+    """
+    static, choice = _prepare(model, sampling, eos_ids, banned_ids, pad_id)
+    variables, inputs, rng, row_ids = arguments
+    mesh = model.mesh
+
+    def place(leaf: Any) -> Any:
+        # The cache is [L, B, S, K, H] or [B, S], the hidden states are [B, D].
+        spec = {5: P(None, BATCH, None, "tensor"), 2: P(BATCH)}.get(leaf.ndim, P())
+        where = None if mesh is None else NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    prefilled = jax.eval_shape(functools.partial(_prefill, static), variables, inputs)
+    hidden, cache = jax.tree.map(place, prefilled)
+    rest = (hidden, cache, inputs.next_position, rng, row_ids)
+    return {
+        "prefill": lambda: _prefill.lower(static, variables, inputs),
+        "decode": lambda: _decode.lower(static, choice, variables, *rest),
+    }
+
+
+def _prepare(
+    model: Qwen3VL,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    banned_ids: tuple[int, ...],
+    pad_id: int,
+) -> tuple[_Static, _Choice]:
     vocabulary = model.config.text.vocab_size
     for name, ids in (("eos_ids", eos_ids), ("banned_ids", banned_ids), ("pad_id", (pad_id,))):
         if any(not 0 <= i < vocabulary for i in ids):
@@ -112,16 +169,7 @@ def make_rollout(
         temperature=np.float32(sampling.temperature),
         top_p=np.float32(sampling.top_p),
     )
-
-    def rollout(
-        variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.Array
-    ) -> Rollout:
-        hidden, cache = _prefill(static, variables, inputs)
-        return _decode(
-            static, choice, variables, hidden, cache, inputs.next_position, rng, row_ids
-        )[0]
-
-    return rollout
+    return static, choice
 
 
 @jax.jit(static_argnums=0)
@@ -152,7 +200,9 @@ def _decode(
     uniforms = _uniforms(rng, row_ids, width)
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = _restrict(logits(hidden, table), static, choice)
+        # Each row's logits meet on its device: from there on sampling is one device's.
+        scores = constrain(logits(hidden, table), static.model.mesh, BATCH)
+        scores = _restrict(scores, static, choice)
         logprobs = jax.nn.log_softmax(scores, axis=-1)
         if static.greedy:
             tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -192,7 +242,8 @@ def _decode(
     state = (jnp.int32(1), out, done, tokens, cache)
     state = jax.lax.while_loop(lambda state: (state[0] < width) & ~state[2].all(), body, state)
     _, out, done, _, cache = state
-    return dataclasses.replace(out, truncated=~done), cache
+    out = dataclasses.replace(out, truncated=~done)
+    return sharding.constrain_batch(out, static.model.mesh), cache
 
 
 def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:

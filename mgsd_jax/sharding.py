@@ -6,6 +6,7 @@ device and then leaves everything where it is.
 Parameter axes: L layers of a stack, in and out of a kernel, V vocabulary, D width.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ ROLLOUT_RULES: Rules = (
     (r"/(o_proj|down_proj|proj|linear_fc2)/kernel$", P(None, "tensor")),
 )
 
-# Read in float32 whatever the model computes in, so a layout for rollouts keeps them as they are.
+# Read in float32 whatever the model computes in; all else is cast where it is read.
 _READ_IN_FLOAT32 = ((r"\bvisual/(.*norm\d?/(scale|bias)|pos_embed/embedding)$", True), ("", False))
 
 
@@ -155,6 +156,13 @@ def constrain_state(state: Any, mesh: Mesh | None, rules: Rules = TRAIN_RULES) -
     return jax.tree.map(jax.lax.with_sharding_constraint, state, shardings)
 
 
+def place(variables: Any, mesh: Mesh | None, rules: Rules = TRAIN_RULES) -> Any:
+    """Trees of variables where `rules` lay them on the mesh; what lies there already stays."""
+    if mesh is None:
+        return variables
+    return jax.device_put(variables, state_shardings(variables, mesh, rules))
+
+
 def make_layout(mesh: Mesh | None, dtype: Any) -> Callable[[Any], Any]:
     """A function `variables -> variables` laid out for rollouts, and cast to `dtype`.
 
@@ -164,15 +172,23 @@ def make_layout(mesh: Mesh | None, dtype: Any) -> Callable[[Any], Any]:
     if mesh is None:
         return lambda variables: variables
 
-    def cast(path: str, leaf: jax.Array) -> jax.Array:
-        return leaf if tree.match(_READ_IN_FLOAT32, path) else leaf.astype(dtype)
-
     def lay_out(variables: Any) -> Any:
         shardings = param_shardings(variables, mesh, ROLLOUT_RULES)
-        variables = tree.map_named(cast, variables)
-        return jax.tree.map(jax.lax.with_sharding_constraint, variables, shardings)
+        return jax.tree.map(jax.lax.with_sharding_constraint, cast(variables, dtype), shardings)
 
     return jax.jit(lay_out)
+
+
+def cast(params: tree.Tree, dtype: Any) -> tree.Tree:
+    """Parameters that do not learn, as the model reads them: in the dtype that it computes in.
+
+    What it computes stays the same to the last bit, and the memory is half of float32's.
+    """
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        return leaf if tree.match(_READ_IN_FLOAT32, path) else leaf.astype(dtype)
+
+    return tree.map_named(one, params)
 
 
 def abstract(values: Any, shardings: Any, dtype: Any = None) -> Any:
@@ -207,15 +223,15 @@ def constrain_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     return jax.tree_util.tree_map_with_path(hold, batch)
 
 
-def to_global(batch: Batch, mesh: Mesh | None) -> Batch:
+def to_global(batch: Batch, mesh: Mesh | None, *, is_whole: bool = False) -> Batch:
     """Return a host batch as global arrays whose batch axis is split over 'data' and 'fsdp'.
 
-    Every process passes the rows of its `process_share`; scalars are copied. Raises ValueError
-    where the rows of all processes together do not divide.
+    Every process passes the rows of its `process_share`, or all rows where `is_whole`; scalars are
+    copied. Raises ValueError where the rows of all processes together do not divide.
     """
     if mesh is None:
         return batch
-    parts, count = axes.parts(mesh, BATCH), process_share(mesh)[1]
+    parts, (share, count) = axes.parts(mesh, BATCH), process_share(mesh)
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         value = np.asarray(leaf)
@@ -223,6 +239,8 @@ def to_global(batch: Batch, mesh: Mesh | None) -> Batch:
         if value.ndim == 0:
             return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), value)
         name, axis = _batch_axis(path)
+        if is_whole:
+            value = np.split(value, count, axis)[share]
         rows = value.shape[axis] * count
         if rows % parts:
             raise ValueError(
@@ -235,18 +253,37 @@ def to_global(batch: Batch, mesh: Mesh | None) -> Batch:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def to_local(batch: Batch) -> Batch:
+def to_local(batch: Any) -> Any:
     """The rows of this process as numpy arrays, in their order: the inverse of `to_global`."""
 
     def fetch(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.ndim == 0:
+        if leaf.is_fully_addressable or leaf.ndim == 0:
             return np.asarray(leaf)
         axis = _batch_axis(path)[1]
         # devices that hold the same rows (along 'tensor') count once
         shards = {shard.index[axis].start or 0: shard.data for shard in leaf.addressable_shards}
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)], axis)
 
-    return jax.tree_util.tree_map_with_path(fetch, jax.block_until_ready(batch))
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(batch)):
+        return jax.device_get(batch)
+    return jax.tree_util.tree_map_with_path(fetch, batch)
+
+
+def to_every(batch: Any, mesh: Mesh | None) -> Any:
+    """All rows as numpy arrays, in every process."""
+    return jax.device_get(batch if mesh is None else _copied(mesh)(batch))
+
+
+def make_key(seed: int, mesh: Mesh | None) -> jax.Array:
+    """`jax.random.key(seed)` as an array of all devices."""
+    if mesh is None:
+        return jax.random.key(seed)
+    return jax.jit(lambda: jax.random.key(seed), out_shardings=NamedSharding(mesh, P()))()
+
+
+@functools.cache
+def _copied(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda values: values, out_shardings=NamedSharding(mesh, P()))
 
 
 def process_share(mesh: Mesh | None) -> tuple[int, int]:

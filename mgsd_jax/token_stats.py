@@ -1,14 +1,15 @@
 """Per-token losses over the whole vocabulary, with their gradient in the logits.
 
-Axes: N tokens, V vocabulary. Everything here is float32 and sees one chunk of tokens at a time;
-`losses.py` does the matmuls, the chunking and the weighting. Sums and maxima over V go through
-`_sum` and `_max` alone, so that a vocabulary sharded over devices needs a change there only.
+Axes: N tokens, V vocabulary, or the part of it that a device holds. Everything here is float32 and
+sees one chunk of tokens at a time; `losses.py` does the matmuls, the chunking and the weighting.
+Whatever goes over the whole of V goes through `Shard`: the formulas know of no device.
 
 Notation: p student, q teacher, d = log p - log q. For every divergence used here
 dL/dlogits = p * (u - E_p[u]), with u = d (reverse KL), u = -q/p (forward KL, giving p - q) and
 u = (1 - beta) log(p/m), m = (1 - beta) p + beta q (generalised Jensen-Shannon, arXiv 2306.13649).
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -39,12 +40,55 @@ class TargetStats(NamedTuple):
     is_top1: jax.Array  # [N] 1 where the target is the preferred token
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The part of the vocabulary that logits [N, V] are of; equal parts, in the order of `axes`."""
+
+    axes: tuple[str, ...] = ()  # mesh axes that split the vocabulary; (): all of it is here
+
+    def sum(self, values: jax.Array) -> jax.Array:
+        """[N, V] to [N, 1], over the whole vocabulary."""
+        return self._total(jnp.sum(values, axis=-1, keepdims=True))
+
+    def max(self, values: jax.Array) -> jax.Array:
+        """[N, V] to [N, 1], over the whole vocabulary."""
+        top = jnp.max(values, axis=-1, keepdims=True)
+        return jax.lax.pmax(top, self.axes) if self.axes else top
+
+    def pick(self, values: jax.Array, targets: jax.Array) -> jax.Array:
+        """The value [N] at each target, wherever it is."""
+        if not self.axes:
+            return jnp.take_along_axis(values, targets[:, None], axis=-1)[:, 0]
+        index = self._local(values, targets)
+        found = jnp.take_along_axis(values, jnp.maximum(index, 0)[:, None], axis=-1)[:, 0]
+        return self._total(jnp.where(index >= 0, found, 0.0))
+
+    def one_hot(self, values: jax.Array, targets: jax.Array) -> jax.Array:
+        """[N, V] as `values` is: 1 at the target, all 0 where another part has it."""
+        return jax.nn.one_hot(self._local(values, targets), values.shape[-1], dtype=jnp.float32)
+
+    def _total(self, values: jax.Array) -> jax.Array:
+        return jax.lax.psum(values, self.axes) if self.axes else values
+
+    def _local(self, values: jax.Array, targets: jax.Array) -> jax.Array:
+        """Targets as columns of this part, -1 where another part has them."""
+        if not self.axes:
+            return targets
+        width = values.shape[-1]
+        index = targets - jax.lax.axis_index(self.axes) * width
+        return jnp.where((index >= 0) & (index < width), index, -1)
+
+
+WHOLE = Shard()
+
+
 class Distribution(NamedTuple):
     """A softmax over V kept as logits and normaliser."""
 
     logits: jax.Array  # [N, V]
     top: jax.Array  # [N, 1] the largest logit
     log_norm: jax.Array  # [N, 1] log sum exp(logits - top)
+    shard: Shard
 
     @property
     def logprobs(self) -> jax.Array:
@@ -56,12 +100,14 @@ class Distribution(NamedTuple):
         return jnp.exp(self.logprobs)
 
 
-def distribution(logits: jax.Array, vocab_mask: jax.Array | None) -> Distribution:
+def distribution(
+    logits: jax.Array, vocab_mask: jax.Array | None, shard: Shard = WHOLE
+) -> Distribution:
     """The softmax of logits [N, V], tokens outside vocab_mask [V] having probability 0."""
     if vocab_mask is not None:
         logits = jnp.where(vocab_mask, logits, MASKED_LOGIT)
-    top = _max(logits)
-    return Distribution(logits, top, jnp.log(_sum(jnp.exp(logits - top))))
+    top = shard.max(logits)
+    return Distribution(logits, top, jnp.log(shard.sum(jnp.exp(logits - top))), shard)
 
 
 def log_ratio(p: Distribution, q: Distribution) -> jax.Array:
@@ -83,14 +129,14 @@ def kl_terms(probs: jax.Array, other: jax.Array, ratio: jax.Array) -> jax.Array:
 
 
 def cross_entropy_tokens(
-    logits: jax.Array, targets: jax.Array
+    logits: jax.Array, targets: jax.Array, shard: Shard = WHOLE
 ) -> tuple[jax.Array, TargetStats, jax.Array]:
     """(-log p(target) [N], its statistics, gradient in the logits [N, V])."""
-    p = distribution(logits, None)
-    target_logit = _pick(p.logits, targets)
+    p = distribution(logits, None, shard)
+    target_logit = shard.pick(p.logits, targets)
     logprob = (target_logit - p.top[:, 0]) - p.log_norm[:, 0]
     is_top1 = (target_logit >= p.top[:, 0]).astype(jnp.float32)
-    return -logprob, TargetStats(logprob, is_top1), p.probs - _one_hot(targets, logits.shape[-1])
+    return -logprob, TargetStats(logprob, is_top1), p.probs - shard.one_hot(logits, targets)
 
 
 def measure(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
@@ -98,12 +144,12 @@ def measure(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
     p_probs, q_probs = p.probs, q.probs
     both_top = (p.logits == p.top) & (q.logits == q.top)
     return TokenStats(
-        kl=_sum(kl_terms(p_probs, q_probs, log_ratio(p, q)))[:, 0],
-        student_entropy=(p.log_norm - _sum(p_probs * (p.logits - p.top)))[:, 0],
-        teacher_entropy=(q.log_norm - _sum(q_probs * (q.logits - q.top)))[:, 0],
+        kl=p.shard.sum(kl_terms(p_probs, q_probs, log_ratio(p, q)))[:, 0],
+        student_entropy=(p.log_norm - p.shard.sum(p_probs * (p.logits - p.top)))[:, 0],
+        teacher_entropy=(q.log_norm - q.shard.sum(q_probs * (q.logits - q.top)))[:, 0],
         student_logprob=_target_logprob(p, targets),
         teacher_logprob=_target_logprob(q, targets),
-        top1_agree=_max(both_top.astype(jnp.float32))[:, 0],
+        top1_agree=p.shard.max(both_top.astype(jnp.float32))[:, 0],
         student_top1_prob=jnp.exp(-p.log_norm)[:, 0],
         clipped=jnp.zeros_like(p.top[:, 0]),
     )
@@ -112,15 +158,16 @@ def measure(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
 def reverse_kl_tokens(p: Distribution, q: Distribution) -> tuple[jax.Array, jax.Array]:
     """(KL(p || q) [N], gradient in p's logits [N, V])."""
     probs, ratio = p.probs, log_ratio(p, q)
-    value = _sum(kl_terms(probs, q.probs, ratio))
+    value = p.shard.sum(kl_terms(probs, q.probs, ratio))
     # The gradient takes the mean of the ratio itself, not the value: its terms then sum to 0.
-    return value[:, 0], probs * (ratio - _sum(probs * ratio))
+    return value[:, 0], probs * (ratio - p.shard.sum(probs * ratio))
 
 
 def forward_kl_tokens(p: Distribution, q: Distribution) -> tuple[jax.Array, jax.Array]:
     """(KL(q || p) [N], gradient in p's logits [N, V])."""
     p_probs, q_probs = p.probs, q.probs
-    return _sum(kl_terms(q_probs, p_probs, -log_ratio(p, q)))[:, 0], p_probs - q_probs
+    value = p.shard.sum(kl_terms(q_probs, p_probs, -log_ratio(p, q)))
+    return value[:, 0], p_probs - q_probs
 
 
 def jsd_tokens(p: Distribution, q: Distribution, beta: float) -> tuple[jax.Array, jax.Array]:
@@ -138,30 +185,14 @@ def jsd_tokens(p: Distribution, q: Distribution, beta: float) -> tuple[jax.Array
     q_ratio = jnp.where(is_near, near - ratio, -math.log(beta))
     terms = (1.0 - beta) * kl_terms(p_probs, mix, p_ratio)
     terms += beta * kl_terms(q_probs, mix, q_ratio)
-    gradient = (1.0 - beta) * p_probs * (p_ratio - _sum(p_probs * p_ratio))
-    return _sum(terms)[:, 0], gradient
+    gradient = (1.0 - beta) * p_probs * (p_ratio - p.shard.sum(p_probs * p_ratio))
+    return p.shard.sum(terms)[:, 0], gradient
 
 
 def logprob_gradient(p: Distribution, targets: jax.Array) -> jax.Array:
     """Gradient of log p(target) in the logits, [N, V]."""
-    return _one_hot(targets, p.logits.shape[-1]) - p.probs
+    return p.shard.one_hot(p.logits, targets) - p.probs
 
 
 def _target_logprob(p: Distribution, targets: jax.Array) -> jax.Array:
-    return (_pick(p.logits, targets) - p.top[:, 0]) - p.log_norm[:, 0]
-
-
-def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-
-
-def _one_hot(targets: jax.Array, vocabulary: int) -> jax.Array:
-    return jax.nn.one_hot(targets, vocabulary, dtype=jnp.float32)
-
-
-def _sum(values: jax.Array) -> jax.Array:
-    return jnp.sum(values, axis=-1, keepdims=True)
-
-
-def _max(values: jax.Array) -> jax.Array:
-    return jnp.max(values, axis=-1, keepdims=True)
+    return (p.shard.pick(p.logits, targets) - p.top[:, 0]) - p.log_norm[:, 0]

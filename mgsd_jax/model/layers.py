@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.sharding import Mesh
+
+from mgsd_jax.axes import BATCH, MODEL, constrain
 
 INIT = nn.initializers.normal(0.02)  # transformers' initializer_range
 
@@ -43,6 +46,17 @@ class Embedding(nn.Module):
     def __call__(self, index: jax.Array) -> jax.Array:
         table = self.param("embedding", INIT, (self.rows, self.features))
         return table[index].astype(self.dtype)
+
+    def by_width(self, index: jax.Array, mesh: Mesh | None) -> jax.Array:
+        """As a call, for index [B, T] and a table that training has split over its rows.
+
+        Every device looks all tokens up in its part of the columns: what moves is the table's
+        parts and the rows found, each once, where the compiler alone would gather the table.
+        """
+        table: jax.Array = self.get_variable("params", "embedding")
+        table = constrain(table, mesh, None, MODEL)
+        found = table[constrain(index, mesh, "data")].astype(self.dtype)
+        return constrain(constrain(found, mesh, "data", None, MODEL), mesh, BATCH)
 
 
 class RMSNorm(nn.Module):

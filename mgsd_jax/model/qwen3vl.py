@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.sharding import Mesh
 
+from mgsd_jax.axes import BATCH, constrain
 from mgsd_jax.batch import Inputs, Pictures
 from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.config import ModelConfig
@@ -45,8 +47,17 @@ class Qwen3VL(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size, self.dtype)
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that it computes on, None on one device."""
+        return self.kernel.mesh
+
     def hidden(self, inputs: Inputs) -> jax.Array:
-        """Hidden states [B, T, D] after the final norm; padding may be on either side."""
+        """Hidden states [B, T, D] after the final norm; padding may be on either side.
+
+        On a mesh, parameters lie as `sharding.TRAIN_RULES` say; for `prefill` and `decode` as
+        `sharding.ROLLOUT_RULES` do.
+        """
         x, deep = self._embed(inputs)
         return self.language(x, inputs.positions, inputs.valid, deep, None)[0]
 
@@ -67,12 +78,12 @@ class Qwen3VL(nn.Module):
             text.head_dim,
         )
         cache: KVCache | None = KVCache(
-            k=jnp.zeros(shape, self.dtype),
-            v=jnp.zeros(shape, self.dtype),
+            k=self._place_cache(jnp.zeros(shape, self.dtype)),
+            v=self._place_cache(jnp.zeros(shape, self.dtype)),
             valid=jnp.pad(inputs.valid, ((0, 0), (0, cache_length - length))),
             length=jnp.int32(0),
         )
-        x, deep = self._embed(inputs)
+        x, deep = self._embed(inputs, is_rollout=True)
         x, cache = self.language(x, inputs.positions, inputs.valid, deep, cache)
         assert cache is not None
         return x[:, -1], dataclasses.replace(cache, length=jnp.int32(length))
@@ -82,7 +93,7 @@ class Qwen3VL(nn.Module):
     ) -> tuple[jax.Array, KVCache]:
         """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B]."""
         cache = dataclasses.replace(cache, valid=cache.valid.at[:, cache.length].set(True))
-        x = self.language.embed(tokens[:, None])
+        x = self.language.embed(tokens[:, None], is_rollout=True)
         positions = jnp.broadcast_to(positions[None, :, None], (3, *x.shape[:2]))
         x, after = self.language(x, positions, cache.valid, None, cache, decoding=True)
         assert after is not None
@@ -94,18 +105,26 @@ class Qwen3VL(nn.Module):
         if not self.config.tie_word_embeddings:
             self.lm_head(inputs.tokens)
 
-    def _embed(self, inputs: Inputs) -> tuple[jax.Array, jax.Array | None]:
+    def _place_cache(self, values: jax.Array) -> jax.Array:
+        """[L, B, S, K, H] with its rows over 'data' and 'fsdp', its heads over 'tensor'."""
+        return constrain(values, self.mesh, None, BATCH, None, "tensor")
+
+    def _embed(
+        self, inputs: Inputs, *, is_rollout: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Embeddings [B, T, D] with visual features in place; deepstack features [n_ds, B, T, D].
 
         A batch without pictures has no deepstack features: None, and nothing is added.
         """
-        x = self.language.embed(inputs.tokens)
+        x = self.language.embed(inputs.tokens, is_rollout=is_rollout)
         if inputs.pictures is None:
             return x, None
         merged, deep = self.visual(inputs.pictures)
         slots = inputs.pictures.slots
         visual = (slots >= 0)[..., None]
         index = jnp.maximum(slots, 0)[..., None]
+        merged = constrain(merged, self.mesh, BATCH)
+        deep = constrain(deep, self.mesh, None, BATCH)
         x = jnp.where(visual, jnp.take_along_axis(merged, index, axis=1), x)
         return x, jnp.where(visual, jnp.take_along_axis(deep, index[None], axis=2), 0)
 

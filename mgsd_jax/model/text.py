@@ -14,6 +14,7 @@ from flax import struct
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
+from mgsd_jax.axes import BATCH, constrain
 from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import TextConfig
 from mgsd_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), tables)
         k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), tables)
         v = self.v_proj(x).reshape(heads)
+        q, k, v = (constrain(t, self.kernel.mesh, BATCH, None, "tensor") for t in (q, k, v))
         q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
         if cache is not None:
             # HF rotates before the cache write; so do we.
@@ -101,8 +103,9 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         tables, valid, layer, decoding = attention
         out, cache = self.self_attn(self.input_layernorm(x), tables, valid, cache, layer, decoding)
-        x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = constrain(x + out, self.kernel.mesh, BATCH)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, self.kernel.mesh, BATCH), cache
 
 
 class Decoder(nn.Module):
@@ -123,9 +126,11 @@ class Decoder(nn.Module):
             self.layers = DecoderLayer(config, self.dtype, self.kernel)
         self.norm = RMSNorm(config.rms_norm_eps)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] ids to [B, T, D]."""
-        return self.embed_tokens(tokens)
+    def embed(self, tokens: jax.Array, *, is_rollout: bool = False) -> jax.Array:
+        """[B, T] ids to [B, T, D]; the table lies as for training, or as for rollouts."""
+        if self.kernel.mesh is None or is_rollout:
+            return self.embed_tokens(tokens)
+        return self.embed_tokens.by_width(tokens, self.kernel.mesh)
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
+from mgsd_jax.axes import BATCH, constrain
 from mgsd_jax.batch import Pictures
 from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import VisionConfig
@@ -35,7 +36,9 @@ class VisionAttention(nn.Module):
         rows, length, width = x.shape
         qkv = Linear(3 * width, use_bias=True, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(rows, length, 3, self.config.num_heads, self.config.head_dim)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = (
+            constrain(qkv[:, :, i], self.kernel.mesh, BATCH, None, "tensor") for i in range(3)
+        )
         # HF turns vision queries and keys in float32, text ones in the compute dtype.
         q, k = (rotate(t.astype(jnp.float32), tables).astype(self.dtype) for t in (q, k))
         q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
@@ -71,8 +74,8 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(self.config, self.dtype)
 
     def __call__(self, x: jax.Array, tables: Tables, valid: jax.Array) -> jax.Array:
-        x = x + self.attn(self.norm1(x), tables, valid)
-        return x + self.mlp(self.norm2(x))
+        x = constrain(x + self.attn(self.norm1(x), tables, valid), self.kernel.mesh, BATCH)
+        return constrain(x + self.mlp(self.norm2(x)), self.kernel.mesh, BATCH)
 
 
 class PatchMerger(nn.Module):

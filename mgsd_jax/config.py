@@ -67,6 +67,7 @@ class DataConfig:
     source: Literal["folder", "stream"] = "folder"  # stream draws boards on the fly
     picture_size: int = 256  # side of a square picture; 0: cell_pixels * level
     cell_pixels: int = 0
+    channels: tuple[int, int, int] = (0, 1, 2)  # any other order: colours as no board has them
     exclude: tuple[str, ...] = ()  # benchmark folders whose boards never enter a split
     prompts: str = ""  # folder of text files that replace prompts; '' keeps the built-in ones
     prompt_buckets: tuple[int, ...] = (512, 1024)  # student prompt lengths, pictures included
@@ -213,6 +214,19 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreflightConfig:
+    """Which programs --stage=preflight compiles, and for which TPU slice."""
+
+    topology: str = "v5e:4x4"  # as libtpu names it
+    stages: tuple[Literal["grounding", "distillation", "evaluate"], ...] = (
+        "grounding",
+        "distillation",
+    )
+    only: tuple[str, ...] = ()  # programs such as 'distillation/update'; (): all of the stages'
+    hbm_gib: float = 0.0  # memory of a chip; 0: what libtpu leaves to programs
+
+
+@dataclasses.dataclass(frozen=True)
 class NanoConfig:
     """Shape of the nano model that --stage=init writes with random weights."""
 
@@ -245,6 +259,7 @@ class Config:
     report: ReportConfig = ReportConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    preflight: PreflightConfig = PreflightConfig()
     guards: GuardConfig = GuardConfig()
     nano: NanoConfig | None = None
     seed: int = 0
@@ -365,6 +380,8 @@ def check(config: Config) -> Config:
             f"evaluate.tries: got {config.evaluate.tries} at temperature "
             f"{config.evaluate.sampling.temperature}, want 1, or more above temperature 0"
         )
+    if sorted(config.data.channels) != [0, 1, 2]:
+        raise ValueError(f"data.channels: got {config.data.channels}, want an order of (0, 1, 2)")
     for name, batch, parts in (
         ("grounding", config.grounding.batch_size, config.grounding.microbatches),
         (

@@ -22,8 +22,9 @@ from mgsd_jax import prompts as prompts_lib
 from mgsd_jax import tree
 from mgsd_jax.batch import Pictures
 from mgsd_jax.config import Config, NanoConfig
-from mgsd_jax.data import batching
-from mgsd_jax.data.processor import Processor, encode, load_processor
+from mgsd_jax.data import batching, sources
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model import hf
 from mgsd_jax.model.config import ModelConfig
@@ -109,18 +110,10 @@ def sample_pictures(processor: Processor, config: Config) -> Iterator[Pictures]:
     levels = [(boards.task, level) for boards in config.data.boards for level in boards.levels]
     if not levels:
         raise ValueError("data.boards: got none, want the levels whose pictures are to be seen")
+    encoder = sources.Encoder(processor, prompts_lib.BUILT_IN, config.data)
     for task, level in dict.fromkeys(levels):
-        env = ENVS[task]
-        size = config_lib.picture_size(config.data, level)
-        drawn = (env.render(env.generate(rng, level), size) for _ in range(_SAMPLES))
-        rows = [
-            encode(
-                processor,
-                [{"role": "user", "content": [{"type": "image", "image": picture}]}],
-                add_generation_prompt=False,
-            )
-            for picture in drawn
-        ]
+        states = (ENVS[task].generate(rng, level) for _ in range(_SAMPLES))
+        rows = [encoder.student(Board(task, level, 0, state, None)) for state in states]
         inputs = batching.to_inputs(
             rows,
             length=max(len(row.tokens) for row in rows),

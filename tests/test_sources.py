@@ -55,6 +55,13 @@ def test_the_stream_keeps_to_its_split_and_is_a_function_of_the_index() -> None:
     assert [BOARDS[i].task for i in range(3)] == [task for task, _ in LEVELS]
 
 
+def test_channels_change_the_colours_alone() -> None:
+    data = dataclasses.replace(DATA, channels=(1, 2, 0))
+    shown = dataclasses.replace(ENCODER, data=data).picture(BOARDS[0])
+    assert np.array_equal(shown, ENCODER.picture(BOARDS[0])[..., [1, 2, 0]])
+    assert not np.array_equal(shown, ENCODER.picture(BOARDS[0]))
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_loader_resumes_at_the_next_batch(epoch: int) -> None:
     loader = records()

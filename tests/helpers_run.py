@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from helpers_tiny import tiny_config
@@ -46,10 +46,13 @@ def start(
     *,
     processes: int = 1,
     devices: int = 1,
+    own: Mapping[int, Sequence[str]] | None = None,
+    program: Sequence[str] = ("-m", "mgsd_jax.main"),
 ) -> list[subprocess.Popen[bytes]]:
     """The processes of a stage, each with its own virtual devices; they write `log.{process}`.
 
-    Programs are compiled once: all runs of a base share a folder of them.
+    `own` are settings of single processes. Programs are compiled once: all runs of a base share
+    the folder that they are kept in.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     arguments = [f"--stage={stage}", f"--config={base.config}", f"--workdir={workdir}"]
@@ -69,7 +72,8 @@ def start(
         joined = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
         joined = [*joined, f"--process={process}"] if processes > 1 else []
         with (workdir / f"log.{process}").open("ab") as log:
-            command = [sys.executable, "-m", "mgsd_jax.main", *arguments, *joined]
+            changes = [f"--set={change}" for change in (own or {}).get(process, ())]
+            command = [sys.executable, *program, *arguments, *changes, *joined]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log))
     return started
 

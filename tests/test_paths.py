@@ -1,0 +1,147 @@
+"""A run whose workdir is a bucket: every file of it goes through etils, none beside it.
+
+No bucket is to be had in a test. `gs://` is given a file system of its own, that of a local folder
+which refuses to append as buckets do; tensorstore, which has its own way to a bucket, is sent to
+the same folder. Orbax and all of our code take the way that they take for a bucket.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from helpers_tiny import tiny_config
+from orbax.checkpoint._src.path import gcs_utils
+
+from mgsd_jax import checkpoint, generate, loading, metrics, nano, optimizer, paths, stage
+from mgsd_jax.config import override
+from mgsd_jax.data.boards import FolderBoards, read_split
+
+
+def bucket_system(folder: pathlib.Path) -> type[DirFileSystem]:
+    """A file system in which gs://a/b is {folder}/a/b."""
+
+    class Bucket(DirFileSystem):
+        cachable = False
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(path=str(folder), fs=LocalFileSystem())
+
+        def _join(self, path: Any) -> Any:
+            strip = lambda p: p.removeprefix("gs://").removeprefix("gcs://")  # noqa: E731
+            return super()._join(strip(path) if isinstance(path, str) else [*map(strip, path)])
+
+        def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            assert "a" not in mode and "+" not in mode, f"{path}: a bucket cannot append"
+            return super().open(path, mode, **options)
+
+    return Bucket
+
+
+@pytest.fixture
+def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    logging.set_verbosity(logging.WARNING)
+    folder = tmp_path / "bucket"
+    system = bucket_system(folder)()
+    (folder / "b").mkdir(parents=True)
+    monkeypatch.setattr(
+        type(backend.fsspec_backend), "_get_filesystem", lambda self, name: system, raising=True
+    )
+
+    def to_folder(path: str) -> dict[str, Any]:
+        return {"driver": "file", "path": str(folder / str(path).removeprefix("gs://"))}
+
+    monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", to_folder)
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    monkeypatch.chdir(tmp_path)
+    yield folder
+    assert not (tmp_path / "gs:").exists(), "something took a URL for a local path"
+
+
+def test_a_file_is_replaced_whole_here_and_there(
+    bucket: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for path, real in ((tmp_path / "a", tmp_path / "a"), ("gs://b/a", bucket / "b" / "a")):
+        for text in ("one", "two"):
+            paths.write_whole(path, text)
+            assert real.read_text() == text
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a"]
+    assert str(paths.absolute("gs://b/a")) == "gs://b/a"
+    assert str(paths.absolute("a")) == str(tmp_path / "a")
+    with paths.local_files("gs://b") as local:
+        assert (local / "a").read_text() == "two"
+    assert not local.exists()
+
+
+class Batches:
+    def get_state(self) -> dict[str, int]:
+        return {"next": 3}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        assert state == {"next": 3}
+
+
+def test_a_stage_keeps_everything_in_the_bucket_and_goes_on_from_there(
+    bucket: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Config, metrics, events and checkpoints; a second session starts after the last save."""
+    config = override(tiny_config(tmp_path), ["checkpoint.keep_last=1"])
+    folder = epath.Path("gs://b/run/grounding")
+    stage.claim(folder, config, ("grounding",))
+    with pytest.raises(ValueError, match=r"gs://b/run/grounding/config.json is of .*lr: got 5.0"):
+        other = override(config, ["grounding.optim.lr=5.0"])
+        stage.claim(folder, other, ("grounding",))
+    tx = optax.sgd(1.0)
+    state = optimizer.init({"a": jnp.zeros(2)}, tx)
+    loader: Any = Batches()
+    for start, stop in ((0, 3), (2, 4)):
+        opened = stage.opened(folder, config, state, loader, metric="m", best_mode="max", steps=4)
+        with opened as session:
+            assert session.start == start
+            here = session.state
+            for step in range(start + 1, stop + 1):
+                here, norms = optimizer.update(here, {"a": jnp.ones(2)}, tx)
+                session.finish_step(step, here, {"loss": jnp.float32(step), **norms})
+    real = bucket / "b" / "run" / "grounding"
+    assert [row["step"] for row in metrics.read_metrics(f"{folder}/metrics.jsonl")] == [1, 2, 3, 4]
+    np.testing.assert_array_equal(checkpoint.load_params(folder / "checkpoints")["a"], [-4, -4])
+    assert len((real / "runs.jsonl").read_text().splitlines()) == 1
+    assert list((real / "tensorboard").iterdir()) and (real / "config.json").is_file()
+
+
+def test_boards_and_side_files_come_from_the_bucket(
+    bucket: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = override(tiny_config(tmp_path), ["data.folder=" + str(tmp_path / "data")])
+    nano.run(config, str(tmp_path))
+    generate.run(config, str(tmp_path))
+    (tmp_path / "data").rename(bucket / "b" / "data")
+    whole = read_split("gs://b/data", "train")
+    assert len(whole) == 24
+    part = read_split("gs://b/data", "train", (1, 4))
+    assert isinstance(part, FolderBoards) and sorted(part.known) == list(range(1, 24, 4))
+    assert list(part) == list(whole) and part[3:5] == [whole[3], whole[4]]
+
+    # A stage folder in the bucket: side files copied there, weights from the local base.
+    loaded = loading.load("{model}", config, "gs://b/run")
+    options = {"lora_config": config.grounding.lora, "is_complete": True, "metric": "m"}
+    loading.write_source(
+        epath.Path("gs://b/run/grounding"), loaded, weights=config.model.path, **options
+    )
+    saver = checkpoint.open_checkpointer("gs://b/run/grounding/checkpoints", keep_last=1)
+    checkpoint.save(saver, 1, {"params": {"params": loaded.params}}, {}, {})
+    checkpoint.close(saver)
+    again = loading.load("{workdir}/grounding", config, "gs://b/run")
+    assert again.processor.eos_ids == loaded.processor.eos_ids
+    assert again.model.config == loaded.model.config
+    with pytest.raises(ValueError, match=r"gs://b/base: got a remote folder of weights, want a lo"):
+        (tmp_path / "init").rename(bucket / "b" / "base")
+        loading.load("gs://b/base", config, "gs://b/run")

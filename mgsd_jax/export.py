@@ -8,7 +8,7 @@ import jax
 from absl import logging
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import loading
+from mgsd_jax import loading, paths
 from mgsd_jax.config import Config
 from mgsd_jax.model import files, hf, lora
 from mgsd_jax.model.config import ModelConfig
@@ -47,7 +47,7 @@ def run(config: Config, workdir: str) -> None:
     """
     settings = config.export
     loaded = loading.load(settings.source, config, workdir)
-    folder = Path(config_lib.resolve(settings.folder, config, workdir))
+    folder = paths.local(config_lib.resolve(settings.folder, config, workdir), "export.folder")
     record = {"source": config_lib.resolve(settings.source, config, workdir)}
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text()) == record:
         shutil.rmtree(folder)

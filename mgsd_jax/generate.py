@@ -10,17 +10,17 @@ import importlib.metadata
 import inspect
 import io
 import json
-import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tqdm
 from absl import logging
+from etils import epath
 from PIL import Image
 
 from mgsd_jax import config as config_lib
+from mgsd_jax import paths
 from mgsd_jax.config import Config, DataConfig
 from mgsd_jax.data.boards import MANIFEST, Group, board_paths, content_hash, read_json
 from mgsd_jax.envs import ENVS
@@ -40,9 +40,9 @@ def run(config: Config, workdir: str) -> None:
     of other settings (naming them) or other files, and where a level has too few boards.
     """
     data = config.data
-    root = pathlib.Path(config_lib.resolve(data.folder, config, workdir))
+    root = epath.Path(config_lib.resolve(data.folder, config, workdir))
     folders = [config_lib.resolve(folder, config, workdir) for folder in data.exclude]
-    keys = [(pathlib.Path(folder).name, benchmark_keys([folder])) for folder in folders]
+    keys = [(epath.Path(folder).name, benchmark_keys([folder])) for folder in folders]
     exclude = frozenset[str]().union(*(of_folder for _, of_folder in keys))
     settings = make_settings(data, config.seed, [(n, len(k)) for n, k in keys], exclude)
     if is_complete(root, settings):
@@ -61,7 +61,7 @@ def run(config: Config, workdir: str) -> None:
         for split in SPLITS
     }
     root.mkdir(parents=True, exist_ok=True)
-    _write(root / SETTINGS, _to_json(settings))
+    paths.write_whole(root / SETTINGS, _to_json(settings))
     groups: list[Group] = []
     for split in SPLITS:
         groups += write_split(
@@ -110,7 +110,7 @@ def _options(generate: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def is_complete(root: pathlib.Path, settings: Mapping[str, Any]) -> bool:
+def is_complete(root: epath.Path, settings: Mapping[str, Any]) -> bool:
     """Whether `root` holds all boards of these settings, rather than some or none.
 
     Raises ValueError where it holds anything else.
@@ -148,7 +148,7 @@ def _differences(held: Any, want: Any, name: str = "") -> list[str]:
 
 
 def write_split(
-    root: str | pathlib.Path,
+    root: epath.PathLike,
     split: Split,
     boards: Mapping[LevelKey, Sequence[Any]],
     *,
@@ -169,16 +169,16 @@ def write_split(
                 continue
             name = f"{split}/{FOLDERS[task]}/level{level}"
             for kind in ("text", "image"):
-                (pathlib.Path(root) / name / kind).mkdir(parents=True, exist_ok=True)
+                (epath.Path(root) / name / kind).mkdir(parents=True, exist_ok=True)
             group: Group = {"folder": name, "split": split, "task": task, "level": level}
             group |= {"count": len(states), "text": [], "image": []}
             for index, state in enumerate(states):
                 text = ENVS[task].to_text(state, split=split, index=index, seed=seed).encode()
-                text_path, picture_path = board_paths(pathlib.Path(root) / name, index)
+                text_path, picture_path = board_paths(epath.Path(root) / name, index)
                 picture = _png(ENVS[task].render(state, picture_size(level)))
                 for path, content in ((text_path, text), (picture_path, picture)):
                     if not (path.is_file() and path.read_bytes() == content):
-                        _write(path, content)
+                        paths.write_whole(path, content, sync=False)
                 group["text"].append(content_hash(text))
                 group["image"].append(content_hash(picture))
                 progress.update()
@@ -187,11 +187,11 @@ def write_split(
 
 
 def write_manifest(
-    root: str | pathlib.Path, settings: Mapping[str, Any], groups: Sequence[Group]
+    root: epath.PathLike, settings: Mapping[str, Any], groups: Sequence[Group]
 ) -> None:
     """Writes the manifest, which marks the folder as complete."""
     manifest = {"version": _version(), "settings": settings, "groups": list(groups)}
-    _write(pathlib.Path(root) / MANIFEST, _to_json(manifest))
+    paths.write_whole(epath.Path(root) / MANIFEST, _to_json(manifest))
 
 
 def _version() -> str | None:
@@ -210,10 +210,3 @@ def _png(picture: Any) -> bytes:
 
 def _to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """Writes such that a reader, or a kill, sees no part of a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mgsd_jax import config as config_lib
+from mgsd_jax import paths, tree
 from mgsd_jax import prompts as prompts_lib
-from mgsd_jax import tree
 from mgsd_jax.batch import Pictures
 from mgsd_jax.config import Config, NanoConfig
 from mgsd_jax.data import batching, sources
@@ -70,7 +70,7 @@ def run(config: Config, workdir: str) -> None:
     """Writes the nano folder named by `config.nano.folder`; the weights come from `config.seed`."""
     if config.nano is None:
         raise ValueError("config.nano: got None, want the shape of the model to write")
-    folder = pathlib.Path(config_lib.resolve(config.nano.folder, config, workdir))
+    folder = paths.local(config_lib.resolve(config.nano.folder, config, workdir), "nano.folder")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(folder, config.nano)
     written = hf_config(config.nano, tokenizer)

@@ -23,8 +23,18 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path) if is_remote(path) else epath.Path(pathlib.Path(path).resolve())
 
 
-def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file such that a reader, or a kill, sees the old or the new one whole."""
+def local(path: epath.PathLike, name: str) -> pathlib.Path:
+    """The path, which has to be local; ValueError with the `name` of what it is else."""
+    if is_remote(path):
+        raise ValueError(f"{name}: got {os.fspath(path)}, want a local folder; copy it there after")
+    return pathlib.Path(path)
+
+
+def write_whole(path: epath.PathLike, content: str | bytes, *, sync: bool = True) -> None:
+    """Writes a file such that a reader, or a kill, sees the old or the new one whole.
+
+    Without `sync`, which takes milliseconds, a machine that loses power may lose the file.
+    """
     content = content.encode() if isinstance(content, str) else content
     if is_remote(path):
         epath.Path(path).write_bytes(content)
@@ -33,7 +43,8 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 

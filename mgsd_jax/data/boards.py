@@ -10,9 +10,8 @@ import hashlib
 import io
 import itertools
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, overload
 
 from etils import epath
 from PIL import Image, UnidentifiedImageError
@@ -21,7 +20,6 @@ from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.splits import Split
 
 MANIFEST = "manifest.json"
-AnyPath = TypeVar("AnyPath", pathlib.Path, epath.Path)
 Group = dict[str, Any]  # one folder of boards in the manifest
 _RESTORE = f"to restore it, delete {MANIFEST} and run --stage=generate again"
 _READERS = 16  # files read at once: of a remote folder each takes tens of milliseconds
@@ -135,7 +133,7 @@ def _decode(path: epath.Path, content: bytes) -> None:
         raise ValueError(f"{path}: got an unreadable picture ({error}), want a PNG") from None
 
 
-def board_paths(folder: AnyPath, index: int) -> tuple[AnyPath, AnyPath]:
+def board_paths(folder: epath.Path, index: int) -> tuple[epath.Path, epath.Path]:
     return folder / "text" / f"{index:04d}.txt", folder / "image" / f"{index:04d}.png"
 
 
@@ -143,7 +141,7 @@ def content_hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def read_json(path: pathlib.Path | epath.Path) -> Any:
+def read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

@@ -6,18 +6,29 @@ from collections.abc import Mapping, Sequence
 
 from absl import logging
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
-from mgsd_jax.report import boards, page
+from mgsd_jax.report import boards, compare, compare_page, page
 from mgsd_jax.report.inputs import STAGES, PathLike, read_evaluation, read_stage
 
 
 def run(config: Config, workdir: str) -> None:
-    """Writes `{workdir}/report/index.html` from the evaluation and the stages in `workdir`."""
+    """Writes `{workdir}/report/index.html` from the evaluation and the stages in `workdir`.
+
+    With `report.runs` it writes `{workdir}/report/comparison.html` of these runs instead.
+    """
     root = pathlib.Path(workdir)
+    if config.report.runs:
+        folders = [config_lib.resolve(folder, config, workdir) for folder in config.report.runs]
+        path = build_comparison(
+            folders, root / "report" / "comparison.html", model=config.report.model
+        )
+        logging.info("%s: written", path)
+        return
     models = ", ".join(f"{name} = {source}" for name, source in config.evaluate.models)
     stages = ("generate", *STAGES, "evaluate", "report")
     path = build_report(
-        root / "evaluate",
+        config_lib.resolve(config.evaluate.folder, config, workdir),
         {name: root / name for name in STAGES},
         root / "report" / "index.html",
         title=f"Planning from pictures: {root.name}",
@@ -62,6 +73,33 @@ def build_report(
     out.with_suffix(".md").write_text(
         page.markdown(title, summary, stages, commands), encoding="utf-8"
     )
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    return out
+
+
+def build_comparison(
+    folders: Sequence[str], out_path: PathLike, *, model: str = ""
+) -> pathlib.Path:
+    """Write the page that compares runs with its .md and .json twins, and return its path.
+
+    `folders` are workdirs or evaluation folders; `model` stands for each run, by default its last
+    one. Raises ValueError naming the folder where a run has no results.
+    """
+    out = pathlib.Path(out_path)
+    comparison = compare.compare(folders, model)
+    title = f"Comparison of {' and '.join(comparison.results)}"
+    commands = (
+        f"python -m mgsd_jax.main --stage=report --config=... --workdir=... "
+        f"--set report.runs={','.join(folders)}",
+    )
+    html = compare_page.page(title, comparison, commands)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html, encoding="utf-8")
+    out.with_suffix(".md").write_text(
+        compare_page.markdown(title, comparison, commands), encoding="utf-8"
+    )
+    record = compare_page.as_json(title, comparison, commands)
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return out

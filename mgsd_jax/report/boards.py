@@ -79,19 +79,25 @@ def _spread(picks: Sequence[Pick], count: int) -> list[Pick]:
     return [picks[int((i + 0.5) * len(picks) / count)] for i in range(count)]
 
 
-def card(pick: Pick, number: int) -> str:
-    """Return one board as HTML: a shortest route, then the route of every model beside it."""
+def card(pick: Pick, number: int, why: str = "") -> str:
+    """Return one board as HTML: a shortest route, then the route of every model beside it.
+
+    `why` it is shown follows from its kind unless it is given.
+    """
     task, level, index = pick.board
     env = ENVS[task]
     source = f"{task}, level {level}, index {index}"
     state = env.from_text(next(iter(pick.rows.values()))["task_text"], source=source)
     first, last = map(model_label, pick.compared)
-    why = {
-        "fixed": f"{first} fails, {last} solves it",
-        "broken": f"{first} solves it, {last} fails",
-        "failed": f"{last} fails" if first == last else f"{first} and {last} both fail",
-        "solved": f"{last} solves it" if first == last else f"{first} and {last} both solve it",
-    }[pick.kind]
+    why = (
+        why
+        or {
+            "fixed": f"{first} fails, {last} solves it",
+            "broken": f"{first} solves it, {last} fails",
+            "failed": f"{last} fails" if first == last else f"{first} and {last} both fail",
+            "solved": f"{last} solves it" if first == last else f"{first} and {last} both solve it",
+        }[pick.kind]
+    )
     picture = png_uri(env.render(state, SIDE))
     image = f'<image id="board{number}" width="{SIDE}" height="{SIDE}" href="{picture}"/>'
     shortest = env.shortest_plan(state)

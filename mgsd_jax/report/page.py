@@ -57,7 +57,7 @@ _CURVE_NOTE = (
     "number the last value.</p>"
 )
 _NO_PLANS = "No model was asked for a plan in this evaluation."
-_OPEN_FOR_PRINT = (
+OPEN_FOR_PRINT = (
     "addEventListener('beforeprint',()=>document.querySelectorAll('main>section>details')"
     ".forEach(d=>d.open=true))"
 )
@@ -128,7 +128,7 @@ def page(
         f'<p class="key">Solved boards, mean over tasks and levels, with 95 % intervals. '
         f"&gt; and &lt;: the paired 95 % interval of the difference leaves out 0; ≈: it does not."
         f'</p><nav aria-label="Sections">{links}</nav></header><main>{body}</main>'
-        f"<script>{_OPEN_FOR_PRINT}</script></body></html>\n"
+        f"<script>{OPEN_FOR_PRINT}</script></body></html>\n"
     )
 
 

@@ -15,13 +15,20 @@ from mgsd_jax.report.words import DASH, ERRORS, MODES, TASKS, interval, model_la
 from mgsd_jax.summary import MODELS, Measure
 
 _BINS = 150  # points drawn of a curve
-_OTHER_COLOURS = 3
+_OTHER_COLOURS = 6
 _SHAPES = {
     "base": '<circle r="5.5"/>',
     "grounded": '<rect x="-5" y="-5" width="10" height="10"/>',
     "distilled": '<path d="M0-7.5 7.5 0 0 7.5-7.5 0Z"/>',
 }
-_OTHER_SHAPE = '<path d="M0-7 6.5 5-6.5 5Z"/>'
+_OTHER_SHAPES = (
+    '<path d="M0-7 6.5 5-6.5 5Z"/>',
+    '<circle r="5.5"/>',
+    '<rect x="-5" y="-5" width="10" height="10"/>',
+    '<path d="M0-7.5 7.5 0 0 7.5-7.5 0Z"/>',
+    '<path d="M0 7 6.5-5-6.5-5Z"/>',
+    '<path d="M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"/>',
+)
 _CROSS = '<path d="M-5-5 5 5M5-5-5 5"/>'
 
 
@@ -37,8 +44,15 @@ def mark(model: str, mode: str, models: Sequence[str]) -> str:
     """Return the mark of a model and mode round (0, 0): filled from the picture, hollow from text,
     a cross from the wrong picture."""
     style = {"picture": "full", "text": "hollow", "blind": "cross"}[mode]
-    shape = _CROSS if mode == "blind" else _SHAPES.get(model, _OTHER_SHAPE)
+    shape = _CROSS if mode == "blind" else _shape(model, models)
     return f'<g class="mark {style}" style="--c:{colour(model, models)}">{shape}</g>'
+
+
+def _shape(model: str, models: Sequence[str]) -> str:
+    if model in _SHAPES:
+        return _SHAPES[model]
+    others = [name for name in models if name not in MODELS]
+    return _OTHER_SHAPES[others.index(model) % len(_OTHER_SHAPES)]
 
 
 def icon(model: str, mode: str, models: Sequence[str]) -> str:
@@ -221,7 +235,7 @@ def curve_plot(curve: Curve) -> str:
         return f'<figure class="panel curve">{head}</figure>'
     bins = bin_curve(curve)
     low, high = min(curve.values), max(curve.values)
-    bottom, top_value = _limits(low, high)
+    bottom, top_value = limits(low, high)
     ticks = nice_ticks(bottom, top_value)
     left, top, width, height = 46, 6, 268, 104
     first, last = curve.steps[0], curve.steps[-1]
@@ -268,8 +282,8 @@ def bin_curve(curve: Curve, count: int = _BINS) -> list[tuple[float, float, floa
     return bins
 
 
-def _limits(low: float, high: float) -> tuple[float, float]:
-    """The y range of a curve: a little air, but no negative side for what is never negative."""
+def limits(low: float, high: float) -> tuple[float, float]:
+    """Return the y range of a curve: a little air, no negative side for what is never negative."""
     air = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
     return (max(0.0, low - air) if low >= 0 else low - air), high + air
 

@@ -8,12 +8,14 @@ _LIGHT = """
 --page:#ffffff;--ink:#1c2128;--muted:#57606a;--line:#d5dbe1;--panel:#f5f7f9;--link:#0b5cad;
 --base:#6a737d;--grounded:#b85c00;--distilled:#0069b4;
 --other0:#007a5a;--other1:#a3417f;--other2:#7a6a00;
+--other3:#0069b4;--other4:#b83a00;--other5:#5a4fb0;
 --good:#00704f;--bad:#b83a00;--bar:#0069b41c;
 """
 _DARK = """
 --page:#12161b;--ink:#e4e8ec;--muted:#9aa5b1;--line:#343c46;--panel:#1b2128;--link:#6db6f2;
 --base:#a3adb8;--grounded:#f0a04b;--distilled:#56b4e9;
 --other0:#35c29a;--other1:#e08cc0;--other2:#d6c64a;
+--other3:#56b4e9;--other4:#ff8a5c;--other5:#b3a8ff;
 --good:#3fcb9f;--bad:#ff8a5c;--bar:#56b4e930;
 """
 _RULES = """
@@ -81,6 +83,7 @@ figure{margin:0;min-width:0}
 .panel figcaption{display:flex;justify-content:space-between;gap:12px;color:var(--ink);
  font-weight:600;overflow-wrap:anywhere}
 .panel figcaption b{font-weight:400;color:var(--muted);white-space:nowrap}
+.over{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}
 .curve{--c:var(--distilled)}.grounding .curve{--c:var(--grounded)}
 .curve polyline{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}
 .curve polygon{fill:var(--c);opacity:.2}

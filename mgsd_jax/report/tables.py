@@ -52,10 +52,10 @@ def overall(summary: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 *_names(model, mode),
-                _cell(part["macro"]),
+                measure_cell(part["macro"]),
                 Cell(percent(part["macro_upstream"])),
-                *(_cell(part[name]) for name in ("optimal", "parsed", "legal", "progress")),
-                _cell(part["truncated"]),
+                *(measure_cell(part[name]) for name in ("optimal", "parsed", "legal", "progress")),
+                measure_cell(part["truncated"]),
                 _lengths(lengths),
                 Cell(str(part["n"])),
             )
@@ -169,7 +169,7 @@ def rule_sets(summary: Mapping[str, Any]) -> Table | None:
         return None
     rows = []
     for model, mode, rules in parts:
-        cells = [_cell(rules[name]["success"]) for name in RULES]
+        cells = [measure_cell(rules[name]["success"]) for name in RULES]
         cells += [Cell(percent(rules["upstream_eval"]["macro_upstream"]))]
         cells += [Cell(str(rules[name]["otherwise"])) for name in RULES if name != "standard"]
         rows.append((*_names(model, mode), *cells))
@@ -332,12 +332,13 @@ def _measured(
         counts = {measure["n"] for measure in measures if measure is not None}
         shared = len(counts) == 1
         heads.append(Cell(name, f"n {counts.pop()}" if shared else ""))
-        cells.append([_cell(measure, count=not shared) for measure in measures])
+        cells.append([measure_cell(measure, count=not shared) for measure in measures])
     rows = [(*label, *row) for label, row in zip(labels, zip(*cells, strict=True), strict=True)]
     return Table(title, tuple(heads), tuple(rows), note, labels=len(head))
 
 
-def _cell(measure: Measure | None, *, count: bool = False) -> Cell:
+def measure_cell(measure: Measure | None, *, count: bool = False) -> Cell:
+    """Return a share with its interval, and its n if `count`; a dash where it was not measured."""
     if measure is None or measure["value"] is None:
         return Cell(DASH)
     detail = interval(measure) + (f", n {measure['n']}" if count else "")

@@ -42,6 +42,7 @@ setup(
             "torch==2.13.0",
             "peft>=0.18",
             "accelerate>=1.0",
+            "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "ruff>=0.14,<0.16",
             "pyright>=1.1.400",
         ],

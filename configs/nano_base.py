@@ -1,11 +1,10 @@
-"""Makes the nano base model, which plans well from text and sees poorly, in two runs.
+"""First run of making the nano base model, which plans well from text and sees poorly.
 
 Command:   bash launch/nano_base.sh WORKDIR
-Hardware:  2 CPU cores, about an hour.
+Hardware:  2 CPU cores, half an hour.
 Expected:  see docs/nano.md.
 
-The first run teaches the decoder to plan from text. The second, short, adds pictures: enough to
-tie them to the words for what they show, too little to see well.
+It teaches the decoder to plan from text. `nano_sight.py` and `nano_finish.py` are the other two.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ _NANO = pathlib.Path(__file__).parent / "nano.py"
 
 
 def get_config() -> c.Config:
-    """The first run; launch/nano_base.sh overrides `grounding` for the second."""
+    """Text plans alone; every other setting is that of the quickstart."""
     nano: c.Config = runpy.run_path(str(_NANO))["get_config"]()
     return dataclasses.replace(
         nano,

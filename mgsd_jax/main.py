@@ -11,6 +11,7 @@ Stages, in the order of a whole run:
   evaluate      answer the test boards with every model of config.evaluate
   export        write a Hugging Face folder that transformers loads
   report        one HTML page: curves, tables, boards with the planned routes
+  preflight     compile every program for a TPU slice that is not here: what fits, how fast
   score         score the rows of --input (JSON lines: rules, task, task_text, response)
 
 Several processes (hosts of a slice, or several on one machine) run one program: on Cloud TPU, GKE
@@ -36,6 +37,7 @@ from mgsd_jax import (
     grounding,
     nano,
     paths,
+    preflight,
     processes,
     report,
     score,
@@ -50,6 +52,7 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
     "evaluate": evaluate.run,
     "export": export.run,
     "report": report.run,
+    "preflight": preflight.run,
 }
 
 # The stages whose processes work together; each process runs the others for itself.

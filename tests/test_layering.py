@@ -15,18 +15,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mgsd_jax"
 
 RANKS = {
-    "main": 8,
+    "main": 9,
+    "preflight": 8,
     **dict.fromkeys(("grounding", "distillation", "export", "generate", "score", "nano"), 7),
     **dict.fromkeys(("evaluate", "report"), 6),
     **dict.fromkeys(("loading", "stage"), 5),
     **dict.fromkeys(("losses", "sampler", "optimizer", "checkpoint", "trainable"), 4),
-    **dict.fromkeys(("rows", "endpoint"), 4),
+    **dict.fromkeys(("rows", "endpoint", "monitor"), 4),
     **dict.fromkeys(("data", "model", "sharding", "fused_head"), 3),
     **dict.fromkeys(("checkpoint_files", "checkpoint_state", "processes"), 3),
     "summary": 3,
     **dict.fromkeys(("prompts", "measures", "token_stats", "guards"), 2),
     **dict.fromkeys(("envs", "metrics"), 1),
-    **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes"), 0),
+    **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes", "chips"), 0),
 }
 HOST_ONLY = ("config", "batch", "envs", "prompts", "data")  # run in loader processes, without jax
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")

@@ -7,14 +7,12 @@ here: they count the body of a loop once and a custom kernel not at all.
 
 import jax
 
+from mgsd_jax.chips import CHIPS
 from mgsd_jax.model.config import ModelConfig
 
-# Dense bfloat16 peak of one device, FLOP/s, by `jax.Device.device_kind`. Source: vendors' sheets.
-PEAK = {
+# Dense bfloat16 peak of one device, FLOP/s, by `jax.Device.device_kind`. Source: makers' sheets.
+PEAK = {kind: chip.flops for kind, chip in CHIPS.items()} | {
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
@@ -38,6 +36,13 @@ def forward_flops(config: ModelConfig, *, tokens: int, patches: int, predicted: 
         merger = merged * (merged + vision.out_hidden_size)
         flops += 2.0 * patches / vision.merge_unit * merger * (1 + config.num_deepstack)
     return flops
+
+
+def decode_flops(config: ModelConfig, *, slots: int) -> float:
+    """FLOPs of one more token of one row, over a cache of S slots that is read in full."""
+    text = config.text
+    attention = 4.0 * slots * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    return forward_flops(config, tokens=1, patches=0, predicted=1) + attention
 
 
 def peak_flops() -> float | None:

@@ -1,0 +1,18 @@
+"""grounding of Qwen3-VL-4B-Instruct.
+
+Command:   python -m mgsd_jax.main --stage=grounding --config=configs/grounding_4b.py --workdir=DIR
+Hardware:  TBD
+Expected:  TBD
+"""
+
+import pathlib
+import runpy
+
+from mgsd_jax import config as c
+
+_SHARED = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen3vl.py")))
+
+
+def get_config() -> c.Config:
+    """The shared recipe at this size."""
+    return _SHARED["recipe"]("4B", ("grounding",))

@@ -1,0 +1,168 @@
+"""Compiles every program of a run for a TPU slice that is not here: does it fit, and how fast?
+
+  python -m mgsd_jax.main --stage=preflight --config=configs/distillation_8b.py --workdir=DIR \
+      --set preflight.topology=v5e:4x4
+
+libtpu compiles for a topology without a TPU. No weights are made or read. `preflight.json` and
+`preflight.md` in the workdir hold the table, written anew after every program.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import sys
+import time
+
+import jax
+from absl import logging
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import sharding
+from mgsd_jax.chips import CHIPS, Chip
+from mgsd_jax.config import Config
+from mgsd_jax.preflight.programs import Program, programs
+from mgsd_jax.preflight.table import Result, render
+
+GIB = 2.0**30
+# How libtpu 0.0.52 says that a program needs more memory than there is, in two wordings.
+_TOO_LARGE = re.compile(
+    r"memory required[^(]*\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+\w hbm"
+)
+_UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
+
+
+def run(config: Config, workdir: str) -> None:
+    """Compiles the programs of `config.preflight.stages`; prints and saves the table.
+
+    Raises ValueError for a topology that libtpu does not know, and where a batch does not split
+    over the mesh. A program that does not fit, or that the compiler fails on, is a row.
+    """
+    jax.config.update("jax_platforms", "cpu")  # leaves the TPU of this machine, if any, alone
+    mesh = slice_mesh(config)
+    chip = find_chip(mesh)
+    if config.preflight.hbm_gib:
+        chip = dataclasses.replace(chip, hbm_gib=config.preflight.hbm_gib)
+    check_batches(config, mesh)
+
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = f"python -m mgsd_jax.main {shlex.join(sys.argv[1:])}"
+    results = _earlier(folder / "preflight.json", config)
+    for program in programs(config, mesh):
+        if config.preflight.only and program.name not in config.preflight.only:
+            continue
+        logging.info("preflight: compiles %s", program.name)
+        results[program.name] = result = compile_program(program, chip)
+        logging.info("preflight: %s: %s", program.name, result.verdict(chip))
+        order = [p for p in _names(config) if p in results]
+        results = {name: results[name] for name in order}
+        content = {
+            "config": config_lib.to_dict(config),
+            "chip": dataclasses.asdict(chip),
+            "mesh": dict(mesh.shape),
+            "libtpu": importlib.metadata.version("libtpu"),
+            "results": {name: dataclasses.asdict(result) for name, result in results.items()},
+        }
+        (folder / "preflight.json").write_text(json.dumps(content, indent=1) + "\n")
+        text = render(config, mesh, chip, list(results.values()), command)
+        (folder / "preflight.md").write_text(text)
+    print((folder / "preflight.md").read_text())
+
+
+def _names(config: Config) -> list[str]:
+    update, rollout = ["update"], ["layout", "prefill", "decode"]
+    parts = {"grounding": update, "distillation": rollout + update, "evaluate": rollout}
+    return [f"{stage}/{part}" for stage in config.preflight.stages for part in parts[stage]]
+
+
+def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
+    """What an earlier run with the same configuration, but for `only`, has found out."""
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text())
+    mine = config_lib.to_dict(config)
+    for values in (mine, found["config"]):
+        values["preflight"].pop("only")
+    if found["config"] != mine or found["libtpu"] != importlib.metadata.version("libtpu"):
+        return {}
+    return {name: Result(**values) for name, values in found["results"].items()}
+
+
+def slice_mesh(config: Config) -> Mesh:
+    """The mesh of `config.mesh` over the chips of `config.preflight.topology`."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("preflight: got no package libtpu, want it: pip install libtpu")
+    # libtpu would ask a cloud's server what machine this is, and would run in one process alone.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name = config.preflight.topology
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ValueError(
+            f"preflight.topology: got {name!r}, want a name such as v5e:4x4, v6e:2x4, v5p:2x2x2 "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    sizes = dataclasses.asdict(config.mesh)
+    return sharding.make_mesh(**sizes, devices=topology.devices)
+
+
+def find_chip(mesh: Mesh) -> Chip:
+    """What is known of the chips of a mesh; raises ValueError for a kind that is not in CHIPS."""
+    kind = mesh.devices.flat[0].device_kind
+    if kind not in CHIPS:
+        raise ValueError(f"preflight.topology: got chips {kind!r}, want one of {sorted(CHIPS)}")
+    return CHIPS[kind]
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError where a training batch, or a microbatch of it, does not split."""
+    for stage in config.preflight.stages:
+        if stage == "grounding":
+            rows, parts = config.grounding.batch_size, config.grounding.microbatches
+        elif stage == "distillation":
+            settings = config.distillation
+            rows, parts = settings.batch_size * settings.rollouts, settings.microbatches
+        else:
+            continue
+        sharding.check_batch(mesh, f"{stage}.batch_size", rows, parts)
+
+
+def compile_program(program: Program, chip: Chip) -> Result:
+    """What the compiler says of a program; a failure of it is a result too."""
+    started = time.perf_counter()
+    sizes: dict[str, float] = {}
+    error = None
+    try:
+        memory = program.lower().compile().memory_analysis()
+        assert memory is not None
+        sizes = {
+            "arguments": memory.argument_size_in_bytes / GIB,
+            "temporaries": memory.temp_size_in_bytes / GIB,
+            "host": memory.host_temp_size_in_bytes / GIB,
+            "peak": memory.peak_memory_in_bytes / GIB,
+        }
+    except jax.errors.JaxRuntimeError as problem:
+        found = _TOO_LARGE.search(str(problem))
+        if found is None:
+            error = str(problem).splitlines()[0]
+        else:
+            number, unit = [group for group in found.groups() if group is not None]
+            sizes = {"peak": float(number) * _UNITS[unit]}
+    return Result(
+        name=program.name,
+        compile_seconds=time.perf_counter() - started,
+        resident=program.resident / GIB,
+        flops=program.work.flops,
+        seconds=program.work.seconds(chip),
+        tokens=program.work.tokens,
+        error=error,
+        **sizes,
+    )

@@ -1,0 +1,242 @@
+"""Every program of a run, to be lowered from abstract arguments: shapes and layouts, no weights.
+
+They are the programs that the stages call, made by the same functions, not copies of them. Shapes
+are the largest that the config allows: its longest buckets, full batches, one picture a prompt.
+Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch channels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import distillation, grounding, optimizer, sampler, sharding, trainable, tree
+from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.config import Config, LoraConfig, OptimConfig, SamplingConfig
+from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.distillation import DistillationBatch
+from mgsd_jax.model import table
+from mgsd_jax.model.attention import kernel_for
+from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.model.released import find_config
+from mgsd_jax.preflight import roofline
+from mgsd_jax.preflight.roofline import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function of a stage."""
+
+    name: str  # 'distillation/update'
+    lower: Callable[[], jax.stages.Lowered]
+    resident: int  # bytes a chip of arrays that are held meanwhile, but are no arguments of it
+    work: Work
+
+
+def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
+    """The programs of `config.preflight.stages`, in the order in which a run comes to them."""
+    make = {"grounding": _grounding, "distillation": _distillation, "evaluate": _evaluate}
+    for stage in config.preflight.stages:
+        for program in make[stage](config, mesh):
+            yield dataclasses.replace(program, name=f"{stage}/{program.name}")
+
+
+def bytes_a_chip(values: Any) -> int:
+    """What the shards of abstract arrays take on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(values)
+    )
+
+
+def make_model(config: Config, path: str, mesh: Mesh) -> Qwen3VL:
+    """The model of `path` as `loading.load` would make it; what a stage leaves has its base's."""
+    path = config.model.path if "{workdir}" in path else config_lib.resolve(path, config, "")
+    return Qwen3VL(
+        find_config(path),
+        dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        kernel=kernel_for(mesh),
+    )
+
+
+# ----------------------------------------------------------------------------------------- stages
+
+
+def _grounding(config: Config, mesh: Mesh) -> Iterator[Program]:
+    settings = config.grounding
+    model = make_model(config, settings.student, mesh)
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+    state, frozen = _state(config, model, settings.optim, settings.lora, tx)
+    rows, length = settings.batch_size, config.data.sequence_buckets[-1]
+    inputs = _inputs(config, model, rows, length, has_picture=True)
+    batch = GroundingBatch(
+        inputs,
+        targets=_array((rows, length), jnp.int32),
+        loss_mask=_array((rows, length), jnp.float32),
+    )
+    update, _ = grounding.make_update(model, settings, tx)
+    work = roofline.update_work(
+        config, mesh, state.params, [(model, length, length, True)], rows, settings.microbatches
+    )
+    yield Program("update", lambda: update.lower(state, frozen, _placed(batch, mesh)), 0, work)
+
+
+def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
+    settings = config.distillation
+    student = make_model(config, settings.student, mesh)
+    teacher = make_model(config, settings.teacher, mesh)
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+    state, frozen = _state(config, student, settings.optim, settings.lora, tx)
+    teacher_params = _read_only(_params(config, teacher), teacher)
+    held = (state, frozen, teacher_params)
+    variables = tree.combine(state.params, frozen)
+
+    rows, width = settings.batch_size * settings.rollouts, settings.sampling.max_new_tokens
+    yield from _rollout(config, student, variables, rows, settings.sampling, held)
+    prompt, context = config.data.prompt_buckets[-1], config.data.teacher_buckets[-1]
+    batch = DistillationBatch(
+        student=_inputs(config, student, rows, prompt, has_picture=True),
+        teacher=_inputs(config, teacher, rows, context, has_picture=False),
+        tokens=_array((rows, width), jnp.int32),
+        mask=_array((rows, width), jnp.bool_),
+    )
+    banned = (student.config.image_token_id, student.config.video_token_id)
+    update = distillation.make_update(student, teacher, settings, tx, banned)
+    work = roofline.update_work(
+        config,
+        mesh,
+        state.params,
+        [(student, prompt + width, width, True), (teacher, context + width, width, False)],
+        rows,
+        settings.microbatches,
+    )
+    yield Program("update", lambda: update.lower(*held, _placed(batch, mesh)), 0, work)
+
+
+def _evaluate(config: Config, mesh: Mesh) -> Iterator[Program]:
+    settings = config.evaluate
+    model = make_model(config, settings.models[0][1], mesh)
+    variables = {"params": _params(config, model)}
+    rows = settings.batch_size
+    yield from _rollout(config, model, variables, rows, settings.sampling, variables)
+
+
+def _rollout(
+    config: Config,
+    model: Qwen3VL,
+    variables: Any,
+    rows: int,
+    sampling: SamplingConfig,
+    held: Any,
+) -> Iterator[Program]:
+    """The change of layout, the prefill and the decode loop, while `held` stays where it is."""
+    mesh = model.mesh
+    assert mesh is not None
+    lay_out = sharding.make_layout(mesh, model.dtype)
+    laid_out = jax.eval_shape(lay_out, variables)
+    laid_out = sharding.abstract(
+        laid_out, sharding.param_shardings(laid_out, mesh, sharding.ROLLOUT_RULES)
+    )
+    length, slots = config.data.prompt_buckets[-1], sampling.max_new_tokens
+    inputs = _placed(_inputs(config, model, rows, length, has_picture=True), mesh)
+    # How many ids end a row shapes the program, which ones does not.
+    lower = sampler.programs(
+        model,
+        sampler.Sampling(**config_lib.to_dict(sampling)),
+        eos_ids=(0, 1),
+        banned_ids=(model.config.image_token_id, model.config.video_token_id),
+        pad_id=0,
+        arguments=(
+            laid_out,
+            inputs,
+            _key(mesh),
+            _placed(_array((rows,), jnp.int32), mesh),
+        ),
+    )
+    kept = bytes_a_chip(held)
+    yield Program(
+        "layout",
+        lambda: lay_out.lower(variables),
+        kept - bytes_a_chip(variables),
+        roofline.layout_work(variables, laid_out),
+    )
+    works = roofline.rollout_works(model, laid_out, rows, length, slots, _patches(config))
+    for name in ("prefill", "decode"):
+        yield Program(name, lower[name], kept, works[name])
+
+
+# --------------------------------------------------------------------------------------- arguments
+
+
+def _params(config: Config, model: Qwen3VL) -> Any:
+    params = table.abstract_params(model.config, config.model.param_dtype)
+    return sharding.abstract(params, sharding.param_shardings(params, _mesh(model)))
+
+
+def _read_only(params: Any, model: Qwen3VL) -> Any:
+    """Parameters that do not learn: in the dtype that the model computes in."""
+    shapes = jax.eval_shape(lambda p: sharding.cast(p, model.dtype), params)
+    return sharding.abstract(shapes, sharding.state_shardings(shapes, _mesh(model)))
+
+
+def _state(
+    config: Config, model: Qwen3VL, optim: OptimConfig, lora: LoraConfig, tx: Any
+) -> tuple[optimizer.TrainState, Any]:
+    """The train state and the frozen part of the variables."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trained, frozen = jax.eval_shape(
+        lambda params, key: trainable.split(params, optim, lora, key), _params(config, model), key
+    )
+    state = jax.eval_shape(lambda trained: optimizer.init(trained, tx), trained)
+    state = sharding.abstract(state, sharding.state_shardings(state, _mesh(model)))
+    return state, _read_only(frozen, model)
+
+
+def _inputs(config: Config, model: Qwen3VL, rows: int, length: int, *, has_picture: bool) -> Inputs:
+    shape, vision = (rows, length), model.config.vision
+    lead = (rows, 1, _patches(config))
+    pictures = Pictures(
+        patches=_array((*lead, vision.patch_channels), jnp.float32),
+        valid=_array(lead, jnp.bool_),
+        interp_index=_array((*lead, 4), jnp.int32),
+        interp_weight=_array((*lead, 4), jnp.float32),
+        coords=_array((*lead, 2), jnp.int32),
+        slots=_array(shape, jnp.int32),
+    )
+    return Inputs(
+        tokens=_array(shape, jnp.int32),
+        positions=_array((3, *shape), jnp.int32),
+        valid=_array(shape, jnp.bool_),
+        next_position=_array((rows,), jnp.int32),
+        pictures=pictures if has_picture else None,
+    )
+
+
+def _patches(config: Config) -> int:
+    return config.data.patch_buckets[-1]
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _placed(batch: Any, mesh: Mesh) -> Any:
+    """Abstract batches, laid out as `sharding.to_global` lays them."""
+    return sharding.abstract(batch, sharding.batch_shardings(batch, mesh))
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
+
+
+def _mesh(model: Qwen3VL) -> Mesh:
+    assert model.mesh is not None
+    return model.mesh

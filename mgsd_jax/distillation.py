@@ -20,6 +20,7 @@ from mgsd_jax import (
     guards,
     loading,
     losses,
+    monitor,
     optimizer,
     processes,
     sampler,
@@ -169,7 +170,7 @@ def run(config: Config, workdir: str) -> None:
     settings = config.distillation
     folder = epath.Path(workdir) / "distillation"
     training = stage.boards(config, workdir, "train")
-    held_out = evaluate.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
+    held_out = monitor.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
     stage.claim(folder, config, ("model", "data", "distillation", "seed"))
     mesh = sharding.open_mesh(config.mesh)
     prompts_a_step = settings.batch_size * settings.rollouts
@@ -245,10 +246,10 @@ def run(config: Config, workdir: str) -> None:
             started = time.perf_counter()
             state, measured, stats = update(state, frozen, teacher_params, batch)
             # The host scores the rollouts while the device works on the update.
-            responses = evaluate.decode_rows(student.processor, tokens, mask)
-            measured |= evaluate.rollout_metrics(prompts.boards, responses, truncated, mask)
+            responses = monitor.decode_rows(student.processor, tokens, mask)
+            measured |= monitor.rollout_metrics(prompts.boards, responses, truncated, mask)
             stats = sharding.to_local(stats)
-            measured |= evaluate.token_metrics(student.processor, tokens, mask, stats)
+            measured |= monitor.token_metrics(student.processor, tokens, mask, stats)
             measured |= guards.rollout_measures(
                 tokens, mask, logprobs, stats.student_logprob, settings.sampling
             )
@@ -263,5 +264,5 @@ def run(config: Config, workdir: str) -> None:
             if stage.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
                     rows = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
-                    measured |= evaluate.validation_metrics(rows)
+                    measured |= monitor.validation_metrics(rows)
             session.finish_step(step + 1, state, measured)

@@ -8,7 +8,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mgsd_jax import axes, endpoint, loading, metrics, sharding, stage, summary
+from mgsd_jax import axes, endpoint, loading, metrics, paths, processes, sharding, stage, summary
 from mgsd_jax import config as config_lib
 from mgsd_jax import prompts as prompts_lib
 from mgsd_jax import rows as rows_lib
@@ -26,15 +25,14 @@ from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Benchmark, Config, DataConfig, EvaluateConfig, Mode
 from mgsd_jax.data import batching, testsets
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.processor import Encoded, Processor, decode, encode
+from mgsd_jax.data.processor import Encoded, encode
 from mgsd_jax.data.sources import Encoder
-from mgsd_jax.envs import ENVS, facts, rules
-from mgsd_jax.metrics import Mean
+from mgsd_jax.envs import ENVS
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.monitor import decode_rows
 from mgsd_jax.prompts import Message, Prompts
 from mgsd_jax.rows import Row, score_row
 from mgsd_jax.sampler import Sampling, make_rollout
-from mgsd_jax.token_stats import TokenStats
 
 Answerer = Callable[..., list[Row]]
 # (mode, attempt, places in the list of boards) -> batches of rows without a model name
@@ -163,108 +161,6 @@ def misleading(boards: Sequence[Board]) -> list[Board]:
     return others
 
 
-def decode_rows(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """The text of each response [B, R], up to and without its end token."""
-    return [decode(processor, row[m > 0]) for row, m in zip(tokens, mask, strict=True)]
-
-
-def rollout_metrics(
-    boards: Sequence[Board], responses: Sequence[str], truncated: np.ndarray, mask: np.ndarray
-) -> dict[str, Mean]:
-    """Parsed, legal, success, optimal overall and by task; response length; truncated share."""
-    sums: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
-    for board, response in zip(boards, responses, strict=True):
-        outcome = rules.judge(board.state, board.task, response)
-        for name in ("parsed", "legal", "success", "optimal"):
-            one = Mean(float(getattr(outcome, name)), 1.0)
-            sums[f"rollout/{name}"] += one
-            sums[f"rollout/{name}/{board.task}"] += one
-        stated = facts.read_facts(board.task, response)
-        exact = stated == ENVS[board.task].facts(board.state)
-        sums["rollout/state_exact"] += Mean(float(exact), 1.0)
-    sums["rollout/length"] = Mean(float(mask.sum()), float(len(boards)))
-    sums["rollout/truncated"] = Mean(float(np.sum(truncated)), float(len(boards)))
-    return dict(sums)
-
-
-def token_metrics(
-    processor: Processor, tokens: np.ndarray, mask: np.ndarray, stats: TokenStats
-) -> dict[str, Mean]:
-    """KL and agreement with the teacher by token group and by response position, and entropies.
-
-    Agreement is the share of tokens at which both would take the same one next.
-    """
-    kl, agree, valid = np.asarray(stats.kl), np.asarray(stats.top1_agree), mask > 0
-    count = float(valid.sum())
-    groups = segments(processor, tokens, valid)
-    measured: dict[str, Mean] = {}
-
-    def add(name: str, position: str, inside: np.ndarray) -> None:
-        weight = float(inside.sum())
-        measured[f"kl{name}/{position}"] = Mean(float(kl[inside].sum()), weight)
-        measured[f"agree{name}/{position}"] = Mean(float(agree[inside].sum()), weight)
-
-    for i, group in enumerate(prompts_lib.SEGMENTS):
-        add("", group, groups == i)
-    position = np.broadcast_to(np.arange(kl.shape[1]), kl.shape)
-    for low, high in ((0, 4), (4, 16), (16, 64), (64, 256), (256, 1 << 30)):
-        inside = valid & (position >= low) & (position < high)
-        add("_pos", f"{low}-{high - 1}" if high < 1 << 30 else f"{low}-", inside)
-    for name, values in (
-        ("student_entropy", stats.student_entropy),
-        ("teacher_entropy", stats.teacher_entropy),
-        ("teacher_agreement", stats.top1_agree),
-        ("kl_cap_share", stats.clipped),
-    ):
-        measured[name] = Mean(float(np.asarray(values)[valid].sum()), count)
-    return measured
-
-
-def segments(processor: Processor, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """The index in `prompts.SEGMENTS` of every response token [B, R], -1 where not valid.
-
-    A token belongs to where its first character stands in the decoded response.
-    """
-    groups = np.full(tokens.shape, -1, np.int32)
-    names = prompts_lib.SEGMENTS
-    for b, row in enumerate(tokens):
-        length = int(valid[b].sum())
-        pieces = [decode(processor, [token]) for token in row[:length]]
-        starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:length]
-        groups[b, :length] = names.index("format")
-        for start, end, name in prompts_lib.segment_spans("".join(pieces)):
-            inside = (starts >= start) & (starts < end)
-            groups[b, :length][inside] = names.index(name)
-        # An end token has no text of its own: it is format wherever it stands.
-        empty = np.array([not piece for piece in pieces], bool)
-        groups[b, :length][empty] = names.index("format")
-    return groups
-
-
-def validation_metrics(rows: Sequence[Row]) -> dict[str, Mean]:
-    """Success and exact states over the validation boards, each task and level weighing alike."""
-    cells: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        cells[row["task"], row["level"]].append(row)
-    success = [np.mean([row["outcome"]["success"] for row in cell]) for cell in cells.values()]
-    exact = [np.mean([row["state_exact"] for row in cell]) for cell in cells.values()]
-    return {
-        "val/success": Mean(float(np.mean(success)), 1.0),
-        "val/state_exact": Mean(float(np.mean(exact)), 1.0),
-    }
-
-
-def spread(boards: Sequence[Board], count: int) -> list[Board]:
-    """The first `count` boards, taken from every task and level in turn."""
-    cells: dict[tuple[str, int], list[Board]] = collections.defaultdict(list)
-    for i in range(min(len(boards), 1 << 14)):
-        cells[boards[i].task, boards[i].level].append(boards[i])
-    chosen: list[Board] = []
-    for turn in range(max((len(cell) for cell in cells.values()), default=0)):
-        chosen += [cell[turn] for cell in cells.values() if turn < len(cell)]
-    return chosen[:count]
-
-
 def run(config: Config, workdir: str) -> None:
     """Answers the test boards with every model; writes rows.jsonl and summary.json.
 
@@ -282,29 +178,29 @@ def run(config: Config, workdir: str) -> None:
         rows_lib.mend(folder)
     there = rows_lib.read_rows(folder)
     answered = {rows_lib.key_of(row) for row in there if "error" not in row}
-    jobs: dict[tuple[str, Mode, int], list[int]] = {
-        (name, mode, attempt): [
-            i
-            for i, board in enumerate(boards)
-            if (name, mode, board.task, board.level, board.index, attempt) not in answered
-        ]
+    jobs = [
+        (
+            name,
+            mode,
+            attempt,
+            [i for i, b in enumerate(boards) if _key(name, mode, b, attempt) not in answered],
+        )
         for name, _ in models
         for mode in settings.modes
         for attempt in range(settings.tries)
         if name == settings.reference or mode not in settings.reference_only
-    }
-    progress = metrics.open_progress(len(jobs) * len(boards), is_main=is_main, every=1)
-    done = len(jobs) * len(boards) - sum(map(len, jobs.values()))
+    ]
+    # The other processes may not see the files of the first one.
+    jobs = processes.gather(jobs)[0]
+    total = len(jobs) * len(boards)
+    done = total - sum(len(places) for *_, places in jobs)
+    progress = metrics.open_progress(total, is_main=is_main, every=1)
     for name, source in models:
-        todo: dict[tuple[Mode, int], list[int]] = {
-            (mode, attempt): places
-            for (who, mode, attempt), places in jobs.items()
-            if who == name and places
-        }
+        todo = [job[1:] for job in jobs if job[0] == name and job[-1]]
         if not todo:
             continue
         asker = make_asker(source)
-        for (mode, attempt), places in todo.items():
+        for mode, attempt, places in todo:
             started = time.perf_counter()
             for rows in asker(mode, attempt, places):
                 if is_main:
@@ -316,6 +212,10 @@ def run(config: Config, workdir: str) -> None:
     progress.close()
     if is_main:
         _summarize(folder)
+
+
+def _key(name: str, mode: Mode, board: Board, attempt: int) -> rows_lib.Key:
+    return (name, mode, board.task, board.level, board.index, attempt)
 
 
 def _test_boards(config: Config, workdir: str) -> tuple[list[Board], list[str]]:
@@ -339,7 +239,7 @@ def _claim(folder: epath.Path, config: Config) -> None:
     }
     settings = dataclasses.replace(config.evaluate, **defaults)
     claimed = dataclasses.replace(config, evaluate=settings)
-    stage.claim(pathlib.Path(folder), claimed, ("data", "evaluate", "seed"))
+    stage.claim(folder, claimed, ("data", "evaluate", "seed"))
 
 
 def _askers(
@@ -419,7 +319,7 @@ def _summarize(folder: epath.Path) -> None:
     rows = rows_lib.read_rows(folder)
     rows_lib.compact(folder, rows)
     result = summary.summarize(rows, source=str(folder / rows_lib.ROWS_FILE))
-    (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    paths.write_whole(folder / "summary.json", json.dumps(result, indent=2) + "\n")
     for name, modes in result["models"].items():
         for mode, measures in modes.items():
             logging.info("%-10s %-10s %s", name, mode, measures.get("macro"))

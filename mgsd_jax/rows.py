@@ -16,6 +16,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from mgsd_jax import paths
 from mgsd_jax.config import Mode
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS, facts, rules
@@ -103,7 +104,7 @@ def write_boards(folder: epath.PathLike, boards: Sequence[Board], cases: Sequenc
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path = epath.Path(folder) / BOARDS_FILE
     if not path.exists():
-        _write_whole(path, text)
+        paths.write_whole(path, text)
     elif path.read_text() != text:
         raise ValueError(
             f"{path}: got the boards of another evaluation, want those of this one; "
@@ -135,20 +136,15 @@ def append(folder: epath.PathLike, rows: Sequence[Row]) -> None:
     """Adds rows, without their `task_text`, and returns when they are on disk."""
     root = epath.Path(folder)
     text = "".join(json.dumps(_without_text(row)) + "\n" for row in rows)
-    if is_remote(root):
+    if paths.is_remote(root):
         names = sorted(path.name for path in root.glob(PARTS))
         number = int(names[-1].removeprefix("rows-").removesuffix(".jsonl")) + 1 if names else 0
-        _write_whole(root / f"rows-{number:06d}.jsonl", text)
+        paths.write_whole(root / f"rows-{number:06d}.jsonl", text)
         return
     with open(root / ROWS_FILE, "a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path is of an object store, where nothing can be appended to or renamed."""
-    return "://" in str(path)
 
 
 def mend(folder: epath.PathLike) -> None:
@@ -166,7 +162,9 @@ def mend(folder: epath.PathLike) -> None:
 def compact(folder: epath.PathLike, rows: Sequence[Row]) -> None:
     """Rewrites `rows.jsonl` as just these rows, in one atomic replacement, and drops the parts."""
     root = epath.Path(folder)
-    _write_whole(root / ROWS_FILE, "".join(json.dumps(_without_text(row)) + "\n" for row in rows))
+    paths.write_whole(
+        root / ROWS_FILE, "".join(json.dumps(_without_text(row)) + "\n" for row in rows)
+    )
     for path in root.glob(PARTS):
         path.unlink()
 
@@ -219,15 +217,3 @@ def _read_lines(path: epath.Path) -> Iterable[tuple[int, Row]]:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: got {line[:80]!r}, want a JSON object")
         yield number, row
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    if is_remote(path):
-        path.write_text(text)  # an object appears whole or not at all
-        return
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

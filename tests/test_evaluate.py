@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mgsd_jax import evaluate, nano, prompts, rows
+from mgsd_jax import evaluate, monitor, nano, prompts, rows
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import encode_answer, load_processor
 from mgsd_jax.envs import ENVS
@@ -66,7 +66,7 @@ def test_a_blind_student_sees_another_board_of_its_level() -> None:
 
 
 def test_spread_takes_every_level_in_turn() -> None:
-    chosen = evaluate.spread(make_boards(), 7)
+    chosen = monitor.spread(make_boards(), 7)
     assert [board.task for board in chosen[:3]] == ["frozenlake", "maze", "minibehaviour"]
     assert [board.index for board in chosen] == [0, 0, 0, 1, 1, 1, 2]
 
@@ -79,7 +79,7 @@ def test_token_groups_of_a_response() -> None:
     padded = np.zeros((1, len(tokens) + 3), np.int32)
     padded[0, : len(tokens)] = tokens
     valid = np.arange(padded.shape[1])[None] < len(tokens)
-    groups = evaluate.segments(processor, padded, valid)[0]
+    groups = monitor.segments(processor, padded, valid)[0]
     names = [prompts.SEGMENTS[g] for g in groups[: len(tokens)]]
     assert (groups[len(tokens) :] == -1).all()
     assert names[0] == "state" and names[-1] == "format", "the end token is format"
@@ -94,7 +94,7 @@ def test_validation_weighs_levels_alike() -> None:
         return {"task": task, "level": 3, "outcome": {"success": success}, "state_exact": True}
 
     found = [row("maze", True)] + [row("frozenlake", False)] * 9
-    measured = evaluate.validation_metrics(found)
+    measured = monitor.validation_metrics(found)
     assert measured["val/success"].value == pytest.approx(0.5)
 
 
@@ -112,7 +112,7 @@ def test_token_metrics_add_up_over_groups_and_over_positions() -> None:
     stats = SimpleNamespace(
         kl=kl, top1_agree=agree, student_entropy=zeros, teacher_entropy=zeros, clipped=zeros
     )
-    found = evaluate.token_metrics(processor, tokens, mask, stats)  # type: ignore[arg-type]
+    found = monitor.token_metrics(processor, tokens, mask, stats)  # type: ignore[arg-type]
     for values, name in ((kl, "kl"), (agree, "agree")):
         for kind in (f"{name}/", f"{name}_pos/"):
             parts = [mean for key, mean in found.items() if key.startswith(kind)]

@@ -81,15 +81,15 @@ NOTING = """
 import sys
 import jax, numpy as np
 from absl import app
-from mgsd_jax import evaluate, main
+from mgsd_jax import evaluate, main, monitor
 workdir = next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2]
-decode_rows, calls = evaluate.decode_rows, []
+decode_rows, calls = monitor.decode_rows, []
 def noted(processor, tokens, mask):
     name = f"{workdir}/rows-{jax.process_index()}-{len(calls)}.npy"
     np.save(name, np.where(mask > 0, tokens, -1))
     calls.append(name)
     return decode_rows(processor, tokens, mask)
-evaluate.decode_rows = noted
+evaluate.decode_rows = monitor.decode_rows = noted
 sys.exit(app.run(main.main))
 """
 

@@ -201,7 +201,7 @@ def test_where_nothing_can_be_appended_each_batch_is_a_file(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Object stores have no append: rows are parts until the evaluation is complete."""
-    monkeypatch.setattr(rows, "is_remote", lambda _: True)
+    monkeypatch.setattr(rows.paths, "is_remote", lambda _: True)
     found = [
         rows.score_row(board, "picture", "") | {"model": "base", "attempt": 0} for board in BOARDS
     ]

@@ -16,4 +16,4 @@ _SHARED = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen3vl.py")))
 
 def get_config() -> c.Config:
     """The shared recipe at this size."""
-    return _SHARED["recipe"]("4B", ("distillation",))
+    return _SHARED["recipe"]("4B", ("grounding", "distillation"))

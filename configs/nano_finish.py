@@ -18,9 +18,9 @@ def get_config() -> c.Config:
     """Places are known by now: agent and printer are found within fifty updates."""
     sight: c.Config = runpy.run_path(str(_SIGHT))["get_config"]()
     boards = (
-        c.LevelSet("frozenlake", levels=(3, 4), train=0, val=0, test=0),
-        c.LevelSet("maze", levels=(3, 3), train=0, val=0, test=0),
-        c.LevelSet("minibehaviour", levels=(5, 5, 5, 5), train=0, val=0, test=0),
+        c.LevelSet("frozenlake", levels=(3, 4, 5), train=0, val=0, test=0),
+        c.LevelSet("maze", levels=(3,), train=0, val=0, test=0),
+        c.LevelSet("minibehaviour", levels=(5, 5, 5, 5, 5), train=0, val=0, test=0),
     )
     return dataclasses.replace(
         sight,
@@ -28,13 +28,13 @@ def get_config() -> c.Config:
         grounding=dataclasses.replace(
             sight.grounding,
             student="{workdir}/sight/grounding",
-            optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05, b2=0.99),
-            steps=350,
+            optim=c.OptimConfig(lr=1e-3, warmup=0.05, b2=0.99),
+            steps=300,
             mixture=(
-                ("cells", 0.3),
+                ("cells", 0.4),
                 ("questions", 0.2),
                 ("plan_from_picture", 0.2),
-                ("plan_from_text", 0.3),
+                ("plan_from_text", 0.2),
             ),
         ),
         seed=1,

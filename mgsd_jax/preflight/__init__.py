@@ -53,7 +53,6 @@ def run(config: Config, workdir: str) -> None:
 
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"python -m mgsd_jax.main {shlex.join(sys.argv[1:])}"
     results = _earlier(folder / "preflight.json", config)
     for program in programs(config, mesh):
         if config.preflight.only and program.name not in config.preflight.only:
@@ -71,9 +70,15 @@ def run(config: Config, workdir: str) -> None:
             "results": {name: dataclasses.asdict(result) for name, result in results.items()},
         }
         (folder / "preflight.json").write_text(json.dumps(content, indent=1) + "\n")
-        text = render(config, mesh, chip, list(results.values()), command)
+        text = render(config, mesh, chip, list(results.values()), _command())
         (folder / "preflight.md").write_text(text)
     print((folder / "preflight.md").read_text())
+
+
+def _command() -> str:
+    """What was typed, but for `preflight.only`: the table holds all programs in the end."""
+    words = " ".join(map(shlex.quote, sys.argv[1:]))
+    return "python -m mgsd_jax.main " + re.sub(r"--set[ =]\S*preflight\.only=\S+ ?", "", words)
 
 
 def _names(config: Config) -> list[str]:

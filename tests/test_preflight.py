@@ -1,0 +1,217 @@
+"""The stages' own programs compile for a slice, and what does not fit is said clearly."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers_tiny import ROOT, tiny_config
+from helpers_tpu import tpu_mesh
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import preflight
+from mgsd_jax.chips import CHIPS, Chip
+from mgsd_jax.config import Config
+from mgsd_jax.main import load_config
+from mgsd_jax.model import flops, released, table
+from mgsd_jax.model.config import tiny
+from mgsd_jax.preflight import roofline
+from mgsd_jax.preflight.programs import Program, make_model, programs
+from mgsd_jax.preflight.roofline import Work
+from mgsd_jax.preflight.table import Result, render
+
+V5E = CHIPS["TPU v5 lite"]
+NO_WORK = Work(0.0, 0.0, 0.0, 0)
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> Config:
+    """A whole run of a tiny model, of which there is a config.json and nothing else, on 4 chips."""
+    base = tiny_config(tmp_path)
+    folder = pathlib.Path(base.model.path)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny(hidden_size=128).to_hf()))
+    return config_lib.override(
+        base,
+        [
+            "mesh.tensor=2",
+            "preflight.topology=v5e:2x2",
+            "model.compute_dtype=bfloat16",
+            "data.patch_buckets=(256,)",
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------ the released shapes
+
+
+def test_the_8b_shapes_have_the_published_number_of_parameters() -> None:
+    """8.77 billion, on https://lmstudio.ai/models/qwen/qwen3-vl-8b; an untied head included."""
+    config = released.find_config("models/Qwen3-VL-8B-Instruct")
+    leaves = jax.tree.leaves(table.abstract_params(config, "bfloat16"))
+    assert round(sum(math.prod(leaf.shape) for leaf in leaves) / 1e9, 2) == 8.77
+
+
+def test_a_folder_comes_before_its_name(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "Qwen3-VL-4B-Instruct"
+    assert released.find_config(str(folder)).text.hidden_size == 2560
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny().to_hf()))
+    assert released.find_config(str(folder)) == tiny()
+    with pytest.raises(ValueError, match=r"other: got no config.json, want .*Qwen3-VL-2B"):
+        released.find_config(str(tmp_path / "other"))
+
+
+# ------------------------------------------------------------------------------------ what is said
+
+
+def result(name: str, **fields: float | str | None) -> Result:
+    sizes = {"arguments": 4.0, "temporaries": 5.0, "peak": 9.0, "host": 0.0, "resident": 2.0}
+    times = {"arithmetic": 0.5, "memory": 1.0, "links": 0.25}
+    values = {"compile_seconds": 7.0, "flops": 1e12, "seconds": times, "tokens": 1000}
+    return Result(name=name, **{**sizes, **values, **fields})  # type: ignore[arg-type]
+
+
+def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
+    config = load_config(str(ROOT / "configs" / "distillation_8b.py"), list(changes))
+    mesh = tpu_mesh(config.preflight.topology, **dataclasses.asdict(config.mesh))
+    return render(config, mesh, chip, results, "python -m x")
+
+
+def test_what_fits_is_one_sentence() -> None:
+    text = page([result("distillation/decode"), result("distillation/update")])
+    assert "| distillation/update | 4.00 | 5.00 | 9.00 | 2.00 | 11.00 | fits |" in text
+    assert "at least 2 s, so at most 500 tokens a second" in text
+    assert text.rstrip().endswith("Everything fits.")
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    text = page([result("distillation/update", peak=20.0)], "distillation.microbatches=2")
+    assert "**does not fit**" in text
+    assert "needs 6.25 GiB less a chip. In this order: distillation.microbatches=4" in text
+    assert "mesh.tensor=8" in text and "a slice of more than 16 chips" in text
+    text = page([result("distillation/decode", peak=20.0)], "mesh.tensor=8")
+    assert "distillation.batch_size=16; a smaller distillation.sampling.max_new_tokens" in text
+    assert "mesh.tensor" not in text.split("What to change")[1]
+
+
+def test_less_memory_is_a_setting() -> None:
+    one = result("grounding/update")
+    assert one.fits(V5E) and not one.fits(dataclasses.replace(V5E, hbm_gib=10.0))
+
+
+def test_a_fault_of_the_compiler_is_a_row() -> None:
+    text = page([result("grounding/update", peak=None, error="INTERNAL: async-update")])
+    assert "compiler fault: INTERNAL: async-update" in text
+
+
+def test_too_large_for_the_compiler_is_a_number() -> None:
+    """400 GiB on a chip of 15.75: libtpu refuses, and the table knows by how much."""
+    mesh = tpu_mesh("v5e:2x2", fsdp=4)
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    array = jax.ShapeDtypeStruct((100, 2**30), jnp.float32, sharding=whole)
+    program = Program("a/b", lambda: jax.jit(lambda x: x + 1).lower(array), 0, NO_WORK)
+    got = preflight.compile_program(program, V5E)
+    assert got.error is None and got.peak is not None and got.peak >= 400
+    assert not got.fits(V5E)
+
+
+def test_a_wrong_topology_is_named(config: Config) -> None:
+    tpu_mesh("v5e:2x2", fsdp=4)  # skips without libtpu
+    wrong = config_lib.override(config, ["preflight.topology=v5e-16"])
+    with pytest.raises(ValueError, match=r"preflight.topology: got 'v5e-16', want a name such as"):
+        preflight.run(wrong, "unused")
+    wrong = config_lib.override(config, ["grounding.batch_size=5"])
+    with pytest.raises(ValueError, match=r"grounding.batch_size: got 5 rows, want a multiple of 2"):
+        preflight.run(wrong, "unused")
+
+
+# ------------------------------------------------------------------------------------- what is run
+
+
+def test_a_preflight_keeps_its_table(
+    config: Config, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs, a program each, of the same configuration: one table of both."""
+    tpu_mesh("v5e:2x2", fsdp=4)
+    for name in ("distillation/decode", "distillation/layout"):
+        only = config_lib.override(config, [f"preflight.only=('{name}',)"])
+        preflight.run(only, str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]
+    assert list(found) == ["distillation/layout", "distillation/decode"]
+    assert found["distillation/decode"]["error"] is None
+    assert 0 < found["distillation/decode"]["arguments"] <= found["distillation/decode"]["peak"]
+    assert (tmp_path / "out" / "preflight.md").read_text() in capsys.readouterr().out
+    other = config_lib.override(config, ["seed=1", "preflight.only=('distillation/layout',)"])
+    preflight.run(other, str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]
+    assert list(found) == ["distillation/layout"]
+
+
+@pytest.mark.slow
+def test_every_program_of_a_run_compiles(config: Config, tmp_path: pathlib.Path) -> None:
+    tpu_mesh("v5e:2x2", fsdp=4)
+    every = config_lib.override(
+        config, ["preflight.stages=('grounding', 'distillation', 'evaluate')"]
+    )
+    preflight.run(every, str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]
+    assert len(found) == 8
+    assert all(one["error"] is None and one["peak"] is not None for one in found.values())
+
+
+def test_the_update_holds_what_the_rollout_holds_besides(config: Config) -> None:
+    """State, frozen part and teacher: arguments of the update, resident during the rollout."""
+    mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
+    found = {program.name: program for program in programs(config, mesh)}
+    assert found["distillation/update"].resident == 0
+    held = found["distillation/decode"].resident
+    params = table.abstract_params(released.find_config(config.model.path), "float32")
+    once = roofline.total_bytes(params)
+    # Master weights and two moments in float32, and the teacher in bfloat16, over four chips; what
+    # is too small or too odd to be split is held whole.
+    assert 3.5 * once / 4 < held < 3.5 * once / 2
+
+
+def test_arithmetic_is_that_of_the_stage(config: Config) -> None:
+    """FLOPs of an update are those that the run reports, and a third more to recompute."""
+    mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
+    full = config_lib.override(config, ["model.remat=full"])
+    found = {p.name: p.work for p in programs(config, mesh)}["distillation/update"]
+    more = {p.name: p.work for p in programs(full, mesh)}["distillation/update"]
+    student = make_model(config, config.model.path, mesh)
+    rows, width = config.distillation.batch_size, config.distillation.sampling.max_new_tokens
+    pictured = flops.forward_flops(
+        student.config,
+        tokens=config.data.prompt_buckets[-1] + width,
+        patches=config.data.patch_buckets[-1],
+        predicted=width,
+    )
+    read = flops.forward_flops(
+        student.config,
+        tokens=config.data.teacher_buckets[-1] + width,
+        patches=0,
+        predicted=width,
+    )
+    assert found.flops == pytest.approx(rows * (3 * pictured + read) / mesh.size)
+    assert more.flops == pytest.approx(rows * (4 * pictured + read) / mesh.size)
+
+
+@pytest.mark.slow
+def test_the_decode_loop_of_4b_copies_nothing() -> None:
+    """Batch 64, cache 2,048, 16 v5e: no second cache, and no table gathered for every token."""
+    changes = [
+        "evaluate.batch_size=64",
+        "data.prompt_buckets=(512,)",
+        "evaluate.sampling.max_new_tokens=1536",
+    ]
+    config = load_config(str(ROOT / "configs" / "evaluate_4b.py"), changes)
+    mesh = tpu_mesh("v5e:4x4", **dataclasses.asdict(config.mesh))
+    decode = {program.name: program for program in programs(config, mesh)}["evaluate/decode"]
+    program = decode.lower().compile()
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes <= 0.5 * 2**30
+    assert "[151936,2560]" not in (program.as_text() or "")

@@ -205,7 +205,8 @@ def asked_to_stop() -> Iterator[threading.Event]:
         event.set()
         signal.signal(signal.SIGTERM, before)
 
-    before = signal.signal(signal.SIGTERM, on_signal)
+    # None: a handler that Python knows nothing of, which cannot be set again.
+    before = signal.signal(signal.SIGTERM, on_signal) or signal.SIG_DFL
     try:
         yield event
     finally:

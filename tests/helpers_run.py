@@ -32,8 +32,13 @@ def make_base(folder: pathlib.Path) -> Base:
     config = tiny_config(folder)
     nano.run(config, str(folder))
     generate.run(config, str(folder))
+    return write_config(folder)
+
+
+def write_config(folder: pathlib.Path) -> Base:
+    """The config of `make_base` in a file, and no base."""
     # As a literal: helpers_tiny imports main, whose flags are there only once.
-    text = f"from mgsd_jax.config import *\n\nget_config = lambda: {config!r}\n"
+    text = f"from mgsd_jax.config import *\n\nget_config = lambda: {tiny_config(folder)!r}\n"
     (folder / "tiny.py").write_text(text)
     return Base(folder, folder / "tiny.py")
 
@@ -46,19 +51,19 @@ def start(
     *,
     processes: int = 1,
     devices: int = 1,
-    own: Mapping[int, Sequence[str]] | None = None,
+    environ: Mapping[str, str] | None = None,
     program: Sequence[str] = ("-m", "mgsd_jax.main"),
 ) -> list[subprocess.Popen[bytes]]:
     """The processes of a stage, each with its own virtual devices; they write `log.{process}`.
 
-    `own` are settings of single processes. Programs are compiled once: all runs of a base share
-    the folder that they are kept in.
+    Programs are compiled once: all runs of a base share the folder that they are kept in.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     arguments = [f"--stage={stage}", f"--config={base.config}", f"--workdir={workdir}"]
     changes = (f"data.folder={base.folder}/data", "distillation.student={model}", *settings)
     arguments += [f"--set={change}" for change in changes]
     environ = {
+        **(environ or {}),
         **{k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))},
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -72,8 +77,7 @@ def start(
         joined = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
         joined = [*joined, f"--process={process}"] if processes > 1 else []
         with (workdir / f"log.{process}").open("ab") as log:
-            changes = [f"--set={change}" for change in (own or {}).get(process, ())]
-            command = [sys.executable, *program, *arguments, *changes, *joined]
+            command = [sys.executable, *program, *arguments, *joined]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log))
     return started
 

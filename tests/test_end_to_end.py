@@ -85,6 +85,9 @@ def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.
     ):
         assert name in steps[-1], name
     assert "val/success" in steps[1] and "val/success" not in steps[0]
+    for row in steps:
+        assert 0 <= row["rollout/repeated"] < 1 and row["skipped_update"] == 0
+        assert row["logprob_gap"] < 1e-4, "sampler and loss compute the same model, in float32"
 
 
 @pytest.mark.parametrize("stage", ["grounding", "distillation"])

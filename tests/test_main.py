@@ -1,5 +1,6 @@
 """The command line: every bad input is one line that says what was found and what was wanted."""
 
+import errno
 import json
 import os
 import pathlib
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from mgsd_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 NANO = str(ROOT / "configs" / "nano.py")
@@ -24,6 +27,19 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a"), 2),
+        (OSError(errno.ENOSPC, "full", "here"), 74),
+        (OSError(errno.EACCES, "closed", "here"), 1),
+        (RuntimeError("a"), 1),
+    ],
+)
+def test_errors_have_exit_codes(error: Exception, code: int) -> None:
+    assert main._exit_code(error) == code
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -31,6 +47,10 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--stage=grounding", "--workdir=x"), "--config: got nothing"),
         (("--stage=grounding", f"--config={NANO}"), "--workdir: got nothing"),
         (("--stage=score",), "--input: got nothing"),
+        (
+            ("--stage=grounding", f"--config={NANO}", "--workdir=x", "--process=1"),
+            "got --process 1 but no --coordinator, no --processes; want all three",
+        ),
         (
             ("--stage=generate", f"--config={NANO}", "--workdir=x", "--set", "data.a=1"),
             "--set data.a: no field 'a'",

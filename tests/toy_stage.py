@@ -1,0 +1,74 @@
+"""The program with a toy for its grounding stage: the session of a real one, and no model.
+
+Twelve steps subtract the step and the batch from eight weights that lie on all devices. Run with
+the flags of the program; `TOY=1:5:words` makes process 1 raise a RuntimeError of these words at
+step 5.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app
+from etils import epath
+
+from mgsd_jax import main, optimizer, processes, sharding, stage
+from mgsd_jax.config import Config
+from mgsd_jax.metrics import Mean
+
+STEPS = 12
+
+
+class Batches:
+    """1, 2, 3, ... with a position."""
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def get_state(self) -> dict[str, int]:
+        return {"last": self.last}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.last = state["last"]
+
+
+def run(config: Config, workdir: str) -> None:
+    """A stage as main calls it."""
+    folder = epath.Path(workdir) / "grounding"
+    stage.claim(folder, config, ("grounding", "seed"))
+    mesh = sharding.open_mesh(config.mesh)
+    params, loader = {"norm": {"scale": jnp.zeros(8)}}, Batches()
+    if mesh is not None:
+        params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    tx = optax.sgd(1.0)
+    state = optimizer.init(params, tx, mesh)
+
+    @jax.jit
+    def update(state: Any, number: jax.Array) -> Any:
+        grads = jax.tree.map(lambda x: jnp.full_like(x, number), state.params)
+        return optimizer.update(state, grads, tx)
+
+    data: Any = loader
+    failing, step_of, words = os.environ.get("TOY", "-1:0:").split(":")
+    opened = stage.opened(folder, config, state, data, metric="m", best_mode="min", steps=STEPS)
+    with opened as session:
+        state = session.state
+        for step in range(session.start + 1, STEPS + 1):
+            loader.last += 1
+            if (int(failing), int(step_of)) == (jax.process_index(), step):
+                raise RuntimeError(words)
+            largest = processes.largest((jax.process_index(), -step))
+            assert largest == (jax.process_count() - 1, -step)
+            state, measured = update(state, jnp.float32(loader.last))
+            own = Mean(float(jax.process_index()), 1.0)  # its mean is over the processes
+            session.finish_step(step, state, measured | {"loss": measured["grad_norm"], "own": own})
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main.STAGES["grounding"] = run
+    sys.exit(app.run(main.main))

@@ -1,10 +1,10 @@
 """Reports: an evaluation and the runs behind it as one HTML page, markdown and JSON."""
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 
 from absl import logging
+from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
@@ -17,7 +17,7 @@ def run(config: Config, workdir: str) -> None:
 
     With `report.runs` it writes `{workdir}/report/comparison.html` of these runs instead.
     """
-    root = pathlib.Path(workdir)
+    root = epath.Path(workdir)
     if config.report.runs:
         folders = [config_lib.resolve(folder, config, workdir) for folder in config.report.runs]
         path = build_comparison(
@@ -50,7 +50,7 @@ def build_report(
     *,
     title: str,
     commands: Sequence[str] = (),
-) -> pathlib.Path:
+) -> epath.Path:
     """Write the page `out_path` with its .md and .json twins beside it, and return its path.
 
     `evaluation_folder` holds `rows.jsonl` and `summary.json`; `runs` maps a stage ('grounding',
@@ -58,7 +58,7 @@ def build_report(
     stated on the page. `commands` are the command lines that made the results. Raises ValueError
     naming the file, got and want where results are absent, empty or contradict each other.
     """
-    out = pathlib.Path(out_path)
+    out = epath.Path(out_path)
     if out.suffix != ".html":
         raise ValueError(f"report: got path {str(out)!r}, want one that ends in .html")
     evaluation = read_evaluation(evaluation_folder)
@@ -78,15 +78,13 @@ def build_report(
     return out
 
 
-def build_comparison(
-    folders: Sequence[str], out_path: PathLike, *, model: str = ""
-) -> pathlib.Path:
+def build_comparison(folders: Sequence[str], out_path: PathLike, *, model: str = "") -> epath.Path:
     """Write the page that compares runs with its .md and .json twins, and return its path.
 
     `folders` are workdirs or evaluation folders; `model` stands for each run, by default its last
     one. Raises ValueError naming the folder where a run has no results.
     """
-    out = pathlib.Path(out_path)
+    out = epath.Path(out_path)
     comparison = compare.compare(folders, model)
     title = f"Comparison of {' and '.join(comparison.results)}"
     commands = (

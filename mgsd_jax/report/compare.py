@@ -4,11 +4,12 @@ import collections
 import dataclasses
 import itertools
 import json
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mgsd_jax import tree
+from etils import epath
+
+from mgsd_jax import paths, tree
 from mgsd_jax.envs import ENVS
 from mgsd_jax.measures import Measure, by_task, difference
 from mgsd_jax.metrics import CONFIG_FILE
@@ -71,11 +72,11 @@ def compare(folders: Sequence[str], model: str = "") -> Comparison:
 
 def run_names(folders: Sequence[str]) -> list[str]:
     """The shortest ends of the folders that tell them apart; 'evaluate' at the end is left out."""
-    if len({pathlib.Path(folder).resolve() for folder in folders}) < len(folders) or not folders:
+    resolved = [paths.absolute(folder) for folder in folders]
+    if len(set(resolved)) < len(folders) or not folders:
         raise ValueError(f"report.runs: got {tuple(folders)}, want different folders")
     parts = []
-    for folder in folders:
-        path = pathlib.Path(folder).resolve()
+    for path in resolved:
         is_evaluation = path.name == "evaluate" and (path / ROWS_FILE).is_file()
         parts.append((path.parent if is_evaluation else path).parts)
     for length in range(1, max(map(len, parts)) + 1):
@@ -87,7 +88,7 @@ def run_names(folders: Sequence[str]) -> list[str]:
 
 def read_run(folder: str, name: str, model: str = "") -> Run:
     """One run; raises ValueError where it has no results or not the model."""
-    root = pathlib.Path(folder)
+    root = epath.Path(folder)
     evaluation_folder = root if (root / ROWS_FILE).is_file() else root / "evaluate"
     if not evaluation_folder.is_dir():
         raise ValueError(
@@ -106,7 +107,7 @@ def read_run(folder: str, name: str, model: str = "") -> Run:
     return Run(name, str(root), evaluation, stages, _settings(workdir), model or known[-1])
 
 
-def _settings(workdir: pathlib.Path) -> dict[str, Any]:
+def _settings(workdir: epath.Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage in (*STAGES, "evaluate"):
         path = workdir / stage / CONFIG_FILE

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from mgsd_jax import metrics
 from mgsd_jax.rows import ROWS_FILE, read_rows
@@ -51,7 +52,7 @@ def read_evaluation(folder: PathLike) -> Evaluation:
     Raises ValueError naming the file, got and want where one is absent, empty or no JSON, or where
     the two are not of one evaluation (a model, a mode or a number of rows that differs).
     """
-    rows_path, summary_path = pathlib.Path(folder) / ROWS_FILE, pathlib.Path(folder) / SUMMARY_FILE
+    rows_path, summary_path = epath.Path(folder) / ROWS_FILE, epath.Path(folder) / SUMMARY_FILE
     _want(rows_path)
     rows = tuple(read_rows(folder))
     check_rows(rows, source=str(rows_path))
@@ -87,7 +88,7 @@ def read_stage(name: str, folder: PathLike | None) -> Stage:
     """
     if folder is None:
         return Stage(name, (), f"no {name} run was given to this report")
-    path = pathlib.Path(folder) / metrics.METRICS_FILE
+    path = epath.Path(folder) / metrics.METRICS_FILE
     if not path.is_file():
         return Stage(name, (), f"{path.parent.name}/{path.name} of the {name} run was not found")
     points: dict[str, dict[int, float]] = {}
@@ -106,7 +107,7 @@ def _curve(name: str, points: Mapping[int, float]) -> Curve:
     return Curve(name, steps, values, len(points) - len(finite))
 
 
-def _want(path: pathlib.Path) -> None:
+def _want(path: epath.Path) -> None:
     if not path.is_file():
         raise ValueError(
             f"{path}: got no such file, want an evaluation folder with {ROWS_FILE} and "

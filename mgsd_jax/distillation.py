@@ -4,6 +4,7 @@ reads the same board as text, would have said at every one of the student's own 
 Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -178,11 +179,11 @@ def run(config: Config, workdir: str) -> None:
 
     # The student, the part of it that learns, and the frozen teacher.
     student = loading.load(settings.student, config, workdir, mesh)
-    teacher = loading.load(settings.teacher, config, workdir, mesh)
-    teacher_params = sharding.cast(teacher.params, teacher.model.dtype)
+    teacher = loading.load(settings.teacher, config, workdir, mesh, is_frozen=True)
     trained, frozen = trainable.split(
         student.params, settings.optim, settings.lora, jax.random.key(config.seed)
     )
+    student = dataclasses.replace(student, params={})  # they live on in these two alone
     trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
     loading.write_source(
         folder,
@@ -244,7 +245,7 @@ def run(config: Config, workdir: str) -> None:
                 )
             batch = DistillationBatch(asked.student, asked.teacher, sampled.tokens, sampled.mask)
             started = time.perf_counter()
-            state, measured, stats = update(state, frozen, teacher_params, batch)
+            state, measured, stats = update(state, frozen, teacher.params, batch)
             # The host scores the rollouts while the device works on the update.
             responses = monitor.decode_rows(student.processor, tokens, mask)
             measured |= monitor.rollout_metrics(prompts.boards, responses, truncated, mask)

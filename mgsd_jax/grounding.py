@@ -3,6 +3,7 @@
 Axes: B batch, T tokens, D width.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def run(config: Config, workdir: str) -> None:
     trained, frozen = trainable.split(
         student.params, settings.optim, settings.lora, jax.random.key(config.seed)
     )
+    student = dataclasses.replace(student, params={})  # they live on in these two alone
     trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
     loading.write_source(
         folder,

@@ -23,7 +23,6 @@ from mgsd_jax.model import hf, lora, table
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.sharding import TRAIN_RULES, Rules
 
 Params = dict[str, Any]
 
@@ -39,12 +38,18 @@ class Loaded:
 
 
 def load(
-    path: str, config: Config, workdir: str, mesh: Mesh | None = None, rules: Rules = TRAIN_RULES
+    path: str,
+    config: Config,
+    workdir: str,
+    mesh: Mesh | None = None,
+    *,
+    is_frozen: bool = False,
 ) -> Loaded:
     """The model at `path`: a Hugging Face folder, or the folder of a stage (see above).
 
-    `path` may hold `{workdir}` and `{model}`. Weights get `config.model.param_dtype` and go
-    straight to where `rules` lay them on the mesh. Raises ValueError where the path is neither.
+    `path` may hold `{workdir}` and `{model}`. Weights get `config.model.param_dtype`, or where they
+    will not learn (`is_frozen`) what the model reads them in, and go straight to where
+    `sharding.TRAIN_RULES` lay them on the mesh. Raises ValueError where the path is neither.
     """
     root = epath.Path(config_lib.resolve(path, config, workdir))
     folder = root / "model" if (root / "model" / "source.json").is_file() else root
@@ -61,7 +66,9 @@ def load(
         remat=config.model.remat,
         kernel=kernel_for(mesh),
     )
-    params = load_params(root, model_config, config, workdir, mesh, rules)
+    params = load_params(root, model_config, config, workdir, mesh)
+    if is_frozen:
+        params = sharding.cast(params, model.dtype)
     return Loaded(model, params, processor, str(folder))
 
 
@@ -71,7 +78,6 @@ def load_params(
     config: Config,
     workdir: str,
     mesh: Mesh | None = None,
-    rules: Rules = TRAIN_RULES,
 ) -> Params:
     """The weights below `root`, trained parts taken from the checkpoint, adapters merged."""
     dtype = jnp.dtype(config.model.param_dtype)
@@ -85,19 +91,19 @@ def load_params(
         shardings = None
         if mesh is not None:
             shapes = table.abstract_params(model_config, config.model.param_dtype)
-            shardings = sharding.param_shardings(shapes, mesh, rules)
+            shardings = sharding.param_shardings(shapes, mesh)
         return hf.load_params(str(root), model_config, dtype=dtype, shardings=shardings)
     source = json.loads(source_file.read_text())
     adapters_spec = LoraConfig(**source["lora"])
     trained = checkpoint.load_params(
         root / "checkpoints",
-        None if mesh is None else functools.partial(_placed, mesh=mesh, rules=rules),
+        None if mesh is None else functools.partial(_placed, mesh=mesh),
         which=config.checkpoint.use,
         metric=source["metric"],
     )
     if source["complete"]:
         return trained["params"]
-    base = load_params(epath.Path(source["weights"]), model_config, config, workdir, mesh, rules)
+    base = load_params(epath.Path(source["weights"]), model_config, config, workdir, mesh)
     if adapters_spec.rank:
         spec = lora.LoraSpec(adapters_spec.rank, adapters_spec.alpha, adapters_spec.targets)
         return lora.merge(base, lora.with_scale(trained["adapters"], spec))
@@ -106,8 +112,8 @@ def load_params(
     return tree.combine(trained["params"], rest)
 
 
-def _placed(shapes: Params, mesh: Mesh, rules: Rules) -> Params:
-    return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh, rules))
+def _placed(shapes: Params, mesh: Mesh) -> Params:
+    return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
 
 
 def write_source(

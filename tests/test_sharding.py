@@ -1,21 +1,26 @@
 """Meshes, parameter rules and global batches, on one device and on eight virtual ones."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import helpers_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mgsd_jax import sharding, tree
+from mgsd_jax import axes, optimizer, sharding, tree
 from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.config import MeshConfig
 from mgsd_jax.model import files, hf, lora, table
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 
@@ -31,8 +36,7 @@ eight = pytest.mark.usefixtures("eight_devices")
 
 @pytest.fixture
 def eight_devices() -> None:
-    if jax.device_count() != 8:
-        pytest.skip("runs in the test with eight devices")
+    helpers_devices.skip_without_devices()
 
 
 def released(
@@ -78,16 +82,7 @@ def batch(rows: int) -> Inputs:
 
 
 def test_everything_here_with_eight_devices() -> None:
-    if jax.device_count() == 8:
-        pytest.skip("this is the run with eight devices")
-    flags = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        run, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "1 skipped" in done.stdout  # this one: nothing else was
+    helpers_devices.run_again(__file__)
 
 
 def test_mesh_over_all_devices() -> None:
@@ -125,7 +120,7 @@ def test_bad_mesh_sizes(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", RELEASED)
 def test_rules_cover_the_released_models(name: str) -> None:
     """Every leaf has a rule, every kernel and table is split, and all sizes divide on 64 chips."""
-    mesh = jax.sharding.AbstractMesh((2, 8, 4), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 8, 4), axes.AXES)
     params = table.abstract_params(RELEASED[name], "float32")
     placed = dict(tree.named_leaves(sharding.param_shardings(params, mesh)))
     for path, leaf in tree.named_leaves(params):
@@ -172,21 +167,155 @@ def test_a_parameter_without_a_rule_is_an_error() -> None:
         sharding.param_shardings({"visual": {"novelty": {"kernel": jnp.ones((2, 2))}}}, mesh)
 
 
-def test_sizes_that_do_not_divide_are_all_listed() -> None:
-    mesh = jax.sharding.AbstractMesh((1, 8, 1), sharding.AXES)
+def test_sizes_that_do_not_divide_are_copied() -> None:
+    """A dimension keeps the first of its axes as long as they divide it, and the others go."""
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), axes.AXES)
     params = {
         "lm_head": {"embedding": jax.ShapeDtypeStruct((12, 8), jnp.float32)},
         "visual": {"patch_embed": {"kernel": jax.ShapeDtypeStruct((8, 9), jnp.float32)}},
-        "language": {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}}},
+        "language": {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct((2, 6, 4), "float32")}}},
     }
-    with pytest.raises(ValueError, match="do not fit the mesh") as caught:
+    placed = dict(tree.named_leaves(sharding.param_shardings(params, mesh)))
+    assert placed["lm_head/embedding"].spec == P(("fsdp",))
+    assert placed["visual/patch_embed/kernel"].spec == P(None, None)
+    assert placed["language/layers/q_proj/kernel"].spec == P(None, None, "tensor")
+    one = jax.sharding.AbstractMesh((1, 1, 1), axes.AXES)
+    want = sharding.param_shardings(params, one)["lm_head"]["embedding"]
+    assert want.spec == P(axes.MODEL)
+
+
+def test_too_few_dimensions_are_all_listed() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 8, 1), axes.AXES)
+    flat = jax.ShapeDtypeStruct((8,), jnp.float32)
+    params = {name: {"q_proj": {"kernel": flat}} for name in ("one", "two")}
+    with pytest.raises(ValueError, match="do not fit the rules") as caught:
         sharding.param_shardings(params, mesh)
-    for part in (
-        "lm_head/embedding: axis 0 of shape [12, 8]: got 12, want a multiple of 8",
-        "visual/patch_embed/kernel: axis 1 of shape [8, 9]: got 9, want a multiple of 8",
-        "language/layers/q_proj/kernel: got shape [8], want one to fit",
+    for name in params:
+        assert f"{name}/q_proj/kernel: got shape [8], want one to fit" in str(caught.value)
+
+
+def test_rollouts_split_nothing_over_fsdp() -> None:
+    """Every parameter and adapter has a rule, and no weight would be gathered for each token."""
+    mesh = jax.sharding.AbstractMesh((2, 8, 4), axes.AXES)
+    for config in RELEASED.values():
+        params = table.abstract_params(config, "bfloat16")
+        spec = lora.LoraSpec(16, 16.0, "")
+        adapters = jax.eval_shape(
+            lambda p=params, s=spec: lora.init_adapters(p, s, jax.random.key(0))
+        )
+        variables = {"params": params, "adapters": adapters}
+        placed = tree.named_leaves(
+            sharding.param_shardings(variables, mesh, sharding.ROLLOUT_RULES)
+        )
+        for path, where in placed:
+            assert "fsdp" not in str(where.spec) and "data" not in str(where.spec), path
+            if re.search(r"language/.*kernel|embedding$", path) and "visual" not in path:
+                assert "tensor" in str(where.spec), path
+
+
+def test_one_device_needs_no_mesh() -> None:
+    one = jax.devices()[:1]
+    assert sharding.open_mesh(MeshConfig(), one) is None
+    with pytest.raises(ValueError, match=r"mesh .*want sizes"):
+        sharding.open_mesh(MeshConfig(tensor=2), one)
+    host = batch(3)
+    assert sharding.to_global(host, None) is host
+    variables = {"params": random_params()}
+    assert sharding.make_layout(None, jnp.bfloat16)(variables) is variables
+    assert sharding.process_share(None) == (0, 1)
+
+
+def test_a_batch_that_does_not_split_is_refused() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 4, 1), axes.AXES)
+    sharding.check_batch(mesh, "x", 32, 4)
+    sharding.check_batch(None, "x", 7)
+    with pytest.raises(
+        ValueError, match=r"grounding\.batch_size: got 24 rows, want a multiple of 16"
     ):
-        assert part in str(caught.value)
+        sharding.check_batch(mesh, "grounding.batch_size", 24, 2)
+
+
+@eight
+def test_rollout_layout_casts_and_keeps_what_is_read_in_float32() -> None:
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    params = sharding.place(random_params(), mesh)
+    laid = sharding.make_layout(mesh, jnp.bfloat16)({"params": params})
+    want = sharding.param_shardings({"params": params}, mesh, sharding.ROLLOUT_RULES)
+    wide = []
+    for path, leaf in tree.named_leaves(laid):
+        assert leaf.sharding.is_equivalent_to(tree.get(want, path), leaf.ndim), path
+        given = tree.get({"params": params}, path)
+        np.testing.assert_array_equal(leaf, given.astype(leaf.dtype))
+        wide += [path] if leaf.dtype == jnp.float32 else []
+    assert wide and all("norm" in path or "pos_embed" in path for path in wide)
+    assert all(path.startswith("params/visual/") for path in wide)
+
+
+@eight
+def test_moments_lie_as_their_parameters_do() -> None:
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    trained = sharding.place({"params": random_params()}, mesh)
+    state = optimizer.init(trained, optax.adamw(1e-3), mesh)
+    moments = state.opt_state[0]
+    for path, leaf in tree.named_leaves(trained):
+        for moment in (moments.mu, moments.nu):
+            same = tree.get(moment, path)
+            assert same.sharding.is_equivalent_to(leaf.sharding, leaf.ndim), path
+    assert state.step.sharding.is_fully_replicated
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(
+        jnp.shape, optimizer.init(random_params_under("params"), optax.adamw(1e-3))
+    )
+
+
+def random_params_under(name: str) -> dict:
+    return {name: random_params()}
+
+
+@eight
+@pytest.mark.parametrize("sizes", MESHES)
+def test_local_rows_come_back(sizes: dict[str, int]) -> None:
+    mesh = sharding.make_mesh(**sizes)
+    host = batch(8)
+    placed = sharding.to_global(host, mesh)
+    for got in (sharding.to_local(placed), sharding.to_every(placed, mesh)):
+        jax.tree.map(np.testing.assert_array_equal, got, host)
+    whole = sharding.to_global(host, mesh, is_whole=True)
+    jax.tree.map(np.testing.assert_array_equal, whole, host)
+
+
+class FakeDevice(NamedTuple):
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "want"),
+    [
+        ((1, 8, 1), [0] * 8, 1),
+        ((1, 8, 1), [0, 0, 0, 0, 1, 1, 1, 1], 2),
+        ((1, 4, 2), [0, 0, 1, 1, 2, 2, 3, 3], 4),
+        # a row of 'tensor' over two processes: both read the same rows of the batch
+        ((1, 4, 2), [0, 1, 0, 1, 2, 3, 2, 3], 2),
+        ((2, 2, 2), [0, 0, 0, 0, 1, 1, 1, 1], 2),
+        ((1, 1, 8), [0, 0, 0, 0, 1, 1, 1, 1], 1),
+    ],
+)
+def test_shares_of_processes(shape: tuple[int, ...], processes: list[int], want: int) -> None:
+    devices = np.empty(len(processes), object)
+    devices[:] = [FakeDevice(index) for index in processes]
+    mesh: Any = SimpleNamespace(
+        devices=devices.reshape(shape), shape=dict(zip(axes.AXES, shape, strict=True))
+    )
+    assert sharding.process_share(mesh) == (0, want)
+
+
+def test_processes_whose_rows_overlap_are_refused() -> None:
+    devices = np.empty(8, object)
+    devices[:] = [FakeDevice(index) for index in (0, 0, 0, 1, 1, 1, 2, 2)]
+    mesh: Any = SimpleNamespace(
+        devices=devices.reshape(1, 4, 2), shape={"data": 1, "fsdp": 4, "tensor": 2}
+    )
+    with pytest.raises(ValueError, match="want equal runs"):
+        sharding.process_share(mesh)
 
 
 def test_global_batches_keep_their_values() -> None:

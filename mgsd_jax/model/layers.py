@@ -56,7 +56,10 @@ class Embedding(nn.Module):
         table: jax.Array = self.get_variable("params", "embedding")
         table = constrain(table, mesh, None, MODEL)
         found = table[constrain(index, mesh, "data")].astype(self.dtype)
-        return constrain(constrain(found, mesh, "data", None, MODEL), mesh, BATCH)
+        # One axis at a time: asked for both at once, the compiler copies the whole array first.
+        for where in (("data", None, MODEL), ("data", None, "fsdp"), (BATCH,)):
+            found = constrain(found, mesh, *where)
+        return found
 
 
 class RMSNorm(nn.Module):

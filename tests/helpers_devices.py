@@ -1,0 +1,31 @@
+"""Tests that want several devices run themselves again in a process that has them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+COUNT = 8
+
+
+def skip_without_devices() -> None:
+    """Skips a test where this is not the process with the devices."""
+    if jax.device_count() != COUNT:
+        pytest.skip("runs in the test with eight devices")
+
+
+def run_again(file: str, *options: str) -> None:
+    """Runs the tests of `file` with eight devices; in that process it skips the calling test."""
+    if jax.device_count() == COUNT:
+        pytest.skip("this is the run with eight devices")
+    flags = f"--xla_force_host_platform_device_count={COUNT}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file]
+    done = subprocess.run(
+        run, env=env, cwd=Path(file).parent.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "1 skipped" in done.stdout  # the calling test: nothing else was

@@ -1,0 +1,125 @@
+"""A whole step on a mesh is the step of one device: rollouts, losses, gradients, parameters."""
+
+import dataclasses
+from typing import Any
+
+import helpers_devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers_model import random_params, random_rows, to_inputs
+from jax.sharding import Mesh
+
+from mgsd_jax import config as c
+from mgsd_jax import distillation, grounding, optimizer, sampler, sharding
+from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.model.attention import kernel_for
+from mgsd_jax.model.config import tiny
+from mgsd_jax.model.qwen3vl import Qwen3VL
+
+MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
+# One layer of either stack; 2 key/value heads, which 4 parts of 'tensor' do not divide.
+TOWER = dataclasses.replace(tiny().vision, depth=2, deepstack_visual_indexes=(1,))
+CONFIG = dataclasses.replace(tiny(num_hidden_layers=2, num_deepstack=1), vision=TOWER)
+BANNED = (CONFIG.image_token_id, CONFIG.video_token_id)
+PICTURES = [(2, (4, 4), 3), (5, (2, 4), 2), (4, (2, 2), 6), (3, (4, 2), 1)] * 2
+STUDENT = to_inputs(CONFIG, random_rows(CONFIG, PICTURES), side="left", bucket=16)
+TEACHER = to_inputs(CONFIG, random_rows(CONFIG, [(7,), (9,), (11,), (5,)] * 2, 1), side="left")
+SETTINGS = c.DistillationConfig(optim=c.OptimConfig(lr=1e-3), token_chunk=16)
+pytestmark = pytest.mark.slow
+eight = pytest.mark.usefixtures("eight_devices")
+
+
+@pytest.fixture
+def eight_devices() -> None:
+    helpers_devices.skip_without_devices()
+
+
+def test_everything_here_with_eight_devices() -> None:
+    helpers_devices.run_again(__file__)
+
+
+def parameters(mesh: Mesh | None, seed: int) -> Any:
+    host = jax.tree.map(np.asarray, random_params(CONFIG, seed))
+    return sharding.place(host, mesh) if mesh else jax.tree.map(jnp.asarray, host)
+
+
+def mesh_of(sizes: tuple[int, int, int] | None) -> Mesh | None:
+    if sizes is None:
+        return None
+    return sharding.make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+
+
+def distil(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
+    """(greedy rollout, parameters minus their gradient, metrics, statistics) of one step."""
+    mesh = mesh_of(sizes)
+    model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
+    params, teacher = parameters(mesh, 0), parameters(mesh, 1)
+    rollout = sampler.make_rollout(
+        model,
+        sampler.Sampling(6, temperature=0.0),
+        eos_ids=(5,),
+        banned_ids=BANNED,
+        pad_id=0,
+    )
+    prompts, row_ids = sharding.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
+    laid = sharding.make_layout(mesh, jnp.float32)({"params": params})
+    sampled = rollout(laid, prompts, sharding.make_key(0, mesh), row_ids)
+    batch = distillation.DistillationBatch(
+        prompts, sharding.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
+    )
+    tx = optax.sgd(1.0)
+    state = optimizer.init({"params": params}, tx, mesh)
+    settings = dataclasses.replace(SETTINGS, microbatches=microbatches)
+    update = distillation.make_update(model, model, settings, tx, BANNED)
+    state, metrics, stats = update(state, {}, teacher, batch)
+    return sharding.to_every((sampled, state.params, metrics, stats), mesh)
+
+
+def ground(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
+    """(parameters, moments, metrics) after two steps of AdamW."""
+    mesh = mesh_of(sizes)
+    model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
+    state = optimizer.init({"params": parameters(mesh, 0)}, optax.adamw(1e-4, eps=1e-4), mesh)
+    settings = c.GroundingConfig(
+        optim=c.OptimConfig(lr=1e-4), token_chunk=32, microbatches=microbatches
+    )
+    update, validate = grounding.make_update(model, settings, optax.adamw(1e-4, eps=1e-4))
+    targets = np.roll(STUDENT.tokens, -1, axis=1)
+    batch = sharding.to_global(
+        GroundingBatch(STUDENT, targets, (targets % 3 > 0).astype(np.float32)), mesh
+    )
+    for _ in range(2):
+        state, metrics = update(state, {}, batch)
+    loss = validate(state.params, {}, batch)[0]
+    return sharding.to_every((state, metrics, loss), mesh)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Every array within 1e-5 of the largest number in it."""
+    for (path, g), w in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        limit = 1e-5 * max(np.abs(w).max(), 1e-3)
+        np.testing.assert_allclose(g, w, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Any:
+    return distil(None, 1)
+
+
+@eight
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_distillation_step(sizes: tuple[int, int, int], one_device: Any) -> None:
+    got = distil(sizes, 2 if sizes == (2, 2, 2) else 1)
+    np.testing.assert_array_equal(got[0].tokens, one_device[0].tokens)
+    assert one_device[0].mask.sum() > 8  # rollouts of more than a token each
+    assert_same(got, one_device)
+
+
+@eight
+def test_two_grounding_steps() -> None:
+    assert_same(ground((2, 2, 2), 2), ground(None, 1))

@@ -15,7 +15,7 @@ _SIGHT = pathlib.Path(__file__).with_name("nano_sight.py")
 
 
 def get_config() -> c.Config:
-    """Places are known by now: agent and printer are found within fifty updates."""
+    """Places are known by now; agent and printer are found between updates 150 and 250."""
     sight: c.Config = runpy.run_path(str(_SIGHT))["get_config"]()
     boards = (
         c.LevelSet("frozenlake", levels=(3, 4, 5), train=0, val=0, test=0),

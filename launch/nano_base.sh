@@ -10,7 +10,9 @@ mkdir -p "$WORKDIR"
 run() {
   "$VENV/bin/python" -m mgsd_jax.main --config="configs/$1.py" "${@:2}"
 }
-run nano_base --stage=init --workdir="$WORKDIR"
+run nano_sight --stage=init --workdir="$WORKDIR"
 run nano_base --stage=grounding --workdir="$WORKDIR/text" --set model.path="$WORKDIR/init"
-run nano_sight --stage=grounding --workdir="$WORKDIR"
-run nano_sight --stage=export --workdir="$WORKDIR"
+run nano_sight --stage=grounding --workdir="$WORKDIR/sight" --set model.path="$WORKDIR/init" \
+  --set grounding.student="$WORKDIR/text/grounding"
+run nano_finish --stage=grounding --workdir="$WORKDIR"
+run nano_finish --stage=export --workdir="$WORKDIR"

@@ -19,7 +19,7 @@ from mgsd_jax.main import load_config
 from mgsd_jax.model import flops, released, table
 from mgsd_jax.model.config import tiny
 from mgsd_jax.preflight import roofline
-from mgsd_jax.preflight.programs import Program, make_model, programs
+from mgsd_jax.preflight.programs import Program, make_model, programs_of
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.preflight.table import Result, render
 
@@ -41,6 +41,7 @@ def config(tmp_path: pathlib.Path) -> Config:
             "preflight.topology=v5e:2x2",
             "model.compute_dtype=bfloat16",
             "data.patch_buckets=(256,)",
+            "distillation.optim.trainable='.*'",
         ],
     )
 
@@ -166,7 +167,7 @@ def test_every_program_of_a_run_compiles(config: Config, tmp_path: pathlib.Path)
 def test_the_update_holds_what_the_rollout_holds_besides(config: Config) -> None:
     """State, frozen part and teacher: arguments of the update, resident during the rollout."""
     mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
-    found = {program.name: program for program in programs(config, mesh)}
+    found = {program.name: program for program in programs_of(config, mesh)}
     assert found["distillation/update"].resident == 0
     held = found["distillation/decode"].resident
     params = table.abstract_params(released.find_config(config.model.path), "float32")
@@ -180,8 +181,8 @@ def test_arithmetic_is_that_of_the_stage(config: Config) -> None:
     """FLOPs of an update are those that the run reports, and a third more to recompute."""
     mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
     full = config_lib.override(config, ["model.remat=full"])
-    found = {p.name: p.work for p in programs(config, mesh)}["distillation/update"]
-    more = {p.name: p.work for p in programs(full, mesh)}["distillation/update"]
+    found = {p.name: p.work for p in programs_of(config, mesh)}["distillation/update"]
+    more = {p.name: p.work for p in programs_of(full, mesh)}["distillation/update"]
     student = make_model(config, config.model.path, mesh)
     rows, width = config.distillation.batch_size, config.distillation.sampling.max_new_tokens
     pictured = flops.forward_flops(
@@ -210,7 +211,7 @@ def test_the_decode_loop_of_4b_copies_nothing() -> None:
     ]
     config = load_config(str(ROOT / "configs" / "evaluate_4b.py"), changes)
     mesh = tpu_mesh("v5e:4x4", **dataclasses.asdict(config.mesh))
-    decode = {program.name: program for program in programs(config, mesh)}["evaluate/decode"]
+    decode = {program.name: program for program in programs_of(config, mesh)}["evaluate/decode"]
     program = decode.lower().compile()
     memory = program.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes <= 0.5 * 2**30

@@ -27,7 +27,7 @@ from mgsd_jax import config as config_lib
 from mgsd_jax import sharding
 from mgsd_jax.chips import CHIPS, Chip
 from mgsd_jax.config import Config
-from mgsd_jax.preflight.programs import Program, programs
+from mgsd_jax.preflight.programs import Program, programs_of
 from mgsd_jax.preflight.table import Result, render
 
 GIB = 2.0**30
@@ -54,7 +54,7 @@ def run(config: Config, workdir: str) -> None:
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     results = _earlier(folder / "preflight.json", config)
-    for program in programs(config, mesh):
+    for program in programs_of(config, mesh):
         if config.preflight.only and program.name not in config.preflight.only:
             continue
         logging.info("preflight: compiles %s", program.name)

@@ -39,7 +39,7 @@ class Program:
     work: Work
 
 
-def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
+def programs_of(config: Config, mesh: Mesh) -> Iterator[Program]:
     """The programs of `config.preflight.stages`, in the order in which a run comes to them."""
     make = {"grounding": _grounding, "distillation": _distillation, "evaluate": _evaluate}
     for stage in config.preflight.stages:

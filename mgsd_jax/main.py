@@ -131,7 +131,7 @@ def _exit_code(error: Exception) -> int:
     """2 for a bad input, 74 (EX_IOERR) for a full disk, 1 for what has to be looked into."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 74
-    return 2 if isinstance(error, ValueError) else 1
+    return 2 if isinstance(error, ValueError) and not processes.is_runtime_error(error) else 1
 
 
 def entry() -> None:

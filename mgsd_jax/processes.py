@@ -6,6 +6,7 @@ agree on: shapes, metrics, and whether to stop. All of them call these functions
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ LOST_AFTER = 30  # seconds without a word from a process, after which the others
 START_TIMEOUT = 300  # seconds that the first process waits for the last to come up
 _FLAGS = ("--coordinator", "--processes", "--process")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# How the messages of the runtime begin; ours name a field or a file.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 Settings = tuple[str | None, int | None, int | None]  # coordinator, processes, process
 
 
@@ -110,6 +113,14 @@ def add_means(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Mean]
     return sums
 
 
+def is_runtime_error(error: BaseException) -> bool:
+    """Whether the runtime failed (a collective broke), rather than our code or its input.
+
+    Where an array is fetched that a broken collective should have made, jax raises a ValueError.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(str(error)))
+
+
 def leave(error: BaseException, exit_code: int) -> NoReturn:
     """Ends this process of several after an error, such that no other waits for it in vain.
 
@@ -118,7 +129,7 @@ def leave(error: BaseException, exit_code: int) -> NoReturn:
     one is lost, the link to it) says so within LOST_AFTER seconds and ends this process, SIGABRT.
     """
     where = f"process {jax.process_index()} of {jax.process_count()}"
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if is_runtime_error(error):
         logging.error("%s: %s", where, str(error).partition("\n")[0])
         logging.error("%s: waiting to hear which process (task) was lost", where)
         time.sleep(LOST_AFTER + 5)

@@ -34,6 +34,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         (OSError(errno.ENOSPC, "full", "here"), 74),
         (OSError(errno.EACCES, "closed", "here"), 1),
         (RuntimeError("a"), 1),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), 1),
     ],
 )
 def test_errors_have_exit_codes(error: Exception, code: int) -> None:

@@ -35,9 +35,9 @@ def get_config() -> c.Config:
         grounding=c.GroundingConfig(
             # The tower alone: what the decoder knows of planning stays as it is, to the bit.
             optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05, trainable="^visual"),
-            steps=20,  # a hundred would close the whole gap at this scale: see docs/nano.md
+            steps=40,  # short on purpose: see docs/nano.md
             batch_size=48,
-            eval_every=10,
+            eval_every=20,
         ),
         distillation=c.DistillationConfig(
             optim=c.OptimConfig(
@@ -46,7 +46,7 @@ def get_config() -> c.Config:
             teacher_context="state",
             sampling=c.SamplingConfig(max_new_tokens=62),
             token_chunk=1024,
-            steps=80,
+            steps=160,
             batch_size=64,
             eval_every=20,
             eval_boards=100,

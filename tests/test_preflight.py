@@ -85,7 +85,7 @@ def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
 def test_what_fits_is_one_sentence() -> None:
     text = page([result("distillation/decode"), result("distillation/update")])
     assert "| distillation/update | 4.00 | 5.00 | 9.00 | 2.00 | 11.00 | fits |" in text
-    assert "at least 2 s, so at most 500 tokens a second" in text
+    assert "samples 1,000 and reads 1,000 tokens; decode + update take at least 2 s" in text
     assert text.rstrip().endswith("Everything fits.")
 
 

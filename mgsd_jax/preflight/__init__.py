@@ -78,7 +78,7 @@ def run(config: Config, workdir: str) -> None:
 def _command() -> str:
     """What was typed, but for `preflight.only`: the table holds all programs in the end."""
     words = " ".join(map(shlex.quote, sys.argv[1:]))
-    return "python -m mgsd_jax.main " + re.sub(r"--set[ =]\S*preflight\.only=\S+ ?", "", words)
+    return "python -m mgsd_jax.main " + re.sub(r" ?--set[ =]\S*preflight\.only=\S+", "", words)
 
 
 def _names(config: Config) -> list[str]:
@@ -142,7 +142,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 def compile_program(program: Program, chip: Chip) -> Result:
     """What the compiler says of a program; a failure of it is a result too."""
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     sizes: dict[str, float] = {}
     error = None
     try:
@@ -164,6 +164,7 @@ def compile_program(program: Program, chip: Chip) -> Result:
     return Result(
         name=program.name,
         compile_seconds=time.perf_counter() - started,
+        compile_cpu_seconds=time.process_time() - worked,
         resident=program.resident / GIB,
         flops=program.work.flops,
         seconds=program.work.seconds(chip),

@@ -24,6 +24,7 @@ class Result:
     temporaries: float | None = None
     host: float | None = None  # in the host's memory, for one chip
     peak: float | None = None  # of the program, arguments included
+    compile_cpu_seconds: float | None = None  # of all threads of the compiler
     error: str | None = None  # the compiler's first words where it failed for another reason
 
     @property
@@ -76,17 +77,22 @@ def render(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result], co
     ]
     lines += [
         "| program | TFLOP a chip | arithmetic s | memory s | links s | roofline s | tokens "
-        "| compiled in s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| compiled in s | of CPU time |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         parts = " | ".join(f"{result.seconds[k]:.3g}" for k in ("arithmetic", "memory", "links"))
         lines.append(
             f"| {result.name} | {result.flops / 1e12:.4g} | {parts} | {result.roofline:.3g} "
-            f"| {result.tokens:,} | {result.compile_seconds:.0f} |"
+            f"| {result.tokens:,} | {result.compile_seconds:.0f} | {_number(result)} |"
         )
     lines += ["", *_steps(config, results), "", *_advice(config, mesh, chip, results), ""]
     return "\n".join(lines)
+
+
+def _number(result: Result) -> str:
+    cpu = result.compile_cpu_seconds
+    return "-" if cpu is None else f"{cpu:.0f}"
 
 
 def _verdict(result: Result, chip: Chip) -> str:
@@ -96,23 +102,18 @@ def _verdict(result: Result, chip: Chip) -> str:
 
 
 def _steps(config: Config, results: Sequence[Result]) -> list[str]:
-    """A sentence for each stage: the roofline of a step and the tokens that it works on."""
+    """A sentence for each stage: the tokens of a step (or batch), and its programs' rooflines."""
     lines = []
     for stage in config.preflight.stages:
-        mine = [result for result in results if result.name.startswith(f"{stage}/")]
-        if not mine:
-            continue
-        seconds = sum(result.roofline for result in mine)
-        tokens = mine[-1].tokens
-        what = {
-            "grounding": "tokens a step",
-            "distillation": "tokens a step at the student's and the teacher's heads and below",
-            "evaluate": "tokens sampled a batch",
-        }[stage]
-        lines.append(
-            f"- {stage}: {tokens:,} {what}; at least {seconds:.3g} s, "
-            f"so at most {tokens / seconds:,.0f} tokens a second."
-        )
+        mine = {r.name.split("/")[1]: r for r in results if r.name.startswith(f"{stage}/")}
+        seconds = sum(result.roofline for result in mine.values())
+        done = {"decode": "samples", "update": "reads"}
+        tokens = [f"{done[part]} {mine[part].tokens:,}" for part in done if part in mine]
+        if tokens:
+            lines.append(
+                f"- {stage}: {' and '.join(tokens)} tokens; {' + '.join(mine)} take at least "
+                f"{seconds:.3g} s."
+            )
     return lines
 
 

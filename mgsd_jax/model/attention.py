@@ -35,6 +35,9 @@ class Kernel:
     interpret: bool = False  # splash on a CPU, slowly, for tests
 
 
+XLA = Kernel()
+
+
 def kernel_for(mesh: Mesh | None) -> Kernel:
     """Splash on TPUs, cuDNN on GPUs, else XLA's form; `mesh` None: on the default device."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -50,7 +53,7 @@ def attend(
     *,
     valid: jax.Array,  # [B, S] bool, keys that may be attended to
     causal: bool,  # True: query t sees keys 0..t only (T == S)
-    kernel: Kernel = Kernel(),
+    kernel: Kernel = XLA,
 ) -> jax.Array:
     """Softmax attention [B, T, N, H] of grouped queries, scaled by 1 / sqrt(H).
 

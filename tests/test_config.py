@@ -63,8 +63,8 @@ def test_check_finds_wrong_types_in_a_config_file(config: Config) -> None:
         config_lib.check(config_lib.override(config, ["data.picture_size=256"]))
     with pytest.raises(ValueError, match=r"data.channels: got \(0, 0, 1\), want an order"):
         config_lib.check(config_lib.override(config, ["data.channels=(0, 0, 1)"]))
-    with pytest.raises(ValueError, match=r"grounding.microbatches: got 3, want a divisor of 64"):
-        config_lib.check(config_lib.override(config, ["grounding.microbatches=3"]))
+    with pytest.raises(ValueError, match=r"grounding.microbatches: got 5, want a divisor of 48"):
+        config_lib.check(config_lib.override(config, ["grounding.microbatches=5"]))
 
 
 def test_json_round_trip(config: Config) -> None:

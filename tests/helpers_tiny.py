@@ -9,6 +9,11 @@ from mgsd_jax.main import load_config
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def train_all(optim: c.OptimConfig) -> c.OptimConfig:
+    """The same optimizer for every parameter."""
+    return dataclasses.replace(optim, trainable=".*")
+
+
 def tiny_config(workdir: pathlib.Path) -> c.Config:
     """The nano pipeline with everything made small; the base is `{workdir}/init`."""
     nano = load_config(str(ROOT / "configs" / "nano.py"), [])
@@ -40,10 +45,16 @@ def tiny_config(workdir: pathlib.Path) -> c.Config:
             patch_buckets=(36,),
         ),
         grounding=dataclasses.replace(
-            nano.grounding, steps=4, batch_size=4, eval_every=2, eval_batches=1
+            nano.grounding,
+            optim=train_all(nano.grounding.optim),
+            steps=4,
+            batch_size=4,
+            eval_every=2,
+            eval_batches=1,
         ),
         distillation=dataclasses.replace(
             nano.distillation,
+            optim=train_all(nano.distillation.optim),
             steps=4,
             batch_size=4,
             eval_every=2,

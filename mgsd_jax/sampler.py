@@ -20,7 +20,7 @@ from mgsd_jax import sharding
 from mgsd_jax.axes import BATCH, constrain, dividing, fit, parts
 from mgsd_jax.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
-from mgsd_jax.model.text import KVCache
+from mgsd_jax.model.text import KVCache, join_layers, split_layers
 
 Variables = dict[str, Any]  # {'params': ..., optionally 'adapters': ...}
 
@@ -231,7 +231,10 @@ def _run_decode(
     width = static.max_new_tokens
     # Cast once, outside the loop, or every token would read the weights in their wider type.
     variables = jax.tree.map(lambda leaf: leaf.astype(static.model.dtype), variables)
+    language = {kind: tree.get("language", {}) for kind, tree in variables.items()}
+    layers, split = split_layers(language, cache, static.model.mesh)
     table = head(variables["params"])
+    banned = jnp.zeros(table.shape[0], bool).at[choice.banned_ids].set(True)
     uniforms = _uniforms(rng, row_ids, width)
 
     def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -239,12 +242,13 @@ def _run_decode(
         # they are made, or the compiler gathers the table instead, 0.7 GiB a token for 4B.
         scores = constrain(logits(hidden, table), static.model.mesh, BATCH, "tensor")
         scores = constrain(scores, static.model.mesh, BATCH)
-        scores = _restrict(scores, static, choice)
-        logprobs = jax.nn.log_softmax(scores, axis=-1)
+        scores = _restrict(jnp.where(banned, -jnp.inf, scores), static, choice)
         if static.greedy:
             tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-        else:
-            tokens = invert_cdf(logprobs, uniforms[:, step])
+            # The likeliest token's logit is the largest: its logprob needs no [B, V] of logprobs.
+            return tokens, scores.max(axis=-1) - jax.nn.logsumexp(scores, axis=-1)
+        logprobs = jax.nn.log_softmax(scores, axis=-1)
+        tokens = invert_cdf(logprobs, uniforms[:, step])
         return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
     def write(
@@ -263,7 +267,7 @@ def _run_decode(
     def body(state: tuple) -> tuple:
         step, out, done, tokens, cache = state
         hidden, cache = static.model.apply(
-            variables, tokens, next_position + step - 1, cache, method="decode"
+            variables, tokens, next_position + step - 1, cache, layers, method="decode"
         )
         out, done, tokens = write(out, done, step, hidden)
         return step + 1, out, done, tokens, cache
@@ -276,11 +280,11 @@ def _run_decode(
         truncated=jnp.zeros(batch, bool),
     )
     out, done, tokens = write(empty, empty.truncated, jnp.int32(0), hidden)
-    state = (jnp.int32(1), out, done, tokens, cache)
+    state = (jnp.int32(1), out, done, tokens, split)
     state = jax.lax.while_loop(lambda state: (state[0] < width) & ~state[2].all(), body, state)
-    _, out, done, _, cache = state
+    _, out, done, _, split = state
     out = dataclasses.replace(out, truncated=~done)
-    return sharding.constrain_batch(out, static.model.mesh), cache
+    return sharding.constrain_batch(out, static.model.mesh), join_layers(split)
 
 
 _prefill = jax.jit(_run_prefill, static_argnums=0)
@@ -302,8 +306,7 @@ def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:
 
 
 def _restrict(scores: jax.Array, static: _Static, choice: _Choice) -> jax.Array:
-    """Logits [B, V] with bans, temperature, top-k and top-p applied, in transformers' order."""
-    scores = scores.at[:, choice.banned_ids].set(-jnp.inf)
+    """Logits [B, V] with temperature, top-k and top-p applied, in transformers' order."""
     if static.greedy:
         return scores
     scores = scores / choice.temperature

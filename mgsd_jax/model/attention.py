@@ -15,6 +15,7 @@ from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
@@ -24,6 +25,10 @@ from mgsd_jax import axes
 
 # Queries and keys that one step of the splash kernel works on. Its vectors are 128 lanes wide.
 _BLOCKS = (512, 256, 128)
+# Of the XLA form under a causal mask: queries of a block, and blocks, each of which is compiled.
+_LEAST_BLOCK, _MOST_BLOCKS = 128, 4
+# Finite, so that a row without keys does not become NaN, and so large that it drowns any score.
+_MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ def attend(
         return _shard(kernel, run, q, k, v, valid)
     if name == "cudnn" and _fits_cudnn(q):
         return _shard(kernel, functools.partial(_attend_cudnn, causal=causal), q, k, v, valid)
-    return checkpoint_name(_attend_xla(q, k, v, _dense_mask(valid, q, causal)), "attention")
+    return checkpoint_name(_attend_xla(q, k, v, valid, causal=causal), "attention")
 
 
 def _dense_mask(valid: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
@@ -161,22 +166,41 @@ def _attend_cudnn(
     return checkpoint_name(out, "attention")
 
 
-def _attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """As `attend`, with a dense mask [B, 1 or T, S]."""
+def _attend_xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, *, causal: bool
+) -> jax.Array:
+    """Plain matmuls and a softmax. Under a causal mask queries go a block at a time, and a block
+    looks at no key after its last query: five eighths of the work where there are four blocks.
+    """
     batch, length, heads, width = q.shape
     groups = k.shape[2]
-    shape = (batch, groups, heads // groups, length)
-    # All queries of a key head side by side, and the division by the softmax's sum left to the
-    # end, where it is H numbers a query instead of S: 1.3 times faster than the plain form on CPU.
-    q = (q * width**-0.5).reshape(batch, length, groups, heads // groups, width)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
-    scores = jnp.einsum("BKXH,BSKH->BKXS", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(*shape, -1)
-    # The most negative finite number, not -inf: a fully masked row must not become NaN.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    grouped = (q * width**-0.5).reshape(batch, length, groups, heads // groups, width)
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # all queries of a key head side by side
+    hidden = jnp.where(valid, 0.0, _MASKED)[:, None, None, None]
+    if not causal:
+        out = _softmax_values(grouped, k, v, hidden)
+    else:
+        block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+        blocks = []
+        for first in range(0, length, block):
+            last = min(first + block, length)
+            later = np.triu(np.full((last - first, last), _MASKED, np.float32), first + 1)
+            queries, mask = grouped[:, :, :, first:last], hidden[..., :last] + later
+            blocks.append(_softmax_values(queries, k[:, :last], v[:, :last], mask))
+        out = jnp.concatenate(blocks, axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _softmax_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, G, T, H] of queries of that shape, k and v [B, S, K, H], and a mask to add.
+
+    Written for XLA's CPU compiler, which makes one fusion of all of it: a mask that is added, not
+    selected by (twice the time), and the division by the softmax's sum left to the end, where it is
+    H numbers a query instead of S.
+    """
+    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) + mask
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1)[..., None]
-    weights = weights.astype(v.dtype).reshape(batch, groups, -1, k.shape[1])
-    out = jnp.einsum("BKXS,BSKH->BKXH", weights, v, preferred_element_type=jnp.float32)
-    out = (out.reshape(*shape, width) / total).astype(v.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+    return (out / total).astype(v.dtype)

@@ -25,7 +25,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
+        # Rows as one axis: the kernel's gradient is then one plain matmul; over two axes XLA's
+        # CPU compiler transposes both of its operands in memory first.
+        rows = x.reshape(-1, x.shape[-1])
+        y = (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("adapters", "a"):

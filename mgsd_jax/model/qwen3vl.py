@@ -19,7 +19,7 @@ from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.layers import Embedding
 from mgsd_jax.model.remat import Remat
-from mgsd_jax.model.text import Decoder, KVCache
+from mgsd_jax.model.text import Cache, Decoder, KVCache, Layers
 from mgsd_jax.model.vision import VisionTower
 
 Params = dict[str, Any]
@@ -77,7 +77,7 @@ class Qwen3VL(nn.Module):
             text.num_key_value_heads,
             text.head_dim,
         )
-        cache: KVCache | None = KVCache(
+        cache: Cache | None = KVCache(
             k=self._place_cache(jnp.zeros(shape, self.dtype)),
             v=self._place_cache(jnp.zeros(shape, self.dtype)),
             valid=jnp.pad(inputs.valid, ((0, 0), (0, cache_length - length))),
@@ -85,17 +85,26 @@ class Qwen3VL(nn.Module):
         )
         x, deep = self._embed(inputs, is_rollout=True)
         x, cache = self.language(x, inputs.positions, inputs.valid, deep, cache)
-        assert cache is not None
+        assert isinstance(cache, KVCache)
         return x[:, -1], dataclasses.replace(cache, length=jnp.int32(length))
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B]."""
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        layers: Layers | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B].
+
+        A loop may take `cache` and `layers` from `text.split_layers`.
+        """
         cache = dataclasses.replace(cache, valid=cache.valid.at[:, cache.length].set(True))
         x = self.language.embed(tokens[:, None], is_rollout=True)
         positions = jnp.broadcast_to(positions[None, :, None], (3, *x.shape[:2]))
-        x, after = self.language(x, positions, cache.valid, None, cache, decoding=True)
+        x, after = self.language(
+            x, positions, cache.valid, None, cache, decoding=True, layers=layers
+        )
         assert after is not None
         return x[:, 0], dataclasses.replace(after, length=after.length + 1)
 

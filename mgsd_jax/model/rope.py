@@ -40,9 +40,10 @@ def vision_tables(coords: jax.Array, *, head_dim: int, theta: float) -> Tables:
 
 def rotate(x: jax.Array, tables: Tables) -> jax.Array:
     """`x` [B, T, heads, H] turned by its tables, in the wider of the two dtypes."""
-    cos, sin = tables
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    half = x.shape[-1] // 2
+    cos, sin = (table[..., :half] for table in tables)  # their halves are the same
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _inverse_frequencies(width: int, theta: float) -> np.ndarray:

@@ -5,7 +5,7 @@ L layers, n_ds deepstack layers.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from mgsd_jax.axes import BATCH, constrain
 from mgsd_jax.model.attention import Kernel, attend
@@ -31,6 +32,87 @@ class KVCache:
     v: jax.Array  # [L, B, S, K, H]
     valid: jax.Array  # [B, S] bool, False at padding and at slots not yet written
     length: jax.Array  # [] int32, the next slot to write
+
+    def write(self, layer: jax.typing.ArrayLike, k: jax.Array, v: jax.Array) -> "KVCache":
+        """With k and v [B, T, K, H] of a layer in the slots from `length` on."""
+        start = (layer, 0, self.length, 0, 0)
+        k = jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), start)
+        v = jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start)
+        return dataclasses.replace(self, k=k, v=v)
+
+    def read(self, layer: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H] of a layer."""
+        return self.k[layer], self.v[layer]
+
+
+@struct.dataclass
+class SplitCache:
+    """A KVCache whose layers are arrays of their own, laid out as a decode reads them.
+
+    XLA's CPU compiler copies a layer out of a stack, weights and cache alike, before each use, and
+    transposes keys and values: three quarters of the time of a decode. Only for models of few
+    layers, see `split_layers`.
+    """
+
+    k: tuple[jax.Array, ...]  # L of [B, K, S, H]
+    v: tuple[jax.Array, ...]  # L of [B, K, S, H]
+    valid: jax.Array  # [B, S] bool
+    length: jax.Array  # [] int32
+
+    def write(self, layer: int, k: jax.Array, v: jax.Array) -> "SplitCache":
+        """As `KVCache.write`."""
+        start = (0, 0, self.length, 0)
+
+        def put(stack: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+            new = new.swapaxes(1, 2).astype(stack[layer].dtype)
+            written = jax.lax.dynamic_update_slice(stack[layer], new, start)
+            return (*stack[:layer], written, *stack[layer + 1 :])
+
+        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
+
+    def read(self, layer: int) -> tuple[jax.Array, jax.Array]:
+        """As `KVCache.read`."""
+        return self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)
+
+
+Cache = KVCache | SplitCache
+Layers = tuple[dict[str, Any], ...]  # the variables of each layer
+# Compiling takes longer with every layer that is not part of a scan.
+_FEW_LAYERS = 8
+
+
+def split_layers(
+    variables: dict[str, Any], cache: KVCache, mesh: Mesh | None
+) -> tuple[Layers | None, Cache]:
+    """What `Decoder` takes as `layers`, and the cache to go with it: for a loop of decodes.
+
+    On one device and with few layers these are arrays of their own, made here once; else None and
+    the cache as it is. `variables` are the decoder's: {'params': {...}, 'adapters': {...}}.
+    """
+    count = cache.k.shape[0]
+    if count > _FEW_LAYERS or (mesh is not None and mesh.size > 1):
+        return None, cache
+    stacks = [
+        {kind: tree[name] for kind, tree in variables.items() if name in tree}
+        for name in ("layers_deepstack", "layers")
+        if name in variables["params"]
+    ]
+    layers = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        for stack in stacks
+        for i in range(len(jax.tree.leaves(stack)[0]))
+    ]
+    assert len(layers) == count
+    k, v = (tuple(x.swapaxes(2, 3)) for x in (cache.k, cache.v))
+    return tuple(layers), SplitCache(k=k, v=v, valid=cache.valid, length=cache.length)
+
+
+def join_layers(cache: Cache) -> KVCache:
+    """The cache that `split_layers` was given, as it has become."""
+    if isinstance(cache, KVCache):
+        return cache
+    k, v = (jnp.stack(x).swapaxes(2, 3) for x in (cache.k, cache.v))
+    return KVCache(k=k, v=v, valid=cache.valid, length=cache.length)
 
 
 class Attention(nn.Module):
@@ -55,10 +137,10 @@ class Attention(nn.Module):
         x: jax.Array,
         tables: Tables,
         valid: jax.Array,
-        cache: KVCache | None,
-        layer: jax.Array,
+        cache: Cache | None,
+        layer: Any,
         decoding: bool,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """The output [B, T, D] and the cache with this layer's keys and values written.
 
         Queries see the keys just computed, causally, or where `decoding` the whole cache.
@@ -71,15 +153,10 @@ class Attention(nn.Module):
         q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
         if cache is not None:
             # HF rotates before the cache write; so do we.
-            start = (layer, 0, cache.length, 0, 0)
-            cache = dataclasses.replace(
-                cache,
-                k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), start),
-                v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), start),
-            )
+            cache = cache.write(layer, k, v)
         if decoding:
             assert cache is not None
-            k, v = cache.k[layer], cache.v[layer]
+            k, v = cache.read(layer)
         out = attend(q, k, v, valid=valid, causal=not decoding, kernel=self.kernel)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
@@ -99,8 +176,8 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.intermediate_size, self.dtype)
 
     def __call__(
-        self, x: jax.Array, cache: KVCache | None, *attention: Any
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, x: jax.Array, cache: Cache | None, *attention: Any
+    ) -> tuple[jax.Array, Cache | None]:
         tables, valid, layer, decoding = attention
         out, cache = self.self_attn(self.input_layernorm(x), tables, valid, cache, layer, decoding)
         x = constrain(x + out, self.kernel.mesh, BATCH)
@@ -138,11 +215,15 @@ class Decoder(nn.Module):
         positions: jax.Array,  # [3, B, T]
         valid: jax.Array,  # [B, T], or [B, S] where decoding
         deep: jax.Array | None,  # [n_ds, B, T, D], zero at text
-        cache: KVCache | None,
+        cache: Cache | None,
         *,
         decoding: bool = False,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states [B, T, D] after the final norm, and the cache with this call written."""
+        layers: Layers | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] after the final norm, and the cache with this call written.
+
+        `layers`, of `split_layers`, take the place of the stacked variables of the layers.
+        """
         config = self.config
         tables = mrope_tables(
             positions,
@@ -152,26 +233,33 @@ class Decoder(nn.Module):
             dtype=jnp.dtype(self.dtype),
         )
 
+        if layers is not None:
+            layer = DecoderLayer(config, self.dtype, self.kernel, parent=None)
+            for index, variables in enumerate(layers):
+                out = layer.apply(variables, x, cache, tables, valid, index, decoding)
+                x, cache = cast(tuple[jax.Array, Cache | None], out)
+            return self.norm(x), cache
+
         def body(
             layer: DecoderLayer,
-            carry: tuple[jax.Array, KVCache | None],
+            carry: tuple[jax.Array, Cache | None],
             xs: tuple[jax.Array, jax.Array | None],
-        ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        ) -> tuple[tuple[jax.Array, Cache | None], None]:
             x, cache = carry
             index, features = xs
             x, cache = layer(x, cache, tables, valid, index, decoding)
             return (x if features is None else x + features, cache), None
 
         body = rematerialise(body, self.remat)
-        first, layers = self.num_deepstack, config.num_hidden_layers
+        first, last = self.num_deepstack, config.num_hidden_layers
         carry = (x, cache)
         if first:
             scan = nn.scan(body, variable_axes=STACKED, split_rngs={"params": True}, length=first)
             carry, _ = scan(self.layers_deepstack, carry, (jnp.arange(first), deep))
-        if first < layers:
+        if first < last:
             scan = nn.scan(
-                body, variable_axes=STACKED, split_rngs={"params": True}, length=layers - first
+                body, variable_axes=STACKED, split_rngs={"params": True}, length=last - first
             )
-            carry, _ = scan(self.layers, carry, (jnp.arange(first, layers), None))
+            carry, _ = scan(self.layers, carry, (jnp.arange(first, last), None))
         x, cache = carry
         return self.norm(x), cache

@@ -2,8 +2,8 @@
 
 Command:   python -m mgsd_jax.main --stage=distillation \\
                --config=configs/distillation_8b.py --workdir=DIR
-Hardware:  TBD
-Expected:  TBD
+Hardware:  a TPU slice of 16 v5e chips (v5e:4x4), or more memory.
+Expected:  speed not measured; fits, by docs/preflight/8b_v5e-4x4.md.
 """
 
 import pathlib

@@ -1,8 +1,8 @@
 """grounding of Qwen3-VL-4B-Instruct.
 
 Command:   python -m mgsd_jax.main --stage=grounding --config=configs/grounding_4b.py --workdir=DIR
-Hardware:  TBD
-Expected:  TBD
+Hardware:  a TPU slice of 16 v5e chips (v5e:4x4), or more memory.
+Expected:  not measured; whether it fits is what --stage=preflight says.
 """
 
 import pathlib

@@ -1,8 +1,8 @@
 """grounding of Qwen3-VL-8B-Instruct.
 
 Command:   python -m mgsd_jax.main --stage=grounding --config=configs/grounding_8b.py --workdir=DIR
-Hardware:  TBD
-Expected:  TBD
+Hardware:  a TPU slice of 16 v5e chips (v5e:4x4), or more memory.
+Expected:  speed not measured; fits, by docs/preflight/8b_v5e-4x4.md.
 """
 
 import pathlib

@@ -174,9 +174,25 @@ def make_layout(mesh: Mesh | None, dtype: Any) -> Callable[[Any], Any]:
 
     def lay_out(variables: Any) -> Any:
         shardings = param_shardings(variables, mesh, ROLLOUT_RULES)
-        return jax.tree.map(jax.lax.with_sharding_constraint, cast(variables, dtype), shardings)
+        return jax.tree.map(_hold_by_layer, cast(variables, dtype), shardings)
 
     return jax.jit(lay_out)
+
+
+def _hold_by_layer(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`leaf` held to a sharding, a stack of kernels a layer at a time.
+
+    All at once, a stack is gathered beside the place that it goes to: 8B on 16 chips would hold
+    2.6 GiB more a chip.
+    """
+    if leaf.ndim < 3:
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+    layer = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+
+    def step(_: None, kernel: jax.Array) -> tuple[None, jax.Array]:
+        return None, jax.lax.with_sharding_constraint(kernel, layer)
+
+    return jax.lax.with_sharding_constraint(jax.lax.scan(step, None, leaf)[1], sharding)
 
 
 def cast(params: tree.Tree, dtype: Any) -> tree.Tree:

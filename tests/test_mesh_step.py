@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers_hlo import collectives_in_loops
 from helpers_model import random_params, random_rows, to_inputs
 from jax.sharding import Mesh
 
 from mgsd_jax import config as c
 from mgsd_jax import distillation, grounding, optimizer, sampler, sharding
+from mgsd_jax.batch import Inputs
 from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.model import table
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -123,3 +126,31 @@ def test_a_distillation_step(sizes: tuple[int, int, int], one_device: Any) -> No
 @eight
 def test_two_grounding_steps() -> None:
     assert_same(ground((2, 2, 2), 2), ground(None, 1))
+
+
+@eight
+def test_weights_travel_and_activations_do_not() -> None:
+    """Over fsdp alone, what a turn of the layers' loop moves is a kernel, never rows of tokens."""
+    mesh = sharding.make_mesh(fsdp=8)
+    config = tiny(hidden_size=64, num_hidden_layers=4, num_deepstack=0)
+    model = Qwen3VL(config, remat="full", kernel=kernel_for(mesh))
+    params = table.abstract_params(config, "float32")
+    params = sharding.abstract(params, sharding.param_shardings(params, mesh))
+    rows, length = 8, 512
+    inputs = Inputs(
+        tokens=jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        positions=jax.ShapeDtypeStruct((3, rows, length), jnp.int32),
+        valid=jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+        next_position=jax.ShapeDtypeStruct((rows,), jnp.int32),
+        pictures=None,
+    )
+    inputs = sharding.abstract(inputs, sharding.batch_shardings(inputs, mesh))
+
+    def loss(params: Any, inputs: Inputs) -> jax.Array:
+        params = sharding.constrain_state(params, mesh)
+        return jnp.square(model.apply({"params": params}, inputs, method="hidden")).mean()
+
+    program = jax.jit(jax.grad(loss)).lower(params, inputs).compile()
+    mlp = 64 * config.text.intermediate_size
+    assert mlp < length * 64  # the kernel is smaller than one row of activations
+    assert 0 < max(collectives_in_loops(program.as_text())) <= mlp

@@ -78,7 +78,7 @@ def read_plainly(folder: pathlib.Path) -> int:
     for path in sorted(folder.glob("*.safetensors")):
         values = np.empty(path.stat().st_size, np.uint8)
         with path.open("rb", buffering=0) as file:
-            view = memoryview(values)
+            view = values.data
             while len(view):
                 view = view[file.readinto(view) :]
         count += values.nbytes

@@ -80,7 +80,9 @@ def make_optimizer(
 def init(params: Params, tx: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step; the moments are float32 whatever params are.
 
-    On a mesh the moments are made where they will lie, each as its parameter does.
+    On a mesh the moments are made where they will lie, each as its parameter does. Off it all is
+    committed to the device, as what an update returns: otherwise the second update would compile
+    anew.
     """
 
     def rest(params: Params) -> tuple[jax.Array, optax.OptState]:
@@ -91,7 +93,8 @@ def init(params: Params, tx: optax.GradientTransformation, mesh: Mesh | None = N
         places = sharding.state_shardings(jax.eval_shape(rest, params), mesh)
         rest = jax.jit(rest, out_shardings=places)
     step, opt_state = rest(params)
-    return TrainState(step, params, opt_state)
+    state = TrainState(step, params, opt_state)
+    return state if mesh is not None else jax.device_put(state, jax.local_devices()[0])
 
 
 def accumulate(

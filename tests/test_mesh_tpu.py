@@ -15,6 +15,7 @@ from mgsd_jax import axes, losses
 VOCABULARY, CHUNK = 151_936, 2048
 TOKENS = 16_384  # a chip
 WIDTHS = {"4b": 2560, "8b": 4096}
+MESHES = {"fsdp": {"fsdp": 16}, "recipe": {"fsdp": 4, "tensor": 4}}
 pytestmark = pytest.mark.slow
 
 
@@ -52,10 +53,41 @@ def compiled(width: int, mesh: Mesh) -> Any:
     return program.lower(*arguments).compile()
 
 
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("model", WIDTHS)
-def test_reverse_kl_on_sixteen_chips(model: str) -> None:
+def test_reverse_kl_on_sixteen_chips(model: str, mesh: str) -> None:
     width = WIDTHS[model]
-    program = compiled(width, tpu_mesh("v5e:4x4", fsdp=16))
+    program = compiled(width, tpu_mesh("v5e:4x4", **MESHES[mesh]))
     # a chunk of hidden states and sums a token: not a part of a head, [V / 16, D], let alone all
     assert 0 < max(collectives_in_loops(program.as_text())) <= CHUNK * width
     assert program.memory_analysis().temp_size_in_bytes <= 0.25e9
+
+
+@pytest.mark.parametrize("how", ["gathered", "reduced"])
+def test_a_head_that_travels_in_a_loop_is_seen(how: str) -> None:
+    """The guard above, on loops that do what it forbids."""
+    mesh, width = tpu_mesh("v5e:4x4", fsdp=16), 2560
+
+    def turn(_: Any, state: Any) -> Any:
+        hidden, head = state  # [C, D], [V / 16, D]
+        if how == "gathered":
+            whole = jax.lax.all_gather(head, "fsdp", tiled=True)
+            return jnp.tanh(hidden @ whole.T) @ whole, head
+        logits = jnp.tanh(hidden @ head.T)
+        return hidden + logits @ head, head + jax.lax.psum(logits.T @ hidden, "fsdp")
+
+    def loop(hidden: Any, head: Any) -> Any:
+        return jax.lax.fori_loop(0, 4, turn, (hidden, head))
+
+    by_row = P("fsdp")
+    split = jax.shard_map(
+        loop, mesh=mesh, in_specs=(by_row, by_row), out_specs=by_row, check_vma=False
+    )
+    shapes = (CHUNK * mesh.size, width), (VOCABULARY, width)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, by_row))
+        for shape in shapes
+    ]
+    program = jax.jit(split).lower(*arguments).compile()
+    least = VOCABULARY * width // (1 if how == "gathered" else mesh.size)
+    assert max(collectives_in_loops(program.as_text() or "")) >= least > CHUNK * width

@@ -72,8 +72,9 @@ def test_a_folder_comes_before_its_name(tmp_path: pathlib.Path) -> None:
 def result(name: str, **fields: float | str | None) -> Result:
     sizes = {"arguments": 4.0, "temporaries": 5.0, "peak": 9.0, "host": 0.0, "resident": 2.0}
     times = {"arithmetic": 0.5, "memory": 1.0, "links": 0.25}
-    values = {"compile_seconds": 7.0, "flops": 1e12, "seconds": times, "tokens": 1000}
-    return Result(name=name, **{**sizes, **values, **fields})  # type: ignore[arg-type]
+    compiling = {"compile_seconds": 7.0, "compile_cpu_seconds": 6.0}
+    values = {"flops": 1e12, "seconds": times, "tokens": 1000}
+    return Result(name=name, **{**sizes, **compiling, **values, **fields})  # type: ignore[arg-type]
 
 
 def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
@@ -85,6 +86,7 @@ def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
 def test_what_fits_is_one_sentence() -> None:
     text = page([result("distillation/decode"), result("distillation/update")])
     assert "| distillation/update | 4.00 | 5.00 | 9.00 | 2.00 | 11.00 | fits |" in text
+    assert "| distillation/update | 1 | 0.5 | 1 | 0.25 | 1 | 1,000 | 6 | 7 |" in text
     assert "samples 1,000 and reads 1,000 tokens; decode + update take at least 2 s" in text
     assert text.rstrip().endswith("Everything fits.")
 
@@ -150,6 +152,40 @@ def test_a_preflight_keeps_its_table(
     preflight.run(other, str(tmp_path / "out"))
     found = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]
     assert list(found) == ["distillation/layout"]
+
+
+def test_less_memory_is_said_and_what_to_change(config: Config, tmp_path: pathlib.Path) -> None:
+    """`--set preflight.hbm_gib`: what fits a chip of v5e does not fit one of a tenth of a MiB."""
+    tpu_mesh("v5e:2x2", fsdp=4)
+    changes = ["preflight.only=('distillation/layout',)", "preflight.hbm_gib=0.0001"]
+    preflight.run(config_lib.override(config, changes), str(tmp_path / "out"))
+    text = (tmp_path / "out" / "preflight.md").read_text()
+    assert "A chip has 0.0001 GiB for programs" in text
+    assert "| **does not fit** |" in text and "Everything fits" not in text
+    advice = text.split("What to change:")[1]
+    assert "distillation/layout needs" in advice and "mesh.tensor=4" in advice
+    preflight.run(config_lib.override(config, changes[:1]), str(tmp_path / "out"))
+    assert "Everything fits" in (tmp_path / "out" / "preflight.md").read_text()
+
+
+def test_a_run_that_does_not_fit_ends_in_an_answer(
+    config: Config, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache of a million rows: the compiler refuses, and the page says what would help."""
+    tpu_mesh("v5e:2x2", fsdp=4)
+    changes = [
+        "preflight.only=('distillation/decode',)",
+        "distillation.batch_size=1048576",
+        "distillation.sampling.max_new_tokens=512",
+    ]
+    preflight.run(config_lib.override(config, changes), str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    row = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]
+    assert row["distillation/decode"]["error"] is None
+    assert row["distillation/decode"]["peak"] > V5E.hbm_gib
+    assert "| distillation/decode | - | - |" in printed and "**does not fit**" in printed
+    assert "mesh.tensor=4; distillation.batch_size=524288; a smaller" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

@@ -97,6 +97,9 @@ def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
         values["preflight"].pop("only")
     if found["config"] != mine or found["libtpu"] != importlib.metadata.version("libtpu"):
         return {}
+    fields = {field.name for field in dataclasses.fields(Result)}
+    if any(set(values) != fields for values in found["results"].values()):
+        return {}  # of another version of this program
     return {name: Result(**values) for name, values in found["results"].items()}
 
 

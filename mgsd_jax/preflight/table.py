@@ -16,6 +16,7 @@ class Result:
 
     name: str  # 'distillation/update'
     compile_seconds: float
+    compile_cpu_seconds: float  # of all threads of the compiler
     resident: float  # held meanwhile besides the program's own arguments
     flops: float  # of one chip in one call
     seconds: dict[str, float]  # arithmetic, memory, links, each at its peak
@@ -24,7 +25,6 @@ class Result:
     temporaries: float | None = None
     host: float | None = None  # in the host's memory, for one chip
     peak: float | None = None  # of the program, arguments included
-    compile_cpu_seconds: float | None = None  # of all threads of the compiler
     error: str | None = None  # the compiler's first words where it failed for another reason
 
     @property
@@ -77,22 +77,24 @@ def render(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result], co
     ]
     lines += [
         "| program | TFLOP a chip | arithmetic s | memory s | links s | roofline s | tokens "
-        "| compiled in s | of CPU time |",
+        "| compile CPU s | compile wall s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         parts = " | ".join(f"{result.seconds[k]:.3g}" for k in ("arithmetic", "memory", "links"))
         lines.append(
             f"| {result.name} | {result.flops / 1e12:.4g} | {parts} | {result.roofline:.3g} "
-            f"| {result.tokens:,} | {result.compile_seconds:.0f} | {_number(result)} |"
+            f"| {result.tokens:,} | {result.compile_cpu_seconds:.0f} "
+            f"| {result.compile_seconds:.0f} |"
         )
-    lines += ["", *_steps(config, results), "", *_advice(config, mesh, chip, results), ""]
+    lines += [
+        "",
+        "CPU time is that of all threads of the compiler; wall time also counts what else the "
+        "machine did.",
+        "",
+    ]
+    lines += [*_steps(config, results), "", *_advice(config, mesh, chip, results), ""]
     return "\n".join(lines)
-
-
-def _number(result: Result) -> str:
-    cpu = result.compile_cpu_seconds
-    return "-" if cpu is None else f"{cpu:.0f}"
 
 
 def _verdict(result: Result, chip: Chip) -> str:

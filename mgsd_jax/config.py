@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 Task = Literal["frozenlake", "maze", "minibehaviour"]
 Record = Literal["questions", "cells", "plan_from_text", "plan_from_picture"]
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
+Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
 Benchmark = Literal[
     "frozenlake_vsp",
@@ -160,11 +161,16 @@ class DistillationConfig:
     student: str = "{workdir}/grounding"
     teacher: str = "{model}"
     teacher_context: TeacherContext = "state_and_plan"
+    teacher_decay: float = 0.0  # above 0 the teacher is this moving average of the student instead
+    teacher_noise: float = 0.0  # share of the facts that the teacher is told wrong
+    teacher_board: Literal["same", "other"] = "same"  # other: a control, another board's state
     objective: Literal["reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl"] = "reverse_kl"
     jsd_teacher_weight: float = 0.5  # read by objective='jsd' only
     forward_kl_mix: float = 0.0
     token_chunk: int = 2048
     token_kl_cap: float = 0.0  # nats, 0: off
+    token_weights: tuple[tuple[Segment, float], ...] = ()  # of parts of a response; 1 unless told
+    reference_share: float = 0.0  # of the rows: a right response in place of the student's own
     sampling: SamplingConfig = SamplingConfig()
     steps: int = 1400
     batch_size: int = 32  # prompts a step
@@ -380,6 +386,7 @@ def check(config: Config) -> Config:
             f"evaluate.tries: got {config.evaluate.tries} at temperature "
             f"{config.evaluate.sampling.temperature}, want 1, or more above temperature 0"
         )
+    _check_distillation(config.distillation)
     if sorted(config.data.channels) != [0, 1, 2]:
         raise ValueError(f"data.channels: got {config.data.channels}, want an order of (0, 1, 2)")
     for name, batch, parts in (
@@ -393,6 +400,20 @@ def check(config: Config) -> Config:
         if parts < 1 or batch % parts:
             raise ValueError(f"{name}.microbatches: got {parts}, want a divisor of {batch}")
     return config
+
+
+def _check_distillation(settings: DistillationConfig) -> None:
+    for name, high in (("teacher_decay", 1.0), ("teacher_noise", 1.0), ("reference_share", 1.0)):
+        value = getattr(settings, name)
+        if not 0.0 <= value <= high:
+            raise ValueError(f"distillation.{name}: got {value}, want 0 to {high:g}")
+    weights = [weight for _, weight in settings.token_weights]
+    names = {name for name, _ in settings.token_weights}
+    if min(weights, default=0.0) < 0 or len(names) < len(weights):
+        raise ValueError(
+            f"distillation.token_weights: got {settings.token_weights}, want each part once, "
+            "weights >= 0"
+        )
 
 
 def to_dict(config: Any) -> Any:

@@ -30,9 +30,11 @@ from mgsd_jax import (
     trainable,
     tree,
 )
+from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import sources
+from mgsd_jax.data.processor import Processor
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -45,11 +47,16 @@ class DistillationBatch(NamedTuple):
     student: Inputs
     teacher: Inputs
     tokens: jax.Array  # [B, R] int32
-    mask: jax.Array  # [B, R] float32, 1 through the first end token
+    mask: jax.Array  # [B, R] bool, True through the first end token
+    weights: jax.Array | None = None  # [B, R] float32 of the tokens in the loss; None: the mask
 
 
 BATCH_AXES: Any = DistillationBatch(
-    stage.INPUT_AXES, stage.INPUT_AXES, tokens=stage.FIRST, mask=stage.FIRST
+    stage.INPUT_AXES,
+    stage.INPUT_AXES,
+    tokens=stage.FIRST,
+    mask=stage.FIRST,
+    weights=stage.FIRST,
 )
 
 
@@ -80,7 +87,7 @@ def response_hidden(
 def loss_fn(
     trained: Any,
     frozen: Any,
-    teacher_params: Any,
+    teacher_variables: Any,
     batch: DistillationBatch,
     *,
     student: Qwen3VL,
@@ -88,26 +95,26 @@ def loss_fn(
     settings: DistillationConfig,
     vocab_mask: np.ndarray,
 ) -> tuple[jax.Array, jax.Array, TokenStats]:
-    """Summed divergence over the response tokens in nats, their number, and statistics [B, R]."""
+    """Weighted divergence over the response tokens in nats, its weight, and statistics [B, R]."""
     variables = tree.combine(trained, frozen)
     students = response_hidden(student, variables, batch.student, batch.tokens, batch.mask)
     teachers = jax.lax.stop_gradient(
-        response_hidden(
-            teacher, {"params": teacher_params}, batch.teacher, batch.tokens, batch.mask
-        )
+        response_hidden(teacher, teacher_variables, batch.teacher, batch.tokens, batch.mask)
     )
-    weights = batch.mask.reshape(-1)
+    valid = batch.mask.reshape(-1) > 0
+    weights = valid.astype(jnp.float32) if batch.weights is None else batch.weights.reshape(-1)
     is_sampled = settings.objective == "sampled_reverse_kl"
     divergence = losses.sampled_reverse_kl if is_sampled else losses.reverse_kl
     loss, stats = divergence(
         students,
         qwen3vl.head(variables["params"]),
         teachers,
-        qwen3vl.head(teacher_params),
+        qwen3vl.head(teacher_variables["params"]),
         weights,
         config=loss_config(settings),
         targets=batch.tokens.reshape(-1),
         vocab_mask=jnp.asarray(vocab_mask),
+        valid=valid,
         mesh=student.mesh,
     )
     return loss, weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats)
@@ -123,7 +130,8 @@ def make_update(
     """One jitted program: teacher forward, student forward and backward, optimiser.
 
     update(state, frozen, teacher_params, batch) -> (state, metrics, statistics [B, R]); the state
-    is donated. `banned_ids` can be sampled by neither reader.
+    is donated. With `settings.teacher_decay` the state's average is the teacher, and teacher_params
+    are not read. `banned_ids` can be sampled by neither reader.
     """
     vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
     mesh = student.mesh
@@ -131,11 +139,16 @@ def make_update(
     def update(
         state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
     ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
+        if settings.teacher_decay:
+            teacher_variables = tree.combine(state.average, frozen)
+        else:
+            teacher_variables = {"params": teacher_params}
+
         def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
             return loss_fn(
                 sharding.constrain_state(trained, mesh),
                 frozen,
-                teacher_params,
+                teacher_variables,
                 sharding.constrain_batch(batch, mesh),
                 student=student,
                 teacher=teacher,
@@ -147,10 +160,34 @@ def make_update(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
         state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
+        if settings.teacher_decay:
+            state = optimizer.move_average(state, settings.teacher_decay)
         state = sharding.constrain_state(state, mesh)
         return state, {"loss": loss, **norms}, sharding.constrain_batch(stats, mesh)
 
     return jax.jit(update, donate_argnums=0)
+
+
+def with_references(sampled: sampler.Rollout, references: Any) -> tuple[jax.Array, jax.Array]:
+    """(tokens, mask) [B, R] of the responses to learn from: references where a row has one."""
+    if references is None:
+        return sampled.tokens, sampled.mask
+    has_one = references.mask[:, :1]
+    return (
+        jnp.where(has_one, references.tokens, sampled.tokens),
+        jnp.where(has_one, references.mask, sampled.mask),
+    )
+
+
+def token_weights(
+    processor: Processor, tokens: np.ndarray, mask: np.ndarray, settings: DistillationConfig
+) -> np.ndarray | None:
+    """Weights [B, R] of the tokens by the part of the response that they are in; None: all 1."""
+    if not settings.token_weights:
+        return None
+    table = dict.fromkeys(prompts_lib.SEGMENTS, 1.0) | dict(settings.token_weights)
+    groups = monitor.segments(processor, tokens, mask > 0)
+    return mask * np.array([*table.values(), 0.0], np.float32)[groups]  # group -1: no token
 
 
 def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -> float:
@@ -164,6 +201,12 @@ def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -
         for model, length, p in zip((student, teacher), lengths, (patches, 0), strict=True)
     )
     return rows * (3 * students + teachers)
+
+
+def _own(mask: np.ndarray, prompts: sources.PromptRows) -> np.ndarray:
+    """The mask without the rows whose response is not the student's own."""
+    references = prompts.batch.references
+    return mask if references is None else mask & ~references.mask[:, :1]
 
 
 def run(config: Config, workdir: str) -> None:
@@ -203,6 +246,10 @@ def run(config: Config, workdir: str) -> None:
         batch_size=settings.batch_size,
         rollouts=settings.rollouts,
         seed=config.seed,
+        noise=settings.teacher_noise,
+        teacher_board=settings.teacher_board,
+        reference_share=settings.reference_share,
+        response_length=settings.sampling.max_new_tokens,
         process=sharding.process_share(mesh),
         agree=processes.largest,
     )
@@ -223,7 +270,8 @@ def run(config: Config, workdir: str) -> None:
 
     update = make_update(student.model, teacher.model, settings, tx, banned)
     rng = sharding.make_key(config.seed, mesh)
-    state = optimizer.init(trained, tx, mesh)
+    choose = jax.jit(with_references)
+    state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
 
     with stage.opened(
         folder, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
@@ -240,26 +288,31 @@ def run(config: Config, workdir: str) -> None:
                     jax.random.fold_in(rng, step),
                     asked.row_ids,
                 )
-                tokens, mask, truncated, logprobs = sharding.to_local(
+                learned = choose(sampled, asked.references)
+                own = sharding.to_local(
                     (sampled.tokens, sampled.mask, sampled.truncated, sampled.logprobs)
                 )
-            batch = DistillationBatch(asked.student, asked.teacher, sampled.tokens, sampled.mask)
+                tokens, mask = own[:2] if asked.references is None else sharding.to_local(learned)
+            weights: Any = token_weights(student.processor, tokens, mask, settings)
+            if weights is not None:
+                weights = sharding.to_global(weights, mesh)
+            batch = DistillationBatch(asked.student, asked.teacher, *learned, weights)
             started = time.perf_counter()
             state, measured, stats = update(state, frozen, teacher.params, batch)
             # The host scores the rollouts while the device works on the update.
-            responses = monitor.decode_rows(student.processor, tokens, mask)
-            measured |= monitor.rollout_metrics(prompts.boards, responses, truncated, mask)
+            responses = monitor.decode_rows(student.processor, own[0], own[1])
+            measured |= monitor.rollout_metrics(prompts.boards, responses, own[2], own[1])
             stats = sharding.to_local(stats)
             measured |= monitor.token_metrics(student.processor, tokens, mask, stats)
             measured |= guards.rollout_measures(
-                tokens, mask, logprobs, stats.student_logprob, settings.sampling
+                tokens, _own(mask, prompts), own[3], stats.student_logprob, settings.sampling
             )
             spent = session.timers.seconds
             spent["update"] = time.perf_counter() - started
-            measured["tokens_per_s/rollout"] = mask.sum() / spent["rollout"]
+            measured["tokens_per_s/rollout"] = own[1].sum() / spent["rollout"]
             measured |= stage.speed(
                 update_flops(student.model, teacher.model, batch),
-                2 * sampled.mask.size,
+                2 * mask.size,
                 spent["update"],
             )
             if stage.is_due(step + 1, settings.eval_every, settings.steps):

@@ -26,8 +26,7 @@ from mgsd_jax.config import Benchmark, Config, DataConfig, EvaluateConfig, Mode
 from mgsd_jax.data import batching, testsets
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Encoded, encode
-from mgsd_jax.data.sources import Encoder
-from mgsd_jax.envs import ENVS
+from mgsd_jax.data.sources import Encoder, draw_picture
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.monitor import decode_rows
 from mgsd_jax.prompts import Message, Prompts
@@ -128,10 +127,9 @@ def ask(
 
 def show(data: DataConfig, board: Board) -> np.ndarray:
     """The picture of a board of a test set: the benchmark's own, or drawn; uint8 [H, W, 3]."""
-    size = config_lib.picture_size(data, board.level)
     if board.picture_path is None:
-        return ENVS[board.task].render(board.state, size)
-    return testsets.read_picture(board.picture_path, size)
+        return draw_picture(data, board)
+    return testsets.read_picture(board.picture_path, config_lib.picture_size(data, board.level))
 
 
 @dataclasses.dataclass(frozen=True)

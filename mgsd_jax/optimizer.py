@@ -29,6 +29,7 @@ class TrainState:
     step: jax.Array  # [] int32, updates asked for so far, skipped ones included
     params: Params  # trainable parameters only
     opt_state: optax.OptState
+    average: Params = None  # a moving average of params, where one is kept
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
@@ -77,7 +78,13 @@ def make_optimizer(
     return optax.chain(*parts)
 
 
-def init(params: Params, tx: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+def init(
+    params: Params,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    keeps_average: bool = False,
+) -> TrainState:
     """The state before the first step; the moments are float32 whatever params are.
 
     On a mesh the moments are made where they will lie, each as its parameter does. Off it all is
@@ -93,7 +100,9 @@ def init(params: Params, tx: optax.GradientTransformation, mesh: Mesh | None = N
         places = sharding.state_shardings(jax.eval_shape(rest, params), mesh)
         rest = jax.jit(rest, out_shardings=places)
     step, opt_state = rest(params)
-    state = TrainState(step, params, opt_state)
+    # A copy: params are donated to the first update.
+    average = jax.tree.map(jnp.copy, params) if keeps_average else None
+    state = TrainState(step, params, opt_state, average)
     return state if mesh is not None else jax.device_put(state, jax.local_devices()[0])
 
 
@@ -182,7 +191,19 @@ def update(
         "param_norm": optax.global_norm(_float32(moved)),
         "skipped_update": skipped.astype(jnp.float32),
     }
-    return TrainState(train_state.step + 1, moved, opt_state), metrics
+    state = TrainState(train_state.step + 1, moved, opt_state, train_state.average)
+    return state, metrics
+
+
+def move_average(state: TrainState, decay: float) -> TrainState:
+    """The state with decay * average + (1 - decay) * params as its average."""
+
+    def move(average: jax.Array, new: jax.Array) -> jax.Array:
+        moved = decay * average.astype(jnp.float32) + (1.0 - decay) * new.astype(jnp.float32)
+        return moved.astype(average.dtype)
+
+    average = jax.tree.map(move, state.average, state.params)
+    return TrainState(state.step, state.params, state.opt_state, average)
 
 
 def round_like(values: Params, like: Params, rng: jax.Array) -> Params:

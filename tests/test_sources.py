@@ -12,8 +12,8 @@ import pytest
 from mgsd_jax import config as c
 from mgsd_jax import nano
 from mgsd_jax.data import sources
-from mgsd_jax.data.processor import load_processor
-from mgsd_jax.envs import ENVS, splits
+from mgsd_jax.data.processor import decode, load_processor
+from mgsd_jax.envs import ENVS, rules, splits
 from mgsd_jax.prompts import BUILT_IN
 
 BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
@@ -26,7 +26,8 @@ DATA = c.DataConfig(
     sequence_buckets=(98,),
     patch_buckets=(100,),
 )
-ENCODER = sources.Encoder(load_processor(BASE), BUILT_IN, DATA)
+PROCESSOR = load_processor(BASE)
+ENCODER = sources.Encoder(PROCESSOR, BUILT_IN, DATA)
 LEVELS = (("frozenlake", 3), ("maze", 3), ("minibehaviour", 5))
 BOARDS = sources.StreamedBoards(LEVELS, "train", 0, frozenset(), 50)
 MIXTURE = (("questions", 0.4), ("cells", 0.2), ("plan_from_text", 0.2), ("plan_from_picture", 0.2))
@@ -188,6 +189,47 @@ def test_rollouts_stand_side_by_side_with_rows_of_their_own() -> None:
     assert rows.batch.teacher.pictures is None
     with pytest.raises(ValueError, match="batch_size: got 5, want a multiple of 2"):
         prompts(batch_size=5, process=(1, 2))
+
+
+def test_references_are_right_responses_of_a_share_of_the_prompts() -> None:
+    loader = prompts(batch_size=4, reference_share=0.5, response_length=64)
+    given = 0
+    for rows in (next(loader) for _ in range(4)):
+        references = rows.batch.references
+        assert references is not None
+        for board, tokens, mask in zip(rows.boards, *references, strict=True):
+            if not mask.any():
+                continue
+            given += 1
+            answer = decode(PROCESSOR, tokens[mask])
+            assert rules.judge(board.state, board.task, answer).optimal
+            assert tokens[mask][-1] in PROCESSOR.eos_ids
+    assert 3 <= given <= 13  # of 16; 2 in 1,000 coins fall outside
+    assert next(prompts(batch_size=2)).batch.references is None
+    short = prompts(batch_size=2, reference_share=1.0, response_length=3)
+    with pytest.raises(ValueError, match=r"reference response of \d+ tokens, want at most 3"):
+        next(short)
+
+
+def test_the_teacher_may_be_told_wrong_facts_or_of_another_board() -> None:
+    right = next(prompts(batch_size=6))
+    for options in ({"noise": 1.0}, {"teacher_board": "other"}):
+        wrong = next(prompts(batch_size=6, **options))
+        assert same(right.batch.student, wrong.batch.student)
+        assert right.boards == wrong.boards
+        differ = (right.batch.teacher.tokens != wrong.batch.teacher.tokens).any(axis=1)
+        assert differ.all(), options
+    one = sources.prompt_loader(
+        [BOARDS[0], BOARDS[1]],  # of two tasks
+        ENCODER,
+        context="state",
+        batch_size=2,
+        rollouts=1,
+        seed=0,
+        teacher_board="other",
+    )
+    with pytest.raises(ValueError, match=r"no second board of (frozenlake|maze) level 3"):
+        next(one)
 
 
 def test_bad_mixtures_and_no_boards_are_refused() -> None:

@@ -26,12 +26,20 @@ class GroundingBatch(NamedTuple):
     loss_mask: np.ndarray  # [B, T] float32, 1 where the target is of the answer, end included
 
 
+class References(NamedTuple):
+    """Right responses for some rows of a batch, R tokens long."""
+
+    tokens: np.ndarray  # [B, R] int32
+    mask: np.ndarray  # [B, R] bool, True through the end token; nowhere in a row without one
+
+
 class PromptBatch(NamedTuple):
     """The same states as the student and as the teacher is asked about them."""
 
     student: Inputs  # left-padded
     teacher: Inputs  # left-padded
     row_ids: np.ndarray  # [B] int32, the row's number in the batch of all processes
+    references: References | None = None  # responses that stand in for the student's own
 
 
 def bucket(n: int, buckets: Sequence[int], *, name: str = "length") -> int:
@@ -166,6 +174,26 @@ def prompt_batch(
     )
     row_ids = np.arange(first_row, first_row + len(student), dtype=np.int32)
     return PromptBatch(student_inputs, teacher_inputs, row_ids)
+
+
+def references(responses: Sequence[np.ndarray | None], *, length: int, pad_id: int) -> References:
+    """Responses [<= R] padded on the right to R = `length`; None leaves its row without one.
+
+    Raises ValueError for a response that is longer.
+    """
+    tokens = np.full((len(responses), length), pad_id, np.int32)
+    mask = np.zeros((len(responses), length), bool)
+    for b, response in enumerate(responses):
+        if response is None:
+            continue
+        if len(response) > length:
+            raise ValueError(
+                f"row {b}: got a reference response of {len(response)} tokens, want at most "
+                f"{length} (distillation.sampling.max_new_tokens)"
+            )
+        tokens[b, : len(response)] = response
+        mask[b, : len(response)] = True
+    return References(tokens, mask)
 
 
 def _longest(rows: Sequence[Encoded]) -> int:

@@ -9,7 +9,7 @@ makes its own run of the rows alone, and pads it to the largest bucket that any 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -20,8 +20,9 @@ from mgsd_jax.batch import Inputs
 from mgsd_jax.config import DataConfig, Record, TeacherContext
 from mgsd_jax.data import batching
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.processor import Encoded, Processor, encode, encode_example
+from mgsd_jax.data.processor import Encoded, Processor, encode, encode_answer, encode_example
 from mgsd_jax.envs import ENVS
+from mgsd_jax.envs.noise import disturb
 from mgsd_jax.envs.splits import Split, draw
 from mgsd_jax.prompts import Prompts
 
@@ -50,6 +51,12 @@ class StreamedBoards:
         return Board(task, level, turn, state, None)
 
 
+def draw_picture(data: DataConfig, board: Board) -> np.ndarray:
+    """The board in the size and the colours of the config, uint8 [H, W, 3]."""
+    drawn = ENVS[board.task].render(board.state, config_lib.picture_size(data, board.level))
+    return drawn if data.channels == (0, 1, 2) else drawn[..., list(data.channels)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """How a board becomes token ids and patches."""
@@ -59,15 +66,19 @@ class Encoder:
     data: DataConfig
 
     def picture(self, board: Board) -> np.ndarray:
-        """The board drawn at the configured size, uint8 [H, W, 3]."""
-        size = config_lib.picture_size(self.data, board.level)
-        drawn = ENVS[board.task].render(board.state, size)
-        return drawn if self.data.channels == (0, 1, 2) else drawn[..., list(self.data.channels)]
+        """The board drawn as configured, uint8 [H, W, 3]."""
+        return draw_picture(self.data, board)
 
     def student(self, board: Board) -> Encoded:
         """The student's prompt: instructions and the picture."""
         messages = prompts_lib.student(self.prompts, board.task, self.picture(board))
         return encode(self.processor, messages, add_generation_prompt=True)
+
+    def reference(self, board: Board, rng: np.random.Generator) -> np.ndarray:
+        """Tokens [R] of a right response, its plan any of the shortest."""
+        plan = ENVS[board.task].random_shortest_plan(board.state, rng)
+        answer = prompts_lib.response(board.task, board.state, plan)
+        return encode_answer(self.processor, answer)
 
     def teacher(self, board: Board, context: TeacherContext) -> Encoded:
         """The teacher's prompt: instructions and the board as text."""
@@ -90,6 +101,15 @@ class Encoder:
             else:
                 messages = prompts_lib.student(self.prompts, board.task, self.picture(board))
         return encode_example(self.processor, messages, answer)
+
+
+class PromptExample(NamedTuple):
+    """What one board becomes for distillation."""
+
+    student: Encoded
+    teacher: Encoded
+    board: Board
+    reference: np.ndarray | None  # [R] tokens of a right response
 
 
 class PromptRows(NamedTuple):
@@ -186,25 +206,36 @@ def prompt_loader(
     batch_size: int,
     rollouts: int,
     seed: int,
+    noise: float = 0.0,
+    teacher_board: Literal["same", "other"] = "same",
+    reference_share: float = 0.0,
+    response_length: int = 0,
     process: tuple[int, int] = (0, 1),
     agree: Agree = tuple,
 ) -> Loader[PromptRows]:
     """A loader of `batch_size` prompts over all processes; each stands `rollouts` times in a row.
 
-    Row ids are those of the batch of all processes.
+    The teacher reads the board with a share `noise` of its facts wrong (envs/noise.py), or another
+    board of the same task and level. A share of the prompts comes with a right response, padded to
+    `response_length`. Row ids are those of the batch of all processes.
     """
     if not boards:
         raise ValueError("boards: got none, want at least one to train on")
     data = encoder.data
 
-    def example(board: Board) -> tuple[Encoded, Encoded, Board]:
-        return encoder.student(board), encoder.teacher(board, context), board
+    def example(board: Board, rng: np.random.Generator) -> PromptExample:
+        read = board if teacher_board == "same" else _another(boards, board, rng)
+        read = read._replace(state=disturb(read.task, read.state, rng, noise))
+        reference = encoder.reference(board, rng) if rng.random() < reference_share else None
+        return PromptExample(
+            encoder.student(board), encoder.teacher(read, context), board, reference
+        )
 
-    def pad(examples: Sequence[tuple[Encoded, Encoded, Board]], sizes: Sizes) -> PromptRows:
+    def pad(examples: Sequence[PromptExample], sizes: Sizes) -> PromptRows:
         rows = [row for row in examples for _ in range(rollouts)]
         batch = batching.prompt_batch(
-            [row[0] for row in rows],
-            [row[1] for row in rows],
+            [row.student for row in rows],
+            [row.teacher for row in rows],
             student_lengths=sizes[:1] or data.prompt_buckets,
             teacher_lengths=sizes[1:2] or data.teacher_buckets,
             pad_id=encoder.processor.pad_id,
@@ -212,16 +243,35 @@ def prompt_loader(
             max_pictures=1,
             first_row=process[0] * len(rows),
         )
-        return PromptRows(batch, tuple(row[2] for row in rows))
+        if reference_share > 0:
+            references = batching.references(
+                [row.reference for row in rows],
+                length=response_length,
+                pad_id=encoder.processor.pad_id,
+            )
+            batch = batch._replace(references=references)
+        return PromptRows(batch, tuple(row.board for row in rows))
 
-    def collate(examples: Sequence[tuple[Encoded, Encoded, Board]]) -> Padded[PromptRows]:
+    def collate(examples: Sequence[PromptExample]) -> Padded[PromptRows]:
         rows = pad(examples, ())
         student, teacher = rows.batch.student, rows.batch.teacher
         sizes = (student.tokens.shape[1], teacher.tokens.shape[1], _patches(student))
         return Padded(rows, sizes, functools.partial(pad, examples))
 
-    examples = _shuffled(boards, seed).map(example)
+    examples = _shuffled(boards, seed).random_map(example)
     return _load(examples, batch_size, process, collate, encoder, agree)
+
+
+def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) -> Board:
+    """Another board of the same task and level. Raises ValueError where there seems to be none."""
+    for _ in range(1000):
+        other = boards[int(rng.integers(len(boards)))]
+        if other[:2] == board[:2] and other.state != board.state:
+            return other
+    raise ValueError(
+        f"distillation.teacher_board=other: got no second board of {board.task} level "
+        f"{board.level}, want two or more"
+    )
 
 
 def patch_channels(processor: Processor) -> int:

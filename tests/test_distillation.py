@@ -1,0 +1,204 @@
+"""The options of distillation beyond the published recipe, on a tiny model."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers_tiny import tiny_config
+
+from mgsd_jax import config as c
+from mgsd_jax import distillation, generate, loading, nano, optimizer, sampler, stage, trainable
+from mgsd_jax.data import sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model, a batch of prompts, and what the model answered."""
+
+    config: c.Config
+    loaded: Any
+    frozen: Any
+    trained: Any
+    prompts: sources.PromptRows
+    sampled: sampler.Rollout
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    workdir = tmp_path_factory.mktemp("distillation")
+    config = tiny_config(pathlib.Path(workdir))
+    nano.run(config, str(workdir))
+    generate.run(config, str(workdir))
+    loaded = loading.load("{model}", config, str(workdir), None)
+    settings = config.distillation
+    trained, frozen = trainable.split(
+        loaded.params, settings.optim, settings.lora, jax.random.key(0)
+    )
+    loader = sources.prompt_loader(
+        stage.boards(config, str(workdir), "train"),
+        stage.encoder(config, loaded.processor),
+        context="state",
+        batch_size=4,
+        rollouts=1,
+        seed=0,
+        reference_share=0.5,
+        response_length=98,
+    )
+    prompts = next(loader)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, 200, (4, 98)).astype(np.int32)
+    mask = np.arange(98) < np.array([[3], [98], [40], [7]])
+    zeros = np.zeros((4, 98), np.float32)
+    sampled = sampler.Rollout(tokens, mask, zeros, np.zeros(4, bool))
+    return Setup(config, loaded, frozen, trained, prompts, sampled)
+
+
+def teacher_params(setup: Setup) -> Any:
+    """Another model of the same shape."""
+    return jax.tree.map(lambda x: x * 1.1 + 0.01, setup.loaded.params)
+
+
+def one_update(setup: Setup, weights: Any = None, **options: Any) -> tuple[Any, ...]:
+    """(state, loss, statistics) after an update with these settings."""
+    settings = dataclasses.replace(setup.config.distillation, **options)
+    tx = optax.sgd(1e-2)
+    banned = setup.loaded.processor.pad_ids
+    update = distillation.make_update(setup.loaded.model, setup.loaded.model, settings, tx, banned)
+    trained = jax.tree.map(np.array, setup.trained)
+    state = optimizer.init(trained, tx, keeps_average=settings.teacher_decay > 0)
+    batch = setup.prompts.batch
+    batch = distillation.DistillationBatch(
+        batch.student, batch.teacher, setup.sampled.tokens, setup.sampled.mask, weights
+    )
+    state, measured, stats = update(state, setup.frozen, teacher_params(setup), batch)
+    return jax.device_get((state, measured["loss"], stats))
+
+
+def close(a: Any, b: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
+
+
+def test_weights_of_one_change_nothing_and_others_weigh(setup: Setup) -> None:
+    plain = one_update(setup)
+    mask = setup.sampled.mask.astype(np.float32)
+    ones = one_update(setup, mask)
+    close(ones[0].params, plain[0].params)
+    twice = one_update(setup, 2 * mask)  # a factor that all share drops out
+    close(twice[0].params, plain[0].params)
+    first = mask * (np.arange(4) == 0)[:, None]
+    alone = one_update(setup, first)
+    kl = plain[2].kl[0]
+    np.testing.assert_allclose(
+        alone[1].sum / alone[1].weight, kl.sum() / setup.sampled.mask[0].sum(), rtol=1e-4
+    )
+    close(alone[2].kl, plain[2].kl)  # tokens without weight are still measured
+
+
+def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
+    processor = setup.loaded.processor
+    references = setup.prompts.batch.references
+    assert references is not None
+    settings = dataclasses.replace(
+        setup.config.distillation, token_weights=(("plan", 4.0), ("state", 0.0))
+    )
+    tokens, mask = references
+    weights = distillation.token_weights(processor, tokens, mask, settings)
+    assert weights is not None
+    groups = distillation.monitor.segments(processor, tokens, mask)
+    names = distillation.prompts_lib.SEGMENTS
+    for name, weight in (("plan", 4.0), ("state", 0.0), ("sentence", 1.0), ("format", 1.0)):
+        inside = groups == names.index(name)
+        assert inside.any(), name
+        assert (weights[inside] == weight).all(), name
+    assert (weights[~mask] == 0).all()
+    assert distillation.token_weights(processor, tokens, mask, setup.config.distillation) is None
+
+
+def test_references_stand_in_for_whole_rows(setup: Setup) -> None:
+    references = setup.prompts.batch.references
+    assert references is not None
+    has_one = references.mask.any(axis=1)
+    assert 0 < has_one.sum() < 4
+    tokens, mask = distillation.with_references(setup.sampled, references)
+    for b in range(4):
+        want = references if has_one[b] else setup.sampled
+        assert (np.asarray(tokens[b]) == want.tokens[b]).all()
+        assert (np.asarray(mask[b]) == want.mask[b]).all()
+    untouched = distillation.with_references(setup.sampled, None)
+    assert untouched[0] is setup.sampled.tokens
+
+
+def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(setup: Setup) -> None:
+    state, loss, _ = one_update(setup, teacher_decay=1.0)
+    close(state.average, setup.trained)
+    # The student read a picture and the average the text: they differ, and the loss says so.
+    assert loss.sum > 0
+    moved, again, _ = one_update(setup, teacher_decay=0.75)
+    np.testing.assert_allclose(again.sum, loss.sum, rtol=1e-6)
+    want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, setup.trained, moved.params)
+    close(moved.average, want)
+    assert one_update(setup)[0].average is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_noise": 1.5}, "distillation.teacher_noise: got 1.5, want 0 to 1"),
+        ({"reference_share": -1.0}, "distillation.reference_share: got -1.0"),
+        ({"teacher_decay": 2.0}, "distillation.teacher_decay: got 2.0"),
+        ({"token_weights": (("plan", -1.0),)}, "distillation.token_weights: got"),
+        ({"token_weights": (("plan", 1.0), ("plan", 2.0))}, "want each part once"),
+        ({"token_weights": (("walls", 1.0),)}, "want one of"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    tmp_path: pathlib.Path, options: dict[str, Any], message: str
+) -> None:
+    config = tiny_config(tmp_path)
+    settings = dataclasses.replace(config.distillation, **options)
+    with pytest.raises(ValueError, match=message):
+        c.check(dataclasses.replace(config, distillation=settings))
+
+
+def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
+    tmp_path: pathlib.Path,
+) -> None:
+    options = {
+        "student": "{model}",
+        "teacher_decay": 0.9,
+        "teacher_noise": 0.2,
+        "token_weights": (("plan", 2.0),),
+        "reference_share": 0.5,
+        "sampling": c.SamplingConfig(max_new_tokens=98),
+    }
+    config = tiny_config(tmp_path)
+    config = dataclasses.replace(
+        config, distillation=dataclasses.replace(config.distillation, **options, eval_every=100)
+    )
+    nano.run(config, str(tmp_path))
+    generate.run(config, str(tmp_path))
+    folders = []
+    for name, ends in (("whole", (4,)), ("parts", (2, 4))):
+        for end in ends:
+            # Two steps of a schedule of four: only the number of steps done differs.
+            one = dataclasses.replace(
+                config,
+                data=dataclasses.replace(config.data, folder=str(tmp_path / "data")),
+                distillation=dataclasses.replace(
+                    config.distillation,
+                    steps=end,
+                    optim=dataclasses.replace(
+                        config.distillation.optim, schedule="constant", warmup=0.0
+                    ),
+                ),
+            )
+            folder = tmp_path / name / "distillation"
+            if (folder / "config.json").exists():
+                (folder / "config.json").unlink()  # another number of steps is another run
+            distillation.run(one, str(tmp_path / name))
+        folders.append(loading.load(str(tmp_path / name / "distillation"), one, "", None).params)
+    jax.tree.map(np.testing.assert_array_equal, *folders)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A TPU slice from the request to the deletion, over gcloud queued resources:
-#   bash launch/tpu.sh create|status|setup|run|logs|stop|delete [options] [-- arguments of the program]
+#   bash launch/tpu.sh create|status|setup|ssh|run|logs|stop|delete [options] [-- words for the hosts]
 # `bash launch/tpu.sh help` lists the options. Every command may be given again: what is done
 # already is said and left alone. With --dry-run the commands are printed and none is run.
 set -euo pipefail
@@ -10,12 +10,14 @@ FOLDER=mgsd_jax # of the code in the home folder of every host
 
 usage() {
   cat <<'HELP'
-usage: bash launch/tpu.sh COMMAND [options] [-- arguments of mgsd_jax.main]
+usage: bash launch/tpu.sh COMMAND [options] [-- words for the hosts]
 
 commands
   create   ask for the slice (or slices); --wait stays until it is there
   status   say in which state the request is
   setup    send this checkout, without what git ignores, to every host and install it
+  ssh      run the command that follows -- on every host, in the folder of the code; its Python
+           and what was installed with it come first on the PATH
   run      start the program on every host, detached; what follows -- goes to mgsd_jax.main
   logs     show the end of every host's log, and whether it still runs
   stop     ask every host's run to save and leave; after --seconds it is killed
@@ -33,7 +35,7 @@ settings: flags, or the variables beside them
   --wait                           create: return when the slice is there
   --stages A,B,...                 run: these stages one after the other, instead of --stage
   --restarts N                     run: how often a stage that died is started anew (0)
-  --worker N|all                   logs: of this host of each slice (all)
+  --worker N|all                   logs, ssh: this host of each slice (all)
   --lines N                        logs: how many lines (20)
   --follow                         logs: go on showing what is added, of one host
   --seconds N                      stop: patience before the kill (300)
@@ -246,7 +248,7 @@ tar --null -czf $(quote "$archive") -T -"
   on_hosts all "set -e; mkdir -p $FOLDER; cd $FOLDER; \
 if [ -f launch/host.sh ]; then bash launch/host.sh idle; fi; \
 if [ -f .sent ]; then xargs -d '\\n' rm -f < .sent; fi; \
-tar -xzf ../$FOLDER.tgz; tar -tzf ../$FOLDER.tgz > .sent; bash launch/host.sh install tpu"
+tar -xzf ../$FOLDER.tgz; tar -tzf ../$FOLDER.tgz > .sent; bash launch/host.sh install tpu,gcs"
   [ -n "$DRY_RUN" ] || rm -f "$archive"
   [ -n "$DRY_RUN" ] || echo "tpu: $NAME is set up"
 }
@@ -271,6 +273,13 @@ start() {
   on_hosts all "cd $FOLDER && bash launch/host.sh run --restarts=$RESTARTS$(
     [ -z "$STAGES" ] || printf ' --stages=%s' "$(quote "$STAGES")"
   ) -- $(quote_all "${ARGUMENTS[@]}")"
+}
+
+on_every_host() {
+  [ ${#ARGUMENTS[@]} -gt 0 ] || fail "ssh: got nothing after --, want a command for the hosts"
+  want_active
+  on_hosts "$WORKER" "cd $FOLDER && export PATH=\"\${VENV:-\$PWD/.venv}/bin:\$PATH\" && \
+$(quote_all "${ARGUMENTS[@]}")"
 }
 
 logs() {
@@ -313,8 +322,8 @@ case $COMMAND in
     usage
     exit 0
     ;;
-  create | status | setup | run | logs | stop | delete) ;;
-  *) fail "got command '$COMMAND', want create, status, setup, run, logs, stop or delete" ;;
+  create | status | setup | ssh | run | logs | stop | delete) ;;
+  *) fail "got command '$COMMAND', want create, status, setup, ssh, run, logs, stop or delete" ;;
 esac
 parse "$@"
 want --name TPU_NAME "$NAME"
@@ -328,6 +337,7 @@ fi
 
 case $COMMAND in
   run) start ;;
+  ssh) on_every_host ;;
   status)
     ask_state UNKNOWN
     [ -n "$DRY_RUN" ] || echo "tpu: $NAME is $FOUND"

@@ -60,7 +60,7 @@ def run(config: Config, workdir: str) -> None:
         max_shard_bytes=settings.max_shard_gb * 1e9,
     )
     files.write_json(folder / RECORD, record)
-    logging.info("%s: exported from %s", folder, settings.source)
+    logging.info("%s: exported from %s", folder, record["source"])
 
 
 def export_folder(

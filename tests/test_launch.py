@@ -110,7 +110,7 @@ class Cloud:
         venv.mkdir(parents=True)
         (venv / "python").write_text(PYTHON)
         (venv / "python").chmod(0o755)
-        (folder / "venv" / ".installed-tpu").write_text("")
+        (folder / "venv" / ".installed-tpu,gcs").write_text("")
         kept = {key: value for key, value in os.environ.items() if not key.startswith("TPU_")}
         self.env = kept | {
             "PATH": f"{programs}:{os.environ['PATH']}",
@@ -263,6 +263,15 @@ def test_setup_sends_the_checkout_to_every_host_and_leaves_results_alone(cloud: 
     assert not list(cloud.folder.glob("*.tgz")), "the archive is removed"
 
 
+def test_ssh_runs_a_command_where_the_code_is_with_its_python_first(cloud: Cloud) -> None:
+    homes = cloud.ready()
+    said = cloud.tpu("ssh", "--", "python", "a b", "$HOME 'c'").splitlines()
+    assert said.count("program a b $HOME 'c'") == HOSTS
+    said = cloud.tpu("ssh", "--worker=1", "--", "pwd").splitlines()
+    assert [line for line in said if line.startswith("/")] == [str(homes[1] / "mgsd_jax")]
+    assert "the command failed on slice" in cloud.tpu("ssh", "--", "false", code=2)
+
+
 def test_a_run_is_detached_one_a_host_and_stops_when_asked(cloud: Cloud) -> None:
     homes = cloud.ready()
     program = ["--", "--stage=grounding", "--config=c.py", "--workdir", "w w", "--do=wait"]
@@ -353,8 +362,9 @@ def test_delete_gives_the_slice_back_and_may_come_twice(cloud: Cloud) -> None:
         (["create", "--spot", "--reserved"], {}, "want at most one of them"),
         (["create", "--colour=red"], {}, "got --colour, want one of the options"),
         (["create", "--zone"], {}, "--zone: got nothing, want a value"),
-        (["fly"], {}, "got command 'fly', want create, status, setup, run, logs, stop or delete"),
+        (["fly"], {}, "got command 'fly', want create, status, setup, ssh, run, logs, stop or"),
         (["setup"], {}, "slice: got state ABSENT, want ACTIVE"),
+        (["ssh"], {}, "ssh: got nothing after --, want a command for the hosts"),
         (["run"], {}, "run: got no --stage after -- and no --stages"),
         (["run", "--stage=export"], {}, "got --stage, want one of the options"),
         (["run", "--", "--stage=export"], {}, "run: got no --config after --"),

@@ -434,14 +434,24 @@ import sys
 import jax
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
 import numpy as np
-from test_sharding import CONFIG, batch, random_params
+from test_sharding import CONFIG, Recorder, batch, random_params
 from mgsd_jax import sharding
-from mgsd_jax.model import hf, table
+from mgsd_jax.model import files, hf, table
 folder, out = sys.argv[3:]
 mesh = sharding.make_mesh()
 assert mesh.devices.size == 4 and jax.local_device_count() == 2
 placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+log, open_tensors = {}, files.open_tensors
+files.open_tensors = lambda path: Recorder(open_tensors(path), log)
 params = hf.load_params(folder, CONFIG, dtype="float32", shardings=placed)
+files.open_tensors = open_tensors
+own = sum(
+    sum({str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}.values())
+    for leaf in jax.tree.leaves(params)
+)
+convolution = 4 * 96 * 32  # whole for each of the two devices: its channels cannot be sliced
+assert own <= sum(log.values()) <= own + 2 * convolution, (own, log)
+assert own < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)), own
 for ours, want in zip(jax.tree.leaves(params), jax.tree.leaves(random_params()), strict=True):
     for shard in ours.addressable_shards:
         np.testing.assert_array_equal(shard.data, want[shard.index])
@@ -459,7 +469,7 @@ for value, want in ((tokens, host.tokens), (positions["positions"], host.positio
 
 @pytest.mark.slow
 def test_two_processes_share_one_model(saved: Path, tmp_path: Path) -> None:
-    """Each loads its own slices, the first one writes what both hold."""
+    """Each reads the bytes of its own slices, the first one writes what both hold."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

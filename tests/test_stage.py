@@ -86,6 +86,22 @@ def test_sigterm_saves_the_step_it_is_in_and_the_run_continues_there(
     assert [row["step"] for row in rows] == list(range(1, 13))
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged_says_so_and_goes_on_from_the_one_before(
+    tmp_path: pathlib.Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(stage.Stopped):
+        run(tmp_path, config, {}, signal_at=5)
+    damaged = tmp_path / "checkpoints" / "5" / "state" / "manifest.ocdbt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with caplog.at_level("INFO", logger="absl"):
+        state = run(tmp_path, config, {})
+    said = "\n".join(caplog.messages)
+    assert "5: state/manifest.ocdbt" in said and "continues after step 4 of 12" in said
+    np.testing.assert_array_equal(state.params["a"], [-78, -78])
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+
+
 def test_sigterm_in_the_last_step_is_the_end_of_the_run(
     tmp_path: pathlib.Path, config: Config
 ) -> None:

@@ -7,15 +7,11 @@ here: they count the body of a loop once and a custom kernel not at all.
 
 import jax
 
-from mgsd_jax.chips import CHIPS
+from mgsd_jax.chips import CHIPS, GPUS
 from mgsd_jax.model.config import ModelConfig
 
 # Dense bfloat16 peak of one device, FLOP/s, by `jax.Device.device_kind`. Source: makers' sheets.
-PEAK = {kind: chip.flops for kind, chip in CHIPS.items()} | {
-    "TPU v4": 275e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+PEAK = {kind: chip.flops for kind, chip in (CHIPS | GPUS).items()} | {"TPU v4": 275e12}
 
 
 def forward_flops(config: ModelConfig, *, tokens: int, patches: int, predicted: int) -> float:

@@ -17,6 +17,7 @@ setup(
         "transformers>=5.20,<6",
         "grain>=0.2.18,<0.3",
         "numpy>=2.0,<3",
+        "scipy>=1.13,<2",
         "absl-py>=2.1,<3",
         "safetensors>=0.7,<1",
         "tokenizers>=0.22,<1",

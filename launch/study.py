@@ -1,6 +1,6 @@
 """Runs the nano study: every row of configs/study/rows.py is trained and evaluated, then a table.
 
-    bash launch/study.sh WORKDIR [--jobs 2] [--rows method,sampled] [--dry-run]
+    bash launch/study.sh WORKDIR [--jobs 2] [--rows method,sampled] [--dry-run | --table]
 
 A run that is done is left alone and one that was stopped goes on: the same command continues. Each
 of the --jobs runs at a time gets a core of its own. Logs: WORKDIR/ROW/SEED.log.
@@ -18,6 +18,8 @@ import threading
 from typing import Any
 
 import tqdm
+
+from mgsd_jax.report import study as study_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "nano.py"
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--rows", default="", help="names with commas between them (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
     study = args.workdir.absolute()
     known = {row.name: row for row in rows}
@@ -112,6 +115,9 @@ def main() -> None:
             f"--rows: got {sorted(set(names) - set(known))}, want some of {list(known)}"
         )
     tasks = [(known[name], seed) for name in names for seed in known[name].seeds]
+    if args.table:
+        print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
+        return
     if args.dry_run:
         for argv in [*boards(study), *(c for task in tasks for c in commands(*task, study))]:
             print(" ".join(argv))
@@ -150,6 +156,7 @@ def main() -> None:
                 print(failures[-1], file=sys.stderr)
     if failures:
         raise SystemExit(f"{len(failures)} runs failed")
+    print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
 
 
 def task_key(row: Any, seed: int) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 Values = Sequence[float] | np.ndarray
 Strata = Mapping[str, Mapping[int, Values]]  # {task: {level: values of its boards}}
@@ -140,6 +141,58 @@ def gap_closed(
     shares = (samples[has_gap, 2] - samples[has_gap, 0]) / gaps[has_gap]
     low, high = np.quantile(shares, tails)
     return Estimate(value, float(low), float(high), n)
+
+
+def over_runs(
+    runs: Sequence[Strata], *, confidence: float = 0.95, draws: int = 4000, seed: int = 0
+) -> Estimate:
+    """Return the mean over runs (seeds) of their macro means on the same boards.
+
+    The interval allows for other seeds and for other boards: Student's t over the runs and a
+    bootstrap over the boards, added in squares. One run has the boards' interval alone.
+    """
+    if len(runs) == 1:
+        return macro_mean(runs[0], confidence)
+    means, samples, n = _bootstrap(runs, draws, seed)
+    half = _half_width(means, samples.mean(axis=1), confidence)
+    value = float(means.mean())
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), n)
+
+
+def runs_difference(
+    ours: Sequence[Strata],
+    theirs: Sequence[Strata],
+    *,
+    confidence: float = 0.95,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Difference:
+    """Return the mean difference of runs that share their boards and, one by one, their seeds.
+
+    The interval is as in `over_runs`, the p-value that of Student's t at the interval's width. One
+    run each: `paired_difference`. Raises ValueError where the numbers of runs differ.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"got {len(ours)} and {len(theirs)} runs, want as many of both")
+    count = len(ours)
+    if count == 1:
+        return paired_difference(ours[0], theirs[0], confidence=confidence, draws=draws, seed=seed)
+    means, samples, n = _bootstrap((*ours, *theirs), draws, seed)
+    means = means[:count] - means[count:]
+    boards = (samples[:, :count] - samples[:, count:]).mean(axis=1)
+    half = _half_width(means, boards, confidence)
+    value = float(means.mean())
+    spread = half / float(special.stdtrit(count - 1, _tails(confidence)[1]))
+    p_value = float(2 * special.stdtr(count - 1, -abs(value) / spread))
+    low, high = max(-1.0, value - half), min(1.0, value + half)
+    return Difference(value, low, high, p_value, n)
+
+
+def _half_width(means: np.ndarray, boards: np.ndarray, confidence: float) -> float:
+    """Half the interval of the mean of `means` [runs], whose draws over boards are `boards`."""
+    t = float(special.stdtrit(len(means) - 1, _tails(confidence)[1]))
+    over_seeds = t * float(means.std(ddof=1)) / math.sqrt(len(means))
+    return math.hypot(over_seeds, _z(confidence) * float(boards.std()))
 
 
 def pass_at_k(n: int, successes: int, k: int) -> float:

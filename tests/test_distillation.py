@@ -50,10 +50,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     )
     prompts = next(loader)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(10, 200, (4, 98)).astype(np.int32)
-    mask = np.arange(98) < np.array([[3], [98], [40], [7]])
-    zeros = np.zeros((4, 98), np.float32)
-    sampled = sampler.Rollout(tokens, mask, zeros, np.zeros(4, bool))
+    tokens: Any = rng.integers(10, 200, (4, 98)).astype(np.int32)
+    mask: Any = np.arange(98) < np.array([[3], [98], [40], [7]])
+    zeros: Any = np.zeros((4, 98), np.float32)
+    sampled = sampler.Rollout(tokens, mask, zeros, zeros[:, 0] > 0)
     return Setup(config, loaded, frozen, trained, prompts, sampled)
 
 
@@ -121,7 +121,7 @@ def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
 def test_references_stand_in_for_whole_rows(setup: Setup) -> None:
     references = setup.prompts.batch.references
     assert references is not None
-    has_one = references.mask.any(axis=1)
+    has_one = references.mask[:, 0]
     assert 0 < has_one.sum() < 4
     tokens, mask = distillation.with_references(setup.sampled, references)
     for b in range(4):

@@ -278,3 +278,55 @@ def test_pass_at_k_is_unbiased() -> None:
     for n, successes, k in ((2, 3, 1), (2, 1, 3), (2, 1, 0)):
         with pytest.raises(ValueError, match="want"):
             stats.pass_at_k(n, successes, k)
+
+
+def simulated_runs(
+    rng: np.random.Generator, count: int, spread: float, rate: float = 0.6
+) -> list[stats.Strata]:
+    """Runs whose skill differs from seed to seed, on the same boards, easy and hard ones."""
+    difficulty = rng.random((2, 60))
+    runs = []
+    for _ in range(count):
+        skill = rate + spread * rng.standard_normal()
+        runs.append(
+            {
+                task: {3: (rng.random(60) < np.clip(skill + 0.4 * (d - 0.5), 0, 1)).astype(float)}
+                for task, d in zip("ab", difficulty, strict=True)
+            }
+        )
+    return runs
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.15])
+def test_a_mean_over_runs_covers_the_mean_over_seeds_and_boards(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):
+        found = stats.over_runs(simulated_runs(rng, 3, spread), draws=300)
+        held += found.low <= 0.6 <= found.high
+    assert held / 300 > 0.93
+
+
+def test_runs_that_differ_by_nothing_seldom_seem_to() -> None:
+    rng = np.random.default_rng(1)
+    found = [
+        stats.runs_difference(
+            simulated_runs(rng, 3, 0.1), simulated_runs(rng, 3, 0.1), draws=200
+        ).p_value
+        for _ in range(300)
+    ]
+    assert np.mean(np.array(found) < 0.05) < 0.07
+    better = stats.runs_difference(
+        simulated_runs(rng, 3, 0.02, 0.9), simulated_runs(rng, 3, 0.02, 0.4), draws=200
+    )
+    assert better.low > 0.1
+    assert better.p_value < 0.05
+    with pytest.raises(ValueError, match="got 1 and 2 runs"):
+        stats.runs_difference(simulated_runs(rng, 1, 0.0), simulated_runs(rng, 2, 0.0))
+
+
+def test_one_run_has_the_interval_of_its_boards() -> None:
+    (run,) = simulated_runs(np.random.default_rng(2), 1, 0.1)
+    assert stats.over_runs([run]) == stats.macro_mean(run)
+    other = simulated_runs(np.random.default_rng(3), 1, 0.1)
+    assert stats.runs_difference([run], other) == stats.paired_difference(run, other[0])

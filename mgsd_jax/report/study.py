@@ -1,0 +1,285 @@
+"""The tables of a study: rows trained with several seeds, on the same test boards, as markdown.
+
+A study is a folder `{row}/{seed}` of workdirs; configs/study/rows.py says what the rows are.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mgsd_jax import stats
+from mgsd_jax.measures import by_board, by_level, by_task
+from mgsd_jax.report.words import DASH, percent
+from mgsd_jax.rows import ROWS_FILE, read_rows
+from mgsd_jax.stats import Strata
+
+Row = Mapping[str, Any]
+Getter = Callable[[Row], float | None]
+_STAGES = ("distillation", "grounding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of the study with one seed."""
+
+    seed: int
+    rows: tuple[Row, ...]  # of its evaluation
+    curve: tuple[Mapping[str, float], ...]  # metrics of every update of its stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One row of the study: its runs that have an evaluation, by seed."""
+
+    name: str
+    title: str
+    group: str
+    runs: tuple[Run, ...]
+
+
+def read_study(
+    study: pathlib.Path, rows: Sequence[Any], evaluation: str = "evaluate"
+) -> tuple[Model, ...]:
+    """The models of a study, those without an evaluation of this name left out.
+
+    Raises ValueError where none has one, or two evaluations are of different boards.
+    """
+    models = []
+    for row in rows:
+        runs = []
+        for seed in row.seeds:
+            folder = study / row.name / str(seed)
+            if (folder / evaluation / "summary.json").is_file():
+                found = tuple(read_rows(folder / evaluation))
+                runs.append(Run(seed, found, _curve(folder)))
+        if runs:
+            models.append(Model(row.name, row.title, row.group, tuple(runs)))
+    if not models:
+        raise ValueError(
+            f"{study}: got no {evaluation}/{ROWS_FILE}, want at least one; train first"
+        )
+    boards = {frozenset(by_board(run.rows)) for model in models for run in model.runs}
+    if len(boards) > 1:
+        raise ValueError(f"{study}: got {len(boards)} different sets of boards, want one for all")
+    return tuple(models)
+
+
+def _curve(folder: pathlib.Path) -> tuple[Mapping[str, float], ...]:
+    for stage in _STAGES:
+        path = folder / stage / "metrics.jsonl"
+        if path.is_file():
+            return tuple(json.loads(line) for line in path.read_text().splitlines())
+    return ()
+
+
+def success(row: Row) -> float:
+    return float(row["outcome"]["success"])
+
+
+def answered_right(row: Row) -> float:
+    """The share of a board's questions that were answered right."""
+    return sum(row["perception"].values()) / len(row["perception"])
+
+
+def strata(run: Run, mode: str, get: Getter) -> Strata:
+    """The values of a measure in a mode, by task and level, in the order of the boards."""
+    rows = sorted(
+        (row for row in run.rows if row["mode"] == mode),
+        key=lambda row: (row["task"], row["level"], row["index"]),
+    )
+    return {
+        task: {level: [float(get(row) or 0.0) for row in some] for level, some in by_level(part)}
+        for task, part in by_task(rows)
+    }
+
+
+def estimate(model: Model, mode: str, get: Getter = success) -> stats.Estimate:
+    """A macro mean over the runs, with its interval over seeds and boards."""
+    return stats.over_runs([strata(run, mode, get) for run in model.runs])
+
+
+def difference(ours: Model, theirs: Model, mode: str = "picture") -> stats.Difference:
+    """ours - theirs in macro success, over the seeds that both have."""
+    seeds = [run.seed for run in ours.runs if run.seed in {other.seed for other in theirs.runs}]
+    if not seeds:
+        raise ValueError(f"{ours.name}, {theirs.name}: got no seed in common, want one or more")
+
+    def of(model: Model) -> list[Strata]:
+        return [strata(run, mode, success) for run in model.runs if run.seed in seeds]
+
+    return stats.runs_difference(of(ours), of(theirs))
+
+
+def gap_share(model: Model, base: Model, mode: str = "picture") -> float:
+    """(model - base) / (base from text - base) of mean macro success."""
+    low, high = estimate(base, "picture").value, estimate(base, "text").value
+    return (estimate(model, mode).value - low) / (high - low)
+
+
+def updates_to(run: Run, level: float) -> int | None:
+    """The first validation at which macro success from pictures reached `level`, in updates."""
+    reached = [int(m["step"]) for m in run.curve if m.get("val/success", -1.0) >= level]
+    return reached[0] if reached else None
+
+
+def seconds_an_update(run: Run) -> float | None:
+    """Median wall seconds of rollout and update; None where the stage has no rollouts."""
+    spent = sorted(m["rollout"] + m["update"] for m in run.curve if "rollout" in m)
+    return spent[len(spent) // 2] if spent else None
+
+
+# Markdown.
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _spelled(found: stats.Estimate) -> str:
+    return f"{percent(found.value)} ({100 * found.low:.1f}–{100 * found.high:.1f})"
+
+
+def _tasks(model: Model) -> list[str]:
+    return [task for task, _ in by_task(model.runs[0].rows)]
+
+
+def _of_task(model: Model, task: str, mode: str = "picture") -> str:
+    values = []
+    for run in model.runs:
+        part = strata(run, mode, success)[task]
+        levels = [sum(values) / len(values) for values in part.values()]
+        values.append(sum(levels) / len(levels))
+    return percent(sum(values) / len(values))
+
+
+def main_table(models: Sequence[Model], base: Model) -> str:
+    """Success by task, the share of the gap closed, and what lies behind it."""
+    head = [
+        "model",
+        "seeds",
+        "macro, picture",
+        *_tasks(base),
+        "gap closed",
+        "State F1",
+        "states exact",
+    ]
+    head += ["questions", "macro, text", "blind"]
+    rows = []
+    for model in models:
+        rows.append(
+            [
+                model.title,
+                str(len(model.runs)),
+                _spelled(estimate(model, "picture")),
+                *(_of_task(model, task) for task in _tasks(base)),
+                percent(gap_share(model, base)),
+                percent(estimate(model, "picture", lambda row: row["state_f1"]).value),
+                percent(estimate(model, "picture", lambda row: row["state_exact"]).value),
+                percent(estimate(model, "perception", answered_right).value),
+                percent(estimate(model, "text").value),
+                percent(estimate(model, "blind").value),
+            ]
+        )
+    text = [
+        "base, from text",
+        str(len(base.runs)),
+        _spelled(estimate(base, "text")),
+        *(_of_task(base, task, "text") for task in _tasks(base)),
+        percent(1.0),
+        *[DASH] * 5,
+    ]
+    return _table(head, [*rows, text])
+
+
+def ablation_table(models: Sequence[Model], reference: Model) -> str:
+    """Each model against the reference on the seeds that both have."""
+    head = [
+        "changed",
+        "seeds",
+        "macro, picture",
+        "minus the method",
+        "p",
+        *_tasks(reference),
+        "states exact",
+    ]
+    head += ["macro, text", "half way after", "s an update"]
+    rows = []
+    for model in (reference, *models):
+        against = None if model is reference else difference(model, reference)
+        first = next((r for r in model.runs if r.seed == reference.runs[0].seed), model.runs[0])
+        one = dataclasses.replace(model, runs=(first,))
+        half, spent = updates_to(first, 0.5), seconds_an_update(first)
+        rows.append(
+            [
+                model.title,
+                "1" if model is reference else str(len(model.runs)),
+                _spelled(estimate(one, "picture")),
+                DASH if against is None else _points(against),
+                DASH if against is None else f"{against.p_value:.3f}",
+                *(_of_task(one, task) for task in _tasks(reference)),
+                percent(estimate(one, "picture", lambda row: row["state_exact"]).value),
+                percent(estimate(one, "text").value),
+                DASH if half is None else str(half),
+                DASH if spent is None else f"{spent:.2f}",
+            ]
+        )
+    return _table(head, rows)
+
+
+def _points(found: stats.Difference) -> str:
+    return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
+
+def claims(models: Mapping[str, Model], pairs: Sequence[tuple[str, str]]) -> str:
+    """A line a pair (ours, theirs): the difference over seeds and boards."""
+    rows = []
+    for ours, theirs in pairs:
+        if ours in models and theirs in models:
+            found = difference(models[ours], models[theirs])
+            name = f"{models[ours].title} − {models[theirs].title}"
+            rows.append([name, _points(found), f"{found.p_value:.3f}"])
+    return _table(["difference in macro success, picture", "points", "p"], rows)
+
+
+def write_tables(study: pathlib.Path, rows: Sequence[Any], elsewhere: Sequence[str]) -> str:
+    """All tables of a study that can be made from what has been run."""
+    models = {model.name: model for model in read_study(study, rows)}
+    base = models["base"]
+    parts = ["## Main rows\n", main_table([m for m in models.values() if m.group == "main"], base)]
+    pairs = (
+        ("method", "base"),
+        ("method", "grounded"),
+        ("grounded", "base"),
+        ("method", "distillation_only"),
+        ("method", "grounding_only"),
+        ("method", "sft"),
+        ("distillation_only", "grounding_only"),
+    )
+    parts += ["\n## Differences\n", claims(_with_seeds(models), pairs)]
+    groups = dict.fromkeys(m.group for m in models.values() if m.group != "main")
+    for group in groups:
+        some = [m for m in models.values() if m.group == group]
+        parts += [f"\n## {group[0].upper()}{group[1:]}\n", ablation_table(some, models["method"])]
+    for name in elsewhere:
+        try:
+            there = {m.name: m for m in read_study(study, rows, name)}
+        except ValueError:
+            continue
+        parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
+    return "\n".join(parts)
+
+
+def _with_seeds(models: Mapping[str, Model]) -> dict[str, Model]:
+    """The base under every seed: it has none of its own."""
+    runs = models["base"].runs
+    base = dataclasses.replace(
+        models["base"],
+        runs=tuple(
+            dataclasses.replace(runs[0], seed=run.seed)
+            for run in models.get("method", models["base"]).runs
+        ),
+    )
+    return {**models, "base": base}

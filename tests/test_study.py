@@ -1,0 +1,123 @@
+"""The study: its rows are valid runs of the program, and its tables say what the rows hold."""
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mgsd_jax.main import load_config
+from mgsd_jax.report import study as tables
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = runpy.run_path(str(ROOT / "configs" / "study" / "rows.py"))["ROWS"]
+STUDY = pathlib.Path("/study")
+RUNNER = runpy.run_path(str(ROOT / "launch" / "study.py"))
+
+
+def test_every_row_is_a_valid_config_and_needs_rows_that_exist() -> None:
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    for row in ROWS:
+        assert not row.needs or row.needs in names[: names.index(row.name)]
+        for number, argv in enumerate(RUNNER["commands"](row, row.seeds[0], STUDY)):
+            settings = [argv[i + 1] for i, part in enumerate(argv) if part == "--set"]
+            config = load_config(argv[4].removeprefix("--config="), settings)
+            assert config.seed == row.seeds[0]
+            assert config.data.folder.startswith("/study/")
+            if row.needs and number == 0:
+                assert f"/study/{row.needs}/" in config.distillation.student
+        changed = {setting.partition("=")[0] for setting in row.settings}
+        assert all(row.stage == s.partition(".")[0] for s in changed if not s.startswith("data."))
+
+
+def test_every_row_differs_from_every_other() -> None:
+    kinds = {(row.stage, row.settings) for row in ROWS}
+    assert len(kinds) == len(ROWS)
+
+
+def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(tmp_path: pathlib.Path) -> None:
+    argv = [sys.executable, "launch/study.py", str(tmp_path), "--rows", "base,method", "--dry-run"]
+    lines = subprocess.run(
+        argv, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    stages = [line.split("--stage=")[1].split()[0] for line in lines]
+    assert stages.count("generate") == 2
+    assert stages.count("distillation") == 3
+    assert stages.count("evaluate") == 3 * 4
+    assert not list(tmp_path.iterdir())
+
+
+def row(index: int, mode: str, is_right: bool) -> dict[str, Any]:
+    common = {"model": "m", "attempt": 0, "task": "maze", "level": 3, "index": index, "mode": mode}
+    common |= {"id": f"maze/3/{index}/{mode}", "response": "", "truncated": False}
+    common |= {"response_tokens": 1}
+    if mode == "perception":
+        return {**common, "perception": {"map_size": True, "player": is_right}}
+    outcome = dict.fromkeys(("success", "optimal", "parsed", "legal"), is_right)
+    outcome |= {"reason": "success", "steps": 1, "progress": 1.0}
+    extra = {"plan": [], "state_f1": 0.5, "state_exact": is_right, "plan_given_own_state": True}
+    return {**common, "outcome": outcome, **extra}
+
+
+def write_run(study: pathlib.Path, name: str, seed: int, right: int, boards: int = 20) -> None:
+    """An evaluation with `right` of 20 boards solved from pictures, all from text, none blind."""
+    folder = study / name / str(seed) / "evaluate"
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(boards):
+        for mode, is_right in (("picture", i < right), ("text", True), ("blind", False)):
+            rows.append(row(i, mode, is_right))
+        rows.append(row(i, "perception", i < right))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    texts = [
+        {"task": "maze", "level": 3, "index": i, "task_text": "", "case": str(i)}
+        for i in range(boards)
+    ]
+    (folder / "boards.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    (folder / "summary.json").write_text("{}")
+    curve = [{"step": s, "rollout": 1.0, "update": 2.0, "val/success": s / 40} for s in (10, 20)]
+    (folder.parent / "distillation").mkdir()
+    lines = "".join(json.dumps(m) + "\n" for m in curve)
+    (folder.parent / "distillation" / "metrics.jsonl").write_text(lines)
+
+
+def study_of(path: pathlib.Path) -> pathlib.Path:
+    for name, rights in (("base", [4]), ("method", [14, 16, 18]), ("sampled", [10])):
+        for seed, right in enumerate(rights):
+            write_run(path, name, seed, right)
+    return path
+
+
+def test_tables_hold_the_means_over_seeds(tmp_path: pathlib.Path) -> None:
+    study = study_of(tmp_path)
+    models = {model.name: model for model in tables.read_study(study, ROWS)}
+    assert list(models) == ["base", "method", "sampled"]
+    found = tables.estimate(models["method"], "picture")
+    assert found.value == pytest.approx(0.8)
+    assert found.low < 0.7 < 0.9 < found.high
+    assert tables.gap_share(models["method"], models["base"]) == pytest.approx(0.75)
+    against = tables.difference(models["sampled"], models["method"])
+    assert against.value == pytest.approx(-0.2)  # of seed 0 alone
+    assert tables.updates_to(models["method"].runs[0], 0.5) == 20
+    assert tables.seconds_an_update(models["method"].runs[0]) == 3.0
+    text = tables.write_tables(study, ROWS, ["larger"])
+    (line,) = [line for line in text.splitlines() if line.startswith("| Grounding, then distill")][
+        :1
+    ]
+    assert "| 3 | 80.0 %" in line
+    assert "| 75.0 % | 50.0 %" in line  # share of the gap, State F1
+    assert "| 90.0 % | 100.0 % | 0.0 % |" in line  # questions, text, blind
+    assert "larger" not in text
+
+
+def test_an_empty_study_and_other_boards_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="want at least one; train first"):
+        tables.read_study(tmp_path, ROWS)
+    study_of(tmp_path)
+    write_run(tmp_path, "forward", 0, 3, boards=5)
+    with pytest.raises(ValueError, match="got 2 different sets of boards"):
+        tables.read_study(tmp_path, ROWS)

@@ -231,18 +231,24 @@ def load_params(
 
 
 def check_config(
-    folder: epath.PathLike, config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+    folder: epath.PathLike,
+    config: Mapping[str, Any],
+    *,
+    ignore: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise ValueError that lists what differs where `folder` is of a run with another config.
 
     Compares with the `config.json` that `metrics.write_run_info` left there, if any. `ignore`
-    names fields ('optim.lr') or sections ('optim') that may differ.
+    names fields ('optim.lr') or sections ('optim') that may differ. A field that the folder's
+    config does not know (it is newer) has its value in `defaults` there.
     """
     path = epath.Path(folder) / metrics_lib.CONFIG_FILE
     if not path.exists():
         return
-    theirs = dict(tree.named_leaves(json.loads(path.read_text())))
     ours = dict(tree.named_leaves(_to_json(config, "config")))
+    unknown = {k: v for k, v in tree.named_leaves(dict(defaults or {})) if k in ours}
+    theirs = unknown | dict(tree.named_leaves(json.loads(path.read_text())))
     absent = object()
     differing = []
     for name in sorted(theirs.keys() | ours.keys()):

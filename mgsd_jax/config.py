@@ -416,6 +416,21 @@ def _check_distillation(settings: DistillationConfig) -> None:
         )
 
 
+def defaults(kind: Any) -> dict[str, Any]:
+    """What each field of a section stands for where a saved config does not know it.
+
+    Nested, plain JSON types; fields without a default are left out.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        section = typing.get_type_hints(kind)[field.name]
+        if dataclasses.is_dataclass(section):
+            found[field.name] = defaults(section)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = json.loads(json.dumps(field.default))
+    return found
+
+
 def to_dict(config: Any) -> Any:
     """The config as plain JSON types (tuples as lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

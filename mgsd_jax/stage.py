@@ -75,7 +75,7 @@ def claim(folder: epath.PathLike, config: Config, sections: Sequence[str]) -> No
     the differing fields.
     """
     values = {name: value for name, value in config_lib.to_dict(config).items() if name in sections}
-    checkpoint.check_config(folder, values)
+    checkpoint.check_config(folder, values, defaults=config_lib.defaults(Config))
     metrics.write_run_info(folder, values, is_main=jax.process_index() == 0)
 
 

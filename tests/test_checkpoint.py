@@ -437,6 +437,16 @@ def test_load_params_passes_over_what_is_damaged_and_moves_nothing(
         checkpoint.load_params(tmp_path / "elsewhere")
 
 
+def test_a_field_newer_than_the_run_has_its_default_there(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"optim": {"lr": 1.0}}))
+    newer = {"optim": {"lr": 1.0, "clip": 2.0}}
+    checkpoint.check_config(tmp_path, newer, defaults={"optim": {"clip": 2.0, "lr": 5.0}, "x": 1})
+    with pytest.raises(ValueError, match=r"optim\.clip: got 2\.0, want 3\.0"):
+        checkpoint.check_config(tmp_path, newer, defaults={"optim": {"clip": 3.0}})
+    with pytest.raises(ValueError, match=r"optim\.clip: got 2\.0, want nothing"):
+        checkpoint.check_config(tmp_path, newer)
+
+
 def test_check_config_lists_the_fields_that_differ(tmp_path: pathlib.Path) -> None:
     theirs = {"optim": {"lr": 1e-4, "steps": 5}, "levels": (3, 4), "name": "a", "log": {"every": 1}}
     checkpoint.check_config(tmp_path, theirs)  # an unused folder is anyone's

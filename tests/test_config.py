@@ -12,7 +12,8 @@ from mgsd_jax.config import Config, OptimConfig
 from mgsd_jax.main import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+TABLES = ("rows.py",)  # settings of many runs, no config
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name not in TABLES)
 
 
 @pytest.fixture
@@ -69,6 +70,14 @@ def test_check_finds_wrong_types_in_a_config_file(config: Config) -> None:
 
 def test_json_round_trip(config: Config) -> None:
     assert config_lib.coerce(config_lib.to_dict(config), Config, "config") == config
+
+
+def test_defaults_are_those_of_the_sections(config: Config) -> None:
+    found = config_lib.defaults(Config)
+    assert found["checkpoint"] == config_lib.to_dict(config_lib.CheckpointConfig())
+    assert found["distillation"]["sampling"]["temperature"] == 1.0
+    assert found["data"]["prompt_buckets"] == [512, 1024]
+    assert "lr" not in found["distillation"]["optim"]  # it has none
 
 
 def test_bad_config_files_are_named(tmp_path: pathlib.Path) -> None:

@@ -93,7 +93,10 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
     student = make_model(config, settings.student, mesh)
     teacher = make_model(config, settings.teacher, mesh)
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
-    state, frozen = _state(config, student, settings.optim, settings.lora, tx)
+    averages = settings.teacher_decay > 0
+    state, frozen = _state(
+        config, student, settings.optim, settings.lora, tx, keeps_average=averages
+    )
     teacher_params = _read_only(_params(config, teacher), teacher)
     held = (state, frozen, teacher_params)
     variables = tree.combine(state.params, frozen)
@@ -106,6 +109,7 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
         teacher=_inputs(config, teacher, rows, context, has_picture=False),
         tokens=_array((rows, width), jnp.int32),
         mask=_array((rows, width), jnp.bool_),
+        weights=_array((rows, width), jnp.float32) if settings.token_weights else None,
     )
     banned = (student.config.image_token_id, student.config.video_token_id)
     update = distillation.make_update(student, teacher, settings, tx, banned)
@@ -187,14 +191,22 @@ def _read_only(params: Any, model: Qwen3VL) -> Any:
 
 
 def _state(
-    config: Config, model: Qwen3VL, optim: OptimConfig, lora: LoraConfig, tx: Any
+    config: Config,
+    model: Qwen3VL,
+    optim: OptimConfig,
+    lora: LoraConfig,
+    tx: Any,
+    *,
+    keeps_average: bool = False,
 ) -> tuple[optimizer.TrainState, Any]:
     """The train state and the frozen part of the variables."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     trained, frozen = jax.eval_shape(
         lambda params, key: trainable.split(params, optim, lora, key), _params(config, model), key
     )
-    state = jax.eval_shape(lambda trained: optimizer.init(trained, tx), trained)
+    state = jax.eval_shape(
+        lambda trained: optimizer.init(trained, tx, keeps_average=keeps_average), trained
+    )
     state = sharding.abstract(state, sharding.state_shardings(state, _mesh(model)))
     return state, _read_only(frozen, model)
 

@@ -26,6 +26,7 @@ CONFIG = ROOT / "configs" / "study" / "nano.py"
 # Boards never trained on, and what the larger ones need: (name, settings).
 ELSEWHERE = (
     ("colours", ("data.channels=(2,1,0)",)),
+    ("sprites", ("data.sprites=other",)),
     (
         "larger",
         (

@@ -69,6 +69,7 @@ class DataConfig:
     picture_size: int = 256  # side of a square picture; 0: cell_pixels * level
     cell_pixels: int = 0
     channels: tuple[int, int, int] = (0, 1, 2)  # any other order: colours as no board has them
+    sprites: Literal["usual", "other"] = "usual"  # other: things drawn as no board has them
     exclude: tuple[str, ...] = ()  # benchmark folders whose boards never enter a split
     prompts: str = ""  # folder of text files that replace prompts; '' keeps the built-in ones
     prompt_buckets: tuple[int, ...] = (512, 1024)  # student prompt lengths, pictures included

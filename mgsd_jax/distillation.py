@@ -79,8 +79,9 @@ def response_hidden(
 ) -> jax.Array:
     """Hidden states [B * R, D] that predict each response token after this prompt."""
     inputs = qwen3vl.append_response(prompt, tokens, mask > 0)
-    hidden = qwen3vl.apply_hidden(model, variables, inputs)
-    hidden = losses.response_hidden(hidden, prompt.tokens.shape[1], tokens.shape[1])
+    # The state at a token predicts the next one: the last prompt token's is the first, and the last
+    # response token's is not needed.
+    hidden = qwen3vl.apply_hidden(model, variables, inputs, prompt.tokens.shape[1] - 1)[:, :-1]
     return hidden.reshape(-1, hidden.shape[-1])
 
 
@@ -159,7 +160,9 @@ def make_update(
         grads, loss, stats = optimizer.accumulate(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
-        state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
+        state, norms = optimizer.update(
+            state, grads, tx, loss=loss.sum, in_place=student.kernel.is_plain
+        )
         if settings.teacher_decay:
             state = optimizer.move_average(state, settings.teacher_decay)
         state = sharding.constrain_state(state, mesh)
@@ -296,7 +299,9 @@ def run(config: Config, workdir: str) -> None:
             weights: Any = token_weights(student.processor, tokens, mask, settings)
             if weights is not None:
                 weights = sharding.to_global(weights, mesh)
-            batch = DistillationBatch(asked.student, asked.teacher, *learned, weights)
+            batch = DistillationBatch(
+                asked.student, asked.teacher, tokens=learned[0], mask=learned[1], weights=weights
+            )
             started = time.perf_counter()
             state, measured, stats = update(state, frozen, teacher.params, batch)
             # The host scores the rollouts while the device works on the update.

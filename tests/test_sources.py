@@ -63,6 +63,19 @@ def test_channels_change_the_colours_alone() -> None:
     assert not np.array_equal(shown, ENCODER.picture(BOARDS[0]))
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_other_sprites_change_things_and_leave_the_ground(place: int) -> None:
+    other = dataclasses.replace(ENCODER, data=dataclasses.replace(DATA, sprites="other"))
+    board = BOARDS[place]
+    differ = (ENCODER.picture(board) != other.picture(board)).any(axis=-1)
+    cells = np.argwhere(differ) // DATA.cell_pixels
+    changed = {(int(row), int(column)) for row, column in cells}
+    kinds = ("player", "agent", "printer", "hole", "goal")
+    things = {fact[1] for fact in ENVS[board.task].facts(board.state) if fact[0] in kinds}
+    assert changed, board.task
+    assert changed <= things
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_loader_resumes_at_the_next_batch(epoch: int) -> None:
     loader = records()

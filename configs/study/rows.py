@@ -160,15 +160,15 @@ ROWS = (
         "grounding",
         ("grounding.steps=100",),
     ),
-    # An update of distillation takes 1.7 times as long: 60 of one are 36 of the other.
+    # An update of distillation takes 1.45 times as long: 60 of one are 41 of the other.
     Row(
         "more_grounding",
-        "100 updates of grounding, 84 of distillation",
+        "100 updates of grounding, 79 of distillation",
         "beyond",
         "distillation",
         (
             "distillation.student={study}/grounded_100/{seed}/grounding",
-            "distillation.steps=84",
+            "distillation.steps=79",
         ),
         needs="grounded_100",
     ),

@@ -52,8 +52,9 @@ class StreamedBoards:
 
 
 def draw_picture(data: DataConfig, board: Board) -> np.ndarray:
-    """The board in the size and the colours of the config, uint8 [H, W, 3]."""
-    drawn = ENVS[board.task].render(board.state, config_lib.picture_size(data, board.level))
+    """The board in the size, the sprites and the colours of the config, uint8 [H, W, 3]."""
+    size = config_lib.picture_size(data, board.level)
+    drawn = ENVS[board.task].render(board.state, size, sprites=data.sprites)
     return drawn if data.channels == (0, 1, 2) else drawn[..., list(data.channels)]
 
 

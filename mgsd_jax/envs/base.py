@@ -23,6 +23,8 @@ Bucket = Literal["easy", "medium", "hard"]
 
 DELTAS: Mapping[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
+Sprites = Literal["usual", "other"]  # other: the same things drawn as no public board has them
+
 Reason = Literal[
     "success",
     # no plan could be read; nothing was played
@@ -87,7 +89,7 @@ class Env(Protocol):
     MAX_LEVEL: int
     generate: Callable[..., Any]  # (rng, level, **options) -> State
     key: Callable[[Any], str]
-    render: Callable[..., np.ndarray]  # (state, size=256) -> uint8 [size, size, 3]
+    render: Callable[..., np.ndarray]  # (state, size=256, sprites=) -> uint8 [size, size, 3]
     describe: Callable[[Any], str]
     state_lines: Callable[[Any], tuple[str, ...]]
     facts: Callable[[Any], frozenset[Fact]]

@@ -15,7 +15,7 @@ from gymnasium.envs import toy_text
 from PIL import Image, ImageDraw
 
 from mgsd_jax.envs import base
-from mgsd_jax.envs.base import Cell, Fact, Outcome, Paths, Plan, Question, Reason
+from mgsd_jax.envs.base import Cell, Fact, Outcome, Paths, Plan, Question, Reason, Sprites
 
 NAME: str = "frozenlake"
 ACTIONS: tuple[str, ...] = ("up", "down", "left", "right")
@@ -192,9 +192,15 @@ def _sprite(name: str) -> Image.Image:
     return Image.open(path).convert("RGBA")
 
 
-def _tile(letter: str, pixels: int) -> Image.Image:
+_LAYERS: dict[Sprites, dict[str, tuple[str, ...]]] = {
+    "usual": {"F": (), "H": ("hole",), "G": ("goal",), "S": ("stool", "elf_down")},
+    "other": {"F": (), "H": ("cracked_hole",), "G": ("goal",), "S": ("elf_left",)},
+}
+
+
+def _tile(letter: str, pixels: int, sprites: Sprites) -> Image.Image:
     tile = Image.new("RGBA", (pixels, pixels))
-    layers = {"F": (), "H": ("hole",), "G": ("goal",), "S": ("stool", "elf_down")}[letter]
+    layers = _LAYERS[sprites][letter]
     for name in ("ice", *layers):
         sprite = _sprite(name).resize((pixels, pixels), Image.Resampling.LANCZOS)
         tile.alpha_composite(sprite)
@@ -203,7 +209,7 @@ def _tile(letter: str, pixels: int) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=32)
-def _sheets(level: int, size: int) -> np.ndarray:
+def _sheets(level: int, size: int, sprites: Sprites) -> np.ndarray:
     """Whole boards of one kind of tile each, uint8 [len(_KINDS), size, size, 3].
 
     Tiles are at most 64 pixels and are drawn larger than shown, then the whole board is reduced,
@@ -212,15 +218,16 @@ def _sheets(level: int, size: int) -> np.ndarray:
     pixels = min(64, max(512 // level, -(-size // level)))
     sheets = []
     for letter in _KINDS:
-        tiles = np.tile(np.asarray(_tile(letter, pixels)), (level, level, 1))
+        tiles = np.tile(np.asarray(_tile(letter, pixels, sprites)), (level, level, 1))
         board = Image.fromarray(tiles).resize((size, size), Image.Resampling.LANCZOS)
         sheets.append(np.asarray(board))
     return np.stack(sheets)
 
 
-def render(state: FrozenLakeState, size: int = 256) -> np.ndarray:
+def render(state: FrozenLakeState, size: int = 256, *, sprites: Sprites = "usual") -> np.ndarray:
     """The board drawn with gymnasium's sprites, uint8 [size, size, 3].
 
+    The other sprites are its cracked hole and its elf seen from the side, without the stool.
     Raises ValueError below 8 pixels a cell.
     """
     edges = base.cell_edges(state.size, size)
@@ -230,7 +237,7 @@ def render(state: FrozenLakeState, size: int = 256) -> np.ndarray:
         for c, tile in enumerate(row)
         if tile != "F"
     )
-    return base.paste_cells(_sheets(state.size, size), edges, kinds)
+    return base.paste_cells(_sheets(state.size, size, sprites), edges, kinds)
 
 
 # Words.

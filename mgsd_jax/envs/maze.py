@@ -11,7 +11,17 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mgsd_jax.envs import base
-from mgsd_jax.envs.base import Bucket, Cell, Fact, Outcome, Paths, Plan, Question, Reason
+from mgsd_jax.envs.base import (
+    Bucket,
+    Cell,
+    Fact,
+    Outcome,
+    Paths,
+    Plan,
+    Question,
+    Reason,
+    Sprites,
+)
 
 NAME: str = "maze"
 ACTIONS: tuple[str, ...] = ("up", "down", "left", "right")
@@ -221,25 +231,33 @@ def _sheets(level: int, size: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _disc(radius: int) -> np.ndarray:
-    disc = Image.new("1", (2 * radius + 1, 2 * radius + 1))
-    ImageDraw.Draw(disc).ellipse((0, 0, 2 * radius, 2 * radius), fill=1)
-    return np.asarray(disc)
+def _dot(radius: int, sprites: Sprites) -> np.ndarray:
+    """A disc, or a square of its width; bool [2 * radius + 1, 2 * radius + 1]."""
+    dot = Image.new("1", (2 * radius + 1, 2 * radius + 1))
+    shape = ImageDraw.Draw(dot)
+    (shape.ellipse if sprites == "usual" else shape.rectangle)((0, 0, 2 * radius, 2 * radius), 1)
+    return np.asarray(dot)
 
 
 def _draw_dot(
-    picture: np.ndarray, cell: Cell, level: int, radius: int, colour: tuple[int, int, int]
+    picture: np.ndarray,
+    cell: Cell,
+    level: int,
+    radius: int,
+    colour: tuple[int, int, int],
+    sprites: Sprites,
 ) -> None:
     size = len(picture)
     row, column = ((2 * i + 1) * size // (2 * level) for i in cell)
     square = picture[row - radius : row + radius + 1, column - radius : column + radius + 1]
-    square[_disc(radius)] = colour
+    square[_dot(radius, sprites)] = colour
 
 
-def render(state: MazeState, size: int = 256) -> np.ndarray:
+def render(state: MazeState, size: int = 256, *, sprites: Sprites = "usual") -> np.ndarray:
     """White corridors on black, a yellow dot at the start and a blue one at the target.
 
-    uint8 [size, size, 3]. Where both are one cell, the start is a smaller dot on the target.
+    uint8 [size, size, 3]. With the other sprites the dots are squares. Where both are one cell,
+    the start is a smaller dot on the target.
     Raises ValueError below 8 pixels a cell.
     """
     level, edges = state.size, base.cell_edges(state.size, size)
@@ -248,9 +266,9 @@ def render(state: MazeState, size: int = 256) -> np.ndarray:
     corridor = size / level - max(2, int(size / level / 4))
     # Below 9 pixels a cell the public radius would cover the walls of the cell.
     radius = min(max(3, int(corridor * 0.25)), int(corridor - 1) // 2)
-    _draw_dot(picture, state.target, level, radius, _TARGET)
+    _draw_dot(picture, state.target, level, radius, _TARGET, sprites)
     both = state.start == state.target
-    _draw_dot(picture, state.start, level, radius // 2 if both else radius, _START)
+    _draw_dot(picture, state.start, level, radius // 2 if both else radius, _START, sprites)
     return picture
 
 

@@ -11,7 +11,17 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mgsd_jax.envs import base
-from mgsd_jax.envs.base import Bucket, Cell, Fact, Outcome, Paths, Plan, Question, Reason
+from mgsd_jax.envs.base import (
+    Bucket,
+    Cell,
+    Fact,
+    Outcome,
+    Paths,
+    Plan,
+    Question,
+    Reason,
+    Sprites,
+)
 
 NAME: str = "minibehaviour"
 ACTIONS: tuple[str, ...] = ("up", "down", "left", "right", "pick", "drop")
@@ -139,8 +149,12 @@ def key(state: MiniBehaviourState) -> str:
 # Drawing.
 
 
-def _draw_printer(draw: ImageDraw.ImageDraw, top: float, left: float, cell: float) -> None:
+def _draw_printer(
+    draw: ImageDraw.ImageDraw, top: float, left: float, cell: float, sprites: Sprites
+) -> None:
     def box(x0: float, y0: float, x1: float, y1: float) -> tuple[int, int, int, int]:
+        if sprites == "other":  # lying on its side
+            x0, y0, x1, y1 = y0, x0, y1, x1
         return (
             *(int(left + x0 * cell), int(top + y0 * cell)),
             *(int(left + x1 * cell), int(top + y1 * cell)),
@@ -154,7 +168,7 @@ def _draw_printer(draw: ImageDraw.ImageDraw, top: float, left: float, cell: floa
 
 
 @functools.lru_cache(maxsize=32)
-def _sheets(level: int, size: int) -> np.ndarray:
+def _sheets(level: int, size: int, sprites: Sprites) -> np.ndarray:
     """Whole boards with one kind of thing in every cell, uint8 [len(_KINDS), size, size, 3]."""
     edges, cell = base.cell_edges(level, size), size / level
     sheets = []
@@ -172,9 +186,11 @@ def _sheets(level: int, size: int) -> np.ndarray:
                 )
                 draw.rectangle(corners, (181, 143, 96))
             elif kind == "P":
-                _draw_printer(draw, top, left, cell)
+                _draw_printer(draw, top, left, cell, sprites)
             elif kind == "A":
                 corners = ((0.22, 0.2), (0.22, 0.8), (0.78, 0.5))
+                if sprites == "other":  # it faces down
+                    corners = tuple((y, x) for x, y in corners)
                 points = [(int(left + x * cell), int(top + y * cell)) for x, y in corners]
                 draw.polygon(points, (255, 24, 16))
         for edge in edges[:-1]:
@@ -184,9 +200,10 @@ def _sheets(level: int, size: int) -> np.ndarray:
     return np.stack(sheets)
 
 
-def render(state: MiniBehaviourState, size: int = 256) -> np.ndarray:
+def render(state: MiniBehaviourState, size: int = 256, *, sprites: Sprites = "usual") -> np.ndarray:
     """Brown table, white printer and red agent on black with grid lines, uint8 [size, size, 3].
 
+    With the other sprites the agent faces down and the printer lies on its side.
     Raises ValueError below 8 pixels a cell.
     """
     kinds = (
@@ -195,7 +212,7 @@ def render(state: MiniBehaviourState, size: int = 256) -> np.ndarray:
         (*state.agent, _KINDS.index("A")),
     )
     edges = base.cell_edges(state.size, size)
-    return base.paste_cells(_sheets(state.size, size), edges, kinds)
+    return base.paste_cells(_sheets(state.size, size, sprites), edges, kinds)
 
 
 # Words.

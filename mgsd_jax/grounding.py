@@ -75,7 +75,9 @@ def make_update(
         grads, loss, sums = optimizer.accumulate(
             microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
         )
-        state, norms = optimizer.update(state, grads, tx, loss=loss.sum)
+        state, norms = optimizer.update(
+            state, grads, tx, loss=loss.sum, in_place=model.kernel.is_plain
+        )
         state = sharding.constrain_state(state, model.mesh)
         return state, {"loss": loss, **sums, **norms}
 

@@ -162,13 +162,16 @@ def update(
     loss: jax.typing.ArrayLike = 0.0,
     skip_nonfinite: bool = True,
     rng: jax.Array | None = None,
+    in_place: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state, and grad_norm, update_norm, param_norm and skipped_update (0 or 1).
 
     grad_norm is before clipping. A gradient or a `loss` (of any shape) with an inf or a NaN leaves
     parameters and moments as they are where skip_nonfinite. bfloat16 parameters are rounded
     stochastically with rng (default key 0) folded with the step: at a rate of 1e-6 rounding to the
-    nearest would move 2 % of them.
+    nearest would move 2 % of them. `in_place` makes the skipping depend on the update as well: all
+    reads of the old state then come before any write of the new one, or else XLA's CPU compiler
+    copies every donated array first.
     """
     params = _float32(train_state.params)
     grads = _float32(grads)
@@ -176,7 +179,10 @@ def update(
     updates, opt_state = tx.update(grads, train_state.opt_state, params)
     rng = jax.random.fold_in(jax.random.key(0) if rng is None else rng, train_state.step)
     moved = round_like(optax.apply_updates(params, updates), train_state.params, rng)
+    update_norm = optax.global_norm(updates)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss).all()
+    if in_place:
+        is_finite &= jnp.isfinite(update_norm)
     skipped = ~is_finite if skip_nonfinite else jnp.bool_(False)
     if skip_nonfinite:
 
@@ -187,7 +193,7 @@ def update(
         opt_state = jax.tree.map(keep, train_state.opt_state, opt_state)
     metrics = {
         "grad_norm": grad_norm,
-        "update_norm": jnp.where(skipped, 0.0, optax.global_norm(updates)),
+        "update_norm": jnp.where(skipped, 0.0, update_norm),
         "param_norm": optax.global_norm(_float32(moved)),
         "skipped_update": skipped.astype(jnp.float32),
     }

@@ -1,5 +1,7 @@
 """Properties of the model that need no reference implementation, and golden numbers from one."""
 
+from typing import cast
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from mgsd_jax.model import lora
 from mgsd_jax.model.attention import attend
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, init_params, logits
+from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.rope import mrope_tables, rotate, vision_tables
 
 CONFIG = tiny()
@@ -125,6 +128,24 @@ def test_remat_changes_neither_values_nor_gradients() -> None:
         )(PARAMS)
 
     chex.assert_trees_all_close(gradients("full"), gradients("none"), atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])  # one by one, in a scan
+def test_hidden_of_the_last_tokens_is_the_end_of_the_whole(remat: Remat) -> None:
+    inputs = to_inputs(CONFIG, ROWS, side="left")
+    model = Qwen3VL(CONFIG, remat=remat)
+
+    @jax.jit
+    def both(params: dict) -> tuple[tuple[jax.Array, dict], tuple[jax.Array, dict]]:
+        def last(params: dict, first: int) -> jax.Array:
+            hidden = model.apply({"params": params}, inputs, first, method="hidden")
+            return jnp.square(cast(jax.Array, hidden)[:, -4:]).mean()
+
+        grad = jax.value_and_grad(last)
+        return grad(params, inputs.tokens.shape[1] - 4), grad(params, 0)
+
+    got, want = both(PARAMS)
+    chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits() -> None:

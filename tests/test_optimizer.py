@@ -1,6 +1,7 @@
 """Updates against torch's AdamW, microbatches against none, and rounding against its mean."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -189,6 +190,26 @@ def test_a_gradient_that_is_not_finite_changes_the_step_alone(bad: float) -> Non
     spoiled, metrics = optimizer.update(state, grads, tx, skip_nonfinite=False)
     assert not np.isfinite(spoiled.params["norm"]["scale"]).all()
     assert metrics["skipped_update"] == 0
+
+
+def test_in_place_copies_no_donated_array_and_computes_the_same() -> None:
+    params, tx = make_params(), optimizer.make_optimizer(OPTIM, 10)
+    states, copies = [], []
+    for in_place in (False, True):
+        step = jax.jit(
+            lambda state, grads, in_place=in_place: optimizer.update(
+                state, grads, tx, in_place=in_place
+            ),
+            donate_argnums=0,
+        )
+        state = optimizer.init(jax.tree.map(jnp.copy, params), tx)
+        program = step.lower(state, make_params(2)).compile()
+        copies.append(
+            len(re.findall(r" copy\(%state_(?:params|opt_state_1__[mn]u)", program.as_text()))
+        )
+        states.append(program(state, make_params(2)))
+    assert_close(states[1], states[0], rtol=0, atol=0)
+    assert copies[0] > copies[1] == 0
 
 
 @pytest.mark.parametrize("loss", [jnp.nan, -jnp.inf])

@@ -26,7 +26,7 @@ from mgsd_jax import axes
 # Queries and keys that one step of the splash kernel works on. Its vectors are 128 lanes wide.
 _BLOCKS = (512, 256, 128)
 # Of the XLA form under a causal mask: queries of a block, and blocks, each of which is compiled.
-_LEAST_BLOCK, _MOST_BLOCKS = 128, 4
+_LEAST_BLOCK, _MOST_BLOCKS = 64, 4
 # Finite, so that a row without keys does not become NaN, and so large that it drowns any score.
 _MASKED = -1e30
 
@@ -38,6 +38,11 @@ class Kernel:
     name: Literal["xla", "splash", "cudnn"] = "xla"
     mesh: Mesh | None = None  # None: on one device
     interpret: bool = False  # splash on a CPU, slowly, for tests
+
+    @property
+    def is_plain(self) -> bool:
+        """XLA's form on one device: where what helps a CPU may be done."""
+        return self.name == "xla" and self.mesh is None
 
 
 XLA = Kernel()
@@ -57,7 +62,7 @@ def attend(
     v: jax.Array,  # [B, S, K, H]
     *,
     valid: jax.Array,  # [B, S] bool, keys that may be attended to
-    causal: bool,  # True: query t sees keys 0..t only (T == S)
+    causal: bool,  # True: the queries are the last T of S tokens, and see no later one
     kernel: Kernel = XLA,
 ) -> jax.Array:
     """Softmax attention [B, T, N, H] of grouped queries, scaled by 1 / sqrt(H).
@@ -173,34 +178,73 @@ def _attend_xla(
     looks at no key after its last query: five eighths of the work where there are four blocks.
     """
     batch, length, heads, width = q.shape
-    groups = k.shape[2]
+    groups, before = k.shape[2], k.shape[1] - q.shape[1]
     grouped = (q * width**-0.5).reshape(batch, length, groups, heads // groups, width)
     grouped = grouped.transpose(0, 2, 3, 1, 4)  # all queries of a key head side by side
-    hidden = jnp.where(valid, 0.0, _MASKED)[:, None, None, None]
+    hidden = jnp.where(valid, 0.0, _MASKED)[:, None, None]
+
+    def block(first: int, last: int, seen: int, mask: jax.Array) -> jax.Array:
+        queries = grouped[:, :, :, first:last]
+        merged = queries.reshape(batch, groups, -1, width)
+        return _softmax_values(merged, k[:, :seen], v[:, :seen], mask).reshape(queries.shape)
+
     if not causal:
-        out = _softmax_values(grouped, k, v, hidden)
+        out = block(0, length, k.shape[1], hidden)
     else:
-        block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+        size = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
         blocks = []
-        for first in range(0, length, block):
-            last = min(first + block, length)
-            later = np.triu(np.full((last - first, last), _MASKED, np.float32), first + 1)
-            queries, mask = grouped[:, :, :, first:last], hidden[..., :last] + later
-            blocks.append(_softmax_values(queries, k[:, :last], v[:, :last], mask))
+        for first in range(0, length, size):
+            last = min(first + size, length)
+            seen = last + before
+            later = np.triu(np.full((last - first, seen), _MASKED, np.float32), first + before + 1)
+            blocks.append(block(first, last, seen, hidden[..., :seen] + later))
         out = jnp.concatenate(blocks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+@jax.custom_vjp
 def _softmax_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, K, G, T, H] of queries of that shape, k and v [B, S, K, H], and a mask to add.
+    """[B, K, G * T, H] of queries of that shape, with k and v [B, S, K, H] and a mask to add.
 
-    Written for XLA's CPU compiler, which makes one fusion of all of it: a mask that is added, not
-    selected by (twice the time), and the division by the softmax's sum left to the end, where it is
-    H numbers a query instead of S.
+    The mask is [B, 1, T or 1, S]. Written for XLA's CPU compiler, which makes one fusion of it: a
+    mask that is added, not selected by (twice the time), and the division by the softmax's sum left
+    to the end, where it is H numbers a query instead of S. So is the backward pass: left to itself
+    it divides and sums over S, and transposes both [G * T, S] arrays in memory.
     """
-    scores = jnp.einsum("BKGTH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) + mask
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return _softmax_values_forward(q, k, v, mask)[0]
+
+
+def _softmax_values_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = jnp.einsum("BKXH,BSKH->BKXS", q, k, preferred_element_type=jnp.float32)
+    shape = scores.shape
+    if mask.shape[2] == 1:
+        scores += mask
+    else:
+        scores = scores.reshape(*shape[:2], -1, *mask.shape[2:]) + mask[:, :, None]
+        scores = scores.reshape(shape)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BKGTH", weights, v, preferred_element_type=jnp.float32)
-    return (out / total).astype(v.dtype)
+    out = jnp.einsum("BKXS,BSKH->BKXH", weights, v, preferred_element_type=jnp.float32)
+    out = (out / total).astype(v.dtype)
+    return out, (q, k, v, weights, total, out)
+
+
+def _softmax_values_backward(
+    residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, weights, total, out = residuals
+    d_out = d_out.astype(jnp.float32) / total
+    mean = jnp.sum(d_out * out, axis=-1, keepdims=True)  # of the slopes, under the softmax
+    d_out = d_out.astype(v.dtype)
+    slopes = jnp.einsum("BKXH,BSKH->BKXS", d_out, v, preferred_element_type=jnp.float32)
+    d_scores = (weights * (slopes - mean)).astype(q.dtype)
+    d_q = jnp.einsum("BKXS,BSKH->BKXH", d_scores, k)
+    d_k = jnp.einsum("BKXS,BKXH->BSKH", d_scores, q)
+    d_v = jnp.einsum("BKXS,BKXH->BSKH", weights, d_out)
+    return d_q, d_k, d_v, None
+
+
+_softmax_values.defvjp(_softmax_values_forward, _softmax_values_backward)

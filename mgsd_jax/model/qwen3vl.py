@@ -52,14 +52,14 @@ class Qwen3VL(nn.Module):
         """The mesh that it computes on, None on one device."""
         return self.kernel.mesh
 
-    def hidden(self, inputs: Inputs) -> jax.Array:
-        """Hidden states [B, T, D] after the final norm; padding may be on either side.
+    def hidden(self, inputs: Inputs, first: int = 0) -> jax.Array:
+        """Hidden states [B, T - first, D] after the final norm, of the tokens from `first` on.
 
-        On a mesh, parameters lie as `sharding.TRAIN_RULES` say; for `prefill` and `decode` as
-        `sharding.ROLLOUT_RULES` do.
+        Padding may be on either side. On a mesh, parameters lie as `sharding.TRAIN_RULES` say; for
+        `prefill` and `decode` as `sharding.ROLLOUT_RULES` do.
         """
         x, deep = self._embed(inputs)
-        return self.language(x, inputs.positions, inputs.valid, deep, None)[0]
+        return self.language(x, inputs.positions, inputs.valid, deep, None, first=first)[0]
 
     def prefill(self, inputs: Inputs, cache_length: int) -> tuple[jax.Array, KVCache]:
         """The last hidden state [B, D] of left-padded prompts, and a cache of `cache_length` slots.
@@ -138,9 +138,9 @@ class Qwen3VL(nn.Module):
         return x, jnp.where(visual, jnp.take_along_axis(deep, index[None], axis=2), 0)
 
 
-def apply_hidden(model: Qwen3VL, variables: Any, inputs: Inputs) -> jax.Array:
-    """`hidden` of a model under its variables ({'params': ..., 'adapters': ...}): [B, T, D]."""
-    return cast(jax.Array, model.apply(variables, inputs, method="hidden"))
+def apply_hidden(model: Qwen3VL, variables: Any, inputs: Inputs, first: int = 0) -> jax.Array:
+    """`hidden` of a model under its variables ({'params': ..., 'adapters': ...})."""
+    return cast(jax.Array, model.apply(variables, inputs, first, method="hidden"))
 
 
 def head(params: Params) -> jax.Array:

@@ -17,25 +17,28 @@ def mrope_tables(
     theta: float,
     section: tuple[int, int, int],
     dtype: jnp.dtype,
+    kept: bool = False,
 ) -> Tables:
     """cos and sin [B, T, 1, H] of Qwen3-VL's interleaved M-RoPE, cast to `dtype` as in HF.
 
     Frequency i turns with the height where i % 3 == 1 and i < 3 * section[1], with the width where
     i % 3 == 2 and i < 3 * section[2], with time otherwise (HF Qwen3VLTextRotaryEmbedding).
+    `kept` as in `_tables`.
     """
     frequency = np.arange(head_dim // 2)
     height = (frequency % 3 == 1) & (frequency < 3 * section[1])
     width = (frequency % 3 == 2) & (frequency < 3 * section[2])
     t, h, w = (axis[..., None] for axis in positions.astype(jnp.float32))
     turns = jnp.where(height, h, jnp.where(width, w, t))
-    return _tables(turns * _inverse_frequencies(head_dim, theta), dtype)
+    return _tables(turns * _inverse_frequencies(head_dim, theta), dtype, kept)
 
 
-def vision_tables(coords: jax.Array, *, head_dim: int, theta: float) -> Tables:
+def vision_tables(coords: jax.Array, *, head_dim: int, theta: float, kept: bool = False) -> Tables:
     """cos and sin [B, P, 1, H] float32 of 2-D RoPE for `coords` [B, P, 2] (row, column)."""
     inverse = _inverse_frequencies(head_dim // 2, theta)
     angles = coords.astype(jnp.float32)[..., None] * inverse  # [B, P, 2, H / 4]
-    return _tables(angles.reshape(*coords.shape[:-1], head_dim // 2), jnp.dtype(jnp.float32))
+    angles = angles.reshape(*coords.shape[:-1], head_dim // 2)
+    return _tables(angles, jnp.dtype(jnp.float32), kept)
 
 
 def rotate(x: jax.Array, tables: Tables) -> jax.Array:
@@ -51,6 +54,15 @@ def _inverse_frequencies(width: int, theta: float) -> np.ndarray:
     return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
 
 
-def _tables(angles: jax.Array, dtype: jnp.dtype) -> Tables:
+def _tables(angles: jax.Array, dtype: jnp.dtype, kept: bool) -> Tables:
+    """`kept` makes the tables arrays in memory, to be read by many layers outside a scan.
+
+    Else XLA's CPU compiler computes cosines again for every head of every layer; nothing is fused
+    across the edge of a loop, which is why there is one.
+    """
     angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+    def turn(angles: jax.Array) -> Tables:
+        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+    return jax.lax.map(turn, angles) if kept else turn(angles)

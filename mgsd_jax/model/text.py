@@ -21,6 +21,7 @@ from mgsd_jax.model.config import TextConfig
 from mgsd_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from mgsd_jax.model.remat import Remat, rematerialise
 from mgsd_jax.model.rope import Tables, mrope_tables, rotate
+from mgsd_jax.model.unrolled import MOST_LAYERS, Layers, is_unrolled, unstack
 from mgsd_jax.model.vision import STACKED
 
 
@@ -76,9 +77,8 @@ class SplitCache:
 
 
 Cache = KVCache | SplitCache
-Layers = tuple[dict[str, Any], ...]  # the variables of each layer
-# Compiling takes longer with every layer that is not part of a scan.
-_FEW_LAYERS = 8
+# The stacks of the decoder's layers, in their order.
+_STACKS = ("layers_deepstack", "layers")
 
 
 def split_layers(
@@ -90,21 +90,12 @@ def split_layers(
     the cache as it is. `variables` are the decoder's: {'params': {...}, 'adapters': {...}}.
     """
     count = cache.k.shape[0]
-    if count > _FEW_LAYERS or (mesh is not None and mesh.size > 1):
+    if count > MOST_LAYERS or (mesh is not None and mesh.size > 1):
         return None, cache
-    stacks = [
-        {kind: tree[name] for kind, tree in variables.items() if name in tree}
-        for name in ("layers_deepstack", "layers")
-        if name in variables["params"]
-    ]
-    layers = [
-        jax.tree.map(lambda leaf, i=i: leaf[i], stack)
-        for stack in stacks
-        for i in range(len(jax.tree.leaves(stack)[0]))
-    ]
+    layers = unstack(variables, *_STACKS)
     assert len(layers) == count
     k, v = (tuple(x.swapaxes(2, 3)) for x in (cache.k, cache.v))
-    return tuple(layers), SplitCache(k=k, v=v, valid=cache.valid, length=cache.length)
+    return layers, SplitCache(k=k, v=v, valid=cache.valid, length=cache.length)
 
 
 def join_layers(cache: Cache) -> KVCache:
@@ -140,13 +131,17 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: Any,
         decoding: bool,
+        first: int,
     ) -> tuple[jax.Array, Cache | None]:
-        """The output [B, T, D] and the cache with this layer's keys and values written.
+        """The output [B, T - first, D] and the cache with this layer's keys and values written.
 
-        Queries see the keys just computed, causally, or where `decoding` the whole cache.
+        Queries, those of the tokens from `first` on, see the keys just computed, causally, or where
+        `decoding` the whole cache.
         """
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), tables)
+        asking = x[:, first:]
+        q = self.q_norm(self.q_proj(asking).reshape(*asking.shape[:2], *heads[2:]))
+        q = rotate(q, cast(Tables, tuple(table[:, first:] for table in tables)))
         k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), tables)
         v = self.v_proj(x).reshape(heads)
         q, k, v = (constrain(t, self.kernel.mesh, BATCH, None, "tensor") for t in (q, k, v))
@@ -158,7 +153,7 @@ class Attention(nn.Module):
             assert cache is not None
             k, v = cache.read(layer)
         out = attend(q, k, v, valid=valid, causal=not decoding, kernel=self.kernel)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+        return self.o_proj(out.reshape(*asking.shape[:2], -1)), cache
 
 
 class DecoderLayer(nn.Module):
@@ -176,10 +171,14 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.intermediate_size, self.dtype)
 
     def __call__(
-        self, x: jax.Array, cache: Cache | None, *attention: Any
+        self, x: jax.Array, cache: Cache | None, *attention: Any, first: int = 0
     ) -> tuple[jax.Array, Cache | None]:
+        """[B, T - first, D], the tokens from `first` on, and the cache."""
         tables, valid, layer, decoding = attention
-        out, cache = self.self_attn(self.input_layernorm(x), tables, valid, cache, layer, decoding)
+        out, cache = self.self_attn(
+            self.input_layernorm(x), tables, valid, cache, layer, decoding, first
+        )
+        x = x[:, first:]
         x = constrain(x + out, self.kernel.mesh, BATCH)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return constrain(x, self.kernel.mesh, BATCH), cache
@@ -219,25 +218,37 @@ class Decoder(nn.Module):
         *,
         decoding: bool = False,
         layers: Layers | None = None,
+        first: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] after the final norm, and the cache with this call written.
+        """Hidden states [B, T - first, D] after the final norm, of the tokens from `first` on, and
+        the cache with this call written.
 
         `layers`, of `split_layers`, take the place of the stacked variables of the layers.
         """
         config = self.config
+        is_training = layers is None and cache is None and not self.is_initializing()
+        if is_training and is_unrolled(self.kernel, self.remat, config.num_hidden_layers):
+            layers = unstack(self.variables, *_STACKS)
         tables = mrope_tables(
             positions,
             head_dim=config.head_dim,
             theta=config.rope_theta,
             section=config.mrope_section,
             dtype=jnp.dtype(self.dtype),
+            kept=layers is not None and not decoding,
         )
 
         if layers is not None:
             layer = DecoderLayer(config, self.dtype, self.kernel, parent=None)
             for index, variables in enumerate(layers):
-                out = layer.apply(variables, x, cache, tables, valid, index, decoding)
+                # The last layer need not answer for the tokens that no one asks for.
+                skipped = first if index == len(layers) - 1 else 0
+                out = layer.apply(
+                    variables, x, cache, tables, valid, index, decoding, first=skipped
+                )
                 x, cache = cast(tuple[jax.Array, Cache | None], out)
+                if deep is not None and index < self.num_deepstack:
+                    x = x + deep[index][:, skipped:]
             return self.norm(x), cache
 
         def body(
@@ -251,15 +262,15 @@ class Decoder(nn.Module):
             return (x if features is None else x + features, cache), None
 
         body = rematerialise(body, self.remat)
-        first, last = self.num_deepstack, config.num_hidden_layers
+        taps, count = self.num_deepstack, config.num_hidden_layers
         carry = (x, cache)
-        if first:
-            scan = nn.scan(body, variable_axes=STACKED, split_rngs={"params": True}, length=first)
-            carry, _ = scan(self.layers_deepstack, carry, (jnp.arange(first), deep))
-        if first < last:
+        if taps:
+            scan = nn.scan(body, variable_axes=STACKED, split_rngs={"params": True}, length=taps)
+            carry, _ = scan(self.layers_deepstack, carry, (jnp.arange(taps), deep))
+        if taps < count:
             scan = nn.scan(
-                body, variable_axes=STACKED, split_rngs={"params": True}, length=last - first
+                body, variable_axes=STACKED, split_rngs={"params": True}, length=count - taps
             )
-            carry, _ = scan(self.layers, carry, (jnp.arange(first, last), None))
+            carry, _ = scan(self.layers, carry, (jnp.arange(taps, count), None))
         x, cache = carry
-        return self.norm(x), cache
+        return self.norm(x[:, first:]), cache

@@ -4,7 +4,7 @@ Axes: rows = one picture each, P patches, C patch channels, Q = P / merge^2 merg
 D the decoder's width, n_ds deepstack taps.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from mgsd_jax.model.config import VisionConfig
 from mgsd_jax.model.layers import Embedding, LayerNorm, Linear
 from mgsd_jax.model.remat import Remat, rematerialise
 from mgsd_jax.model.rope import Tables, rotate, vision_tables
+from mgsd_jax.model.unrolled import is_unrolled, unstack
 
 # Collections that carry a leading layer axis in a stack.
 STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}
@@ -129,15 +130,38 @@ class VisionTower(nn.Module):
         x = self.patch_embed(flat.patches.astype(self.dtype))
         table_rows = self.pos_embed(flat.interp_index)  # [rows, P, 4, Dv]
         x += jnp.einsum("BPID,BPI->BPD", table_rows, flat.interp_weight).astype(self.dtype)
-        x, taps = self._run_blocks(x, flat)
+        one_by_one = not self.is_initializing() and is_unrolled(
+            self.kernel, self.remat, config.depth
+        )
+        run = self._run_each_block if one_by_one else self._run_blocks
+        x, taps = run(x, flat)
         merged = self.merger(x).reshape(batch, -1, config.out_hidden_size)
         if not config.deepstack_visual_indexes:
             return merged, jnp.zeros((0, *merged.shape), merged.dtype)
-        merge_each = nn.vmap(
-            lambda merger, tap: merger(tap), variable_axes=STACKED, split_rngs={"params": True}
-        )
-        deep = merge_each(self.deepstack_mergers, taps)
+        if one_by_one:
+            merger = PatchMerger(config, self.dtype, norm_after_merge=True, parent=None)
+            mergers = unstack(self.variables, "deepstack_mergers")
+            each = [merger.apply(*pair) for pair in zip(mergers, taps, strict=True)]
+            deep = jnp.stack(cast(list[jax.Array], each))
+        else:
+            merge_each = nn.vmap(
+                lambda merger, tap: merger(tap), variable_axes=STACKED, split_rngs={"params": True}
+            )
+            deep = merge_each(self.deepstack_mergers, taps)
         return merged, deep.reshape(deep.shape[0], *merged.shape)
+
+    def _run_each_block(self, x: jax.Array, flat: Pictures) -> tuple[jax.Array, list[jax.Array]]:
+        """As `_run_blocks`, the tapped outputs in a list."""
+        config = self.config
+        tables = vision_tables(
+            flat.coords, head_dim=config.head_dim, theta=config.rope_theta, kept=True
+        )
+        block = VisionBlock(config, self.dtype, self.kernel, parent=None)
+        outputs = []
+        for variables in unstack(self.variables, "blocks"):
+            x = cast(jax.Array, block.apply(variables, x, tables, flat.valid))
+            outputs.append(x)
+        return x, [outputs[index] for index in config.deepstack_visual_indexes]
 
     def _run_blocks(self, x: jax.Array, flat: Pictures) -> tuple[jax.Array, jax.Array]:
         """The last block's output, and the outputs of the tapped blocks [n_ds, rows, P, Dv]."""

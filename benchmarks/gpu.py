@@ -107,6 +107,7 @@ def make_prompts(config: Config, model: ModelConfig) -> batching.PromptBatch:
     def student() -> Encoded:
         tokens = text(data.prompt_buckets[-1])
         start = len(tokens) - count - 8  # what the chat template writes after the picture
+        tokens[start - 1], tokens[start + count] = ids[2], model.vision_end_token_id
         tokens[start : start + count] = model.image_token_id
         patches = rng.standard_normal((side * side, model.vision.patch_channels), np.float32)
         return Encoded(tokens, (PicturePatches(patches, grid, start, merge, where),))

@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,10 +16,12 @@ ROWS, RESPONSE, PROMPT = 2, 4, 44
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # it sets a default of its own
-    return importlib.import_module("gpu")
+    jax.config.update("jax_disable_most_optimizations", True)  # a third of the compilation
+    yield importlib.import_module("gpu")
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def options(gpu: Any, *more: str) -> Any:
@@ -65,7 +68,6 @@ def test_all_phases_at_nano_size(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
     less = update["needed_gib"] * gpu.GIB * 0.99
     assert measure_update(gpu, less)["trained"] == "adapters of rank 8"
-    assert measure_update(gpu, 0)["skipped"].startswith("got 0 GiB, want 0.0")
 
 
 def nano_case(gpu: Any, room: float = 0.0) -> Any:

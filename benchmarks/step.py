@@ -5,7 +5,9 @@
 Teacher forward (text), student forward and backward (picture), exact reverse KL over the whole
 vocabulary, AdamW; float32, the random 7 M Qwen3-VL of benchmarks/rollout.py. Runs alternate. Prints
 one JSON line: median times, the median ratio of neighbouring runs (ours / torch), the two losses,
-and what calling our jitted update costs before the device has done anything.
+what calling our jitted update costs before the device has done anything, and what
+benchmarks/waiting.py measures on the nano recipe. Targets: ratio 0.8, dispatch 1 ms, waiting_share
+0.03.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+import waiting
 from rollout import CONFIG, GRID, make_inputs, random_params
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--nano-steps", type=int, default=10, help="0: no waiting_share")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     params, teacher_params = random_params(0), random_params(1)
@@ -154,6 +158,8 @@ def main() -> None:
         "dispatch_ms": round(1e3 * statistics.median(dispatch() for _ in range(9)), 3),
         "device": jax.devices()[0].device_kind,
     }
+    if options.nano_steps:
+        result |= waiting.measure(options.nano_steps)
     print(json.dumps(result))
 
 

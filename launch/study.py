@@ -41,6 +41,7 @@ ELSEWHERE = (
         ),
     ),
 )
+CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
 ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method")
 
 
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--rows", default="", help="names with commas between them (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
-    parser.add_argument("--table", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--table", action="store_true", help="tables and curves of what is there")
     args = parser.parse_args()
     study = args.workdir.absolute()
     known = {row.name: row for row in rows}
@@ -117,7 +118,7 @@ def main() -> None:
         )
     tasks = [(known[name], seed) for name in names for seed in known[name].seeds]
     if args.table:
-        print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
+        show(study, rows)
         return
     if args.dry_run:
         for argv in [*boards(study), *(c for task in tasks for c in commands(*task, study))]:
@@ -157,7 +158,14 @@ def main() -> None:
                 print(failures[-1], file=sys.stderr)
     if failures:
         raise SystemExit(f"{len(failures)} runs failed")
+    show(study, rows)
+
+
+def show(study: pathlib.Path, rows: Any) -> None:
+    """Prints the tables of what has been run, and draws WORKDIR/curves.svg."""
     print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
+    models = [m for m in study_tables.read_study(study, rows) if m.name in CURVES]
+    (study / "curves.svg").write_text(study_tables.curves_svg(models))
 
 
 def task_key(row: Any, seed: int) -> str:

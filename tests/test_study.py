@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -112,6 +113,11 @@ def test_tables_hold_the_means_over_seeds(tmp_path: pathlib.Path) -> None:
     assert "| 75.0 % | 50.0 %" in line  # share of the gap, State F1
     assert "| 90.0 % | 100.0 % | 0.0 % |" in line  # questions, text, blind
     assert "larger" not in text
+    drawing = ElementTree.fromstring(tables.curves_svg(list(models.values())))
+    words = [part.text for part in drawing.iter() if part.tag.endswith("text")]
+    assert models["method"].title in words
+    lines = [part for part in drawing.iter() if part.tag.endswith("polyline")]
+    assert len(lines) == 6 + (1 + 3 + 1) + 3  # grid, a line a run, a mean a model
 
 
 def test_an_empty_study_and_other_boards_are_refused(tmp_path: pathlib.Path) -> None:

@@ -218,7 +218,7 @@ def ablation_table(models: Sequence[Model], reference: Model) -> str:
                 "1" if model is reference else str(len(model.runs)),
                 _spelled(estimate(one, "picture")),
                 DASH if against is None else _points(against),
-                DASH if against is None else f"{against.p_value:.3f}",
+                DASH if against is None else _p(against),
                 *(_of_task(one, task) for task in _tasks(reference)),
                 percent(estimate(one, "picture", lambda row: row["state_exact"]).value),
                 percent(estimate(one, "text").value),
@@ -233,6 +233,10 @@ def _points(found: stats.Difference) -> str:
     return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
 
+def _p(found: stats.Difference) -> str:
+    return "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
+
+
 def claims(models: Mapping[str, Model], pairs: Sequence[tuple[str, str]]) -> str:
     """A line a pair (ours, theirs): the difference over seeds and boards."""
     rows = []
@@ -240,8 +244,60 @@ def claims(models: Mapping[str, Model], pairs: Sequence[tuple[str, str]]) -> str
         if ours in models and theirs in models:
             found = difference(models[ours], models[theirs])
             name = f"{models[ours].title} − {models[theirs].title}"
-            rows.append([name, _points(found), f"{found.p_value:.3f}"])
+            rows.append([name, _points(found), _p(found)])
     return _table(["difference in macro success, picture", "points", "p"], rows)
+
+
+_COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 640, 320, 48, 16, 190, 36
+
+
+def curves_svg(models: Sequence[Model]) -> str:
+    """Success on the validation boards by update: a line a seed, the mean of a model bold."""
+    curves = {
+        model.title: [
+            {int(m["step"]): m["val/success"] for m in run.curve if "val/success" in m}
+            for run in model.runs
+        ]
+        for model in models
+    }
+    curves = {title: found for title, found in curves.items() if all(found)}
+    last = max((max(curve) for found in curves.values() for curve in found), default=1)
+
+    def points(curve: Mapping[int, float]) -> str:
+        return " ".join(
+            f"{_LEFT + (_WIDTH - _LEFT - _RIGHT) * step / last:.1f},"
+            f"{_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * value:.1f}"
+            for step, value in sorted(curve.items())
+        )
+
+    lines = []
+    for tenth in range(0, 11, 2):
+        (start, end) = (points({step: tenth / 10}) for step in (0, last))
+        y = start.split(",")[1]
+        lines.append(f'<polyline points="{start} {end}" stroke="#ccc"/>')
+        lines.append(
+            f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end" dy="4">{10 * tenth} %</text>'
+        )
+    for step in (0, last // 2, last):
+        x = points({step: 0.0}).split(",")[0]
+        lines.append(f'<text x="{x}" y="{_HEIGHT - 16}" text-anchor="middle">{step}</text>')
+    lines.append(f'<text x="{_LEFT}" y="{_HEIGHT - 2}">updates of distillation</text>')
+    for number, (title, found) in enumerate(curves.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        shared = set.intersection(*(set(curve) for curve in found))
+        mean = {step: sum(curve[step] for curve in found) / len(found) for step in shared}
+        lines += [
+            f'<polyline points="{points(c)}" stroke="{colour}" opacity=".35"/>' for c in found
+        ]
+        lines.append(f'<polyline points="{points(mean)}" stroke="{colour}" stroke-width="3"/>')
+        where = f'x="{_WIDTH - _RIGHT + 10}" y="{_TOP + 16 + 18 * number}"'
+        lines.append(f'<text {where} style="fill:{colour}">{title}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" fill="none" '
+        'font-family="sans-serif" font-size="12"><style>text{fill:#333}</style>'
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>{"".join(lines)}</svg>\n'
+    )
 
 
 def write_tables(study: pathlib.Path, rows: Sequence[Any], elsewhere: Sequence[str]) -> str:

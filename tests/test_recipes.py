@@ -1,0 +1,84 @@
+"""What recipes and docs/preflight/README.md quote is what the saved pages of the compiler say."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+from helpers_tiny import ROOT
+
+PAGES = ROOT / "docs" / "preflight"
+ROLLOUT = ("layout", "prefill", "decode")
+PROGRAMS = {
+    "distillation": {f"distillation/{part}" for part in (*ROLLOUT, "update")}
+    | {"grounding/update"},
+    "evaluate": {f"evaluate/{part}" for part in ROLLOUT},
+}
+# Recipe -> its page; one without a page says nothing of memory.
+QUOTED = {
+    f"{stage}_{size}": PAGES / f"{'evaluate_' if stage == 'evaluate' else ''}{size}_v5e-4x4.md"
+    for stage in ("grounding", "distillation", "evaluate")
+    for size in ("4b", "8b")
+}
+SAVED = sorted(page for page in PAGES.glob("*.md") if page.name != "README.md")
+
+
+def rows(page: pathlib.Path) -> dict[str, dict[str, str]]:
+    """{program: {column: cell}} of both tables of a page."""
+    found: dict[str, dict[str, str]] = {}
+    columns: list[str] = []
+    for line in page.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| program"):
+            columns = cells
+        elif line.startswith("|") and "/" in cells[0]:
+            found.setdefault(cells[0], {}).update(zip(columns, cells, strict=True))
+    return found
+
+
+def most(page: pathlib.Path, stage: str = "") -> str:
+    """The largest number of GiB a chip that a stage of a page holds at once, as it stands there."""
+    sizes = [row["together"] for name, row in rows(page).items() if name.startswith(stage)]
+    return max(sizes, key=float)
+
+
+def least_seconds(page: pathlib.Path, stage: str) -> str:
+    """The seconds of a step in the page's sentence on a stage."""
+    sentence = re.search(rf"^- {stage}: .* at least (\S+) s\.$", page.read_text(), re.M)
+    assert sentence, f"{page.name}: no sentence on {stage}"
+    return sentence[1]
+
+
+@pytest.mark.parametrize("page", SAVED, ids=lambda page: page.stem)
+def test_a_page_holds_every_program_and_its_command(page: pathlib.Path) -> None:
+    *before, size, slice_ = page.stem.split("_")
+    recipe = before[0] if before else "distillation"
+    text, found = page.read_text(), rows(page)
+    assert set(found) == PROGRAMS[recipe]
+    assert f"--config=configs/{recipe}_{size}.py" in text
+    assert f"--set preflight.topology={slice_.replace('-', ':', 1)}" in text
+    for row in found.values():
+        assert row["verdict"] == "fits"
+        assert 0 < float(row["compile CPU s"]) < 6 * 60
+
+
+@pytest.mark.parametrize("recipe", [name for name, page in QUOTED.items() if page.is_file()])
+def test_a_recipe_quotes_its_page(recipe: str) -> None:
+    page, stage = QUOTED[recipe], recipe.split("_")[0]
+    source = (ROOT / "configs" / f"{recipe}.py").read_text()
+    said = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
+    assert f"docs/preflight/{page.name}" in said
+    assert f" {most(page, stage)} GiB" in said
+    assert f" {least_seconds(page, stage)} s" in said
+
+
+def test_the_overview_quotes_the_pages() -> None:
+    overview = (PAGES / "README.md").read_text()
+    for page in SAVED:
+        line = next(line for line in overview.splitlines() if f"({page.name})" in line)
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found = rows(page)
+        stages = sorted({name.split("/")[0] for name in found}, reverse=True)
+        assert cells[2].startswith(f"{most(page)} of "), page.name
+        assert cells[3] == " and ".join(least_seconds(page, stage) for stage in stages)
+        assert int(cells[-1]) == max(int(row["compile CPU s"]) for row in found.values())

@@ -312,6 +312,8 @@ def write_tables(study: pathlib.Path, rows: Sequence[Any], elsewhere: Sequence[s
         ("method", "distillation_only"),
         ("method", "grounding_only"),
         ("method", "sft"),
+        ("distillation_only", "base"),
+        ("distillation_only", "sft"),
         ("distillation_only", "grounding_only"),
     )
     parts += ["\n## Differences\n", claims(_with_seeds(models), pairs)]

@@ -172,9 +172,14 @@ def make_layout(mesh: Mesh | None, dtype: Any) -> Callable[[Any], Any]:
     if mesh is None:
         return lambda variables: variables
 
+    # XLA's CPU runs loops that do not depend on each other at once, and their collectives would
+    # meet each other's data.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    hold = jax.lax.with_sharding_constraint if is_cpu else _hold_by_layer
+
     def lay_out(variables: Any) -> Any:
         shardings = param_shardings(variables, mesh, ROLLOUT_RULES)
-        return jax.tree.map(_hold_by_layer, cast(variables, dtype), shardings)
+        return jax.tree.map(hold, cast(variables, dtype), shardings)
 
     return jax.jit(lay_out)
 

@@ -192,7 +192,7 @@ def run(config: Config, workdir: str) -> None:
     jobs = processes.gather(jobs)[0]
     total = len(jobs) * len(boards)
     done = total - sum(len(places) for *_, places in jobs)
-    progress = metrics.open_progress(total, is_main=is_main, every=1)
+    progress = metrics.open_progress(total, is_main=is_main, every=1, unit="row")
     for name, source in models:
         todo = [job[1:] for job in jobs if job[0] == name and job[-1]]
         if not todo:
@@ -205,7 +205,7 @@ def run(config: Config, workdir: str) -> None:
                     named = [{"model": name, "attempt": attempt, **row} for row in rows]
                     rows_lib.append(folder, named)
                 done += len(rows)
-                progress.update(done, 0.0, (time.perf_counter() - started) / len(rows))
+                progress.update(done, (time.perf_counter() - started) / len(rows))
                 started = time.perf_counter()
     progress.close()
     if is_main:

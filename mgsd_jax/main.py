@@ -20,6 +20,7 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Exit codes are li
 """
 
 import errno
+import logging as std_logging
 import os
 import pathlib
 import runpy
@@ -85,6 +86,12 @@ def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
     return config_lib.check(config_lib.override(config, assignments))
 
 
+def is_shown(record: std_logging.LogRecord) -> bool:
+    """Whether the log has this line: orbax tells a dozen of every save, for --verbosity=1."""
+    is_detail = record.levelno <= std_logging.INFO and "orbax" in record.pathname
+    return not is_detail or logging.vlog_is_on(1)
+
+
 def _wanted(name: str, value: str | None) -> str:
     if not value:
         raise ValueError(f"--{name}: got nothing, want it for --stage={_STAGE.value}")
@@ -99,7 +106,9 @@ def main(argv: Sequence[str]) -> int:
     """
     if len(argv) > 1:
         raise app.UsageError(f"got stray arguments {argv[1:]}, want flags only")
-    logging.set_verbosity(logging.INFO)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(is_shown)
     are_several = False
     try:
         if _STAGE.value == "score":

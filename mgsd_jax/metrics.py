@@ -6,6 +6,7 @@ is remote (gs://), the last two are kept here and copied there by `Writer.flush`
 Needs the packages `tensorboardX` (event files without TensorFlow) and `tqdm`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -35,6 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 RUNS_FILE = "runs.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_RECENT_STEPS = 21  # as many, less one, tell the time that is left
 PACKAGES = ("mgsd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -197,25 +199,35 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 class Progress:
     """Shows step, total, loss, step time and ETA on process 0.
 
-    A bar where `stream` is a terminal, else a log line every `every` steps.
+    A bar where `stream` is a terminal, else a log line every `every` steps. Its times are means of
+    the last steps: no single one that validates or saves upsets them. The first step, which
+    compiles, counts in none.
     """
 
     total: int
     every: int
     is_main: bool
     bar: tqdm.tqdm | None
+    recent: collections.deque[float]  # seconds of the last steps
+    unit: str
 
-    def update(self, step: int, loss: float, step_seconds: float) -> None:
+    def update(self, step: int, step_seconds: float, loss: float | None = None) -> None:
         """Report that `step` steps of `total` are done, the last one in `step_seconds`."""
         if not self.is_main:
             return
+        self.recent.append(step_seconds)
+        shown = [] if loss is None else [f"loss {loss:.4g}"]
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4g}, {step_seconds:.3g} s/step", refresh=False)
+            times = f"{step_seconds:.3g} s/{self.unit}"
+            self.bar.set_postfix_str(", ".join([*shown, times]), refresh=False)
             self.bar.update(step - self.bar.n)
         elif step % self.every == 0 or step == self.total:
-            left = tqdm.tqdm.format_interval((self.total - step) * step_seconds)
-            text = "step %d/%d  loss %.4g  %.3g s/step  %s left"
-            logging.info(text, step, self.total, loss, step_seconds, left)
+            times = list(self.recent)[1:] or self.recent
+            mean = sum(times) / len(times)
+            left = tqdm.tqdm.format_interval((self.total - step) * mean)
+            counted = f"{self.unit} {step}/{self.total}"
+            spent = (f"{mean:.3g} s/{self.unit}", f"{left} left")
+            logging.info("%s", "  ".join([counted, *shown, *spent]))
 
     def close(self) -> None:
         """End the bar, so that later lines start on their own line."""
@@ -230,6 +242,7 @@ def open_progress(
     is_main: bool,
     every: int = 10,
     stream: TextIO | None = None,
+    unit: str = "step",
 ) -> Progress:
     """Return a Progress over `total` steps of which `start` are done; `stream` is sys.stderr."""
     if every < 1:
@@ -237,8 +250,9 @@ def open_progress(
     target = sys.stderr if stream is None else stream
     bar = None
     if is_main and target.isatty():
-        bar = tqdm.tqdm(total=total, initial=start, file=target, unit="step", dynamic_ncols=True)
-    return Progress(total, every, is_main, bar)
+        bar = tqdm.tqdm(total=total, initial=start, file=target, unit=unit, dynamic_ncols=True)
+    recent = collections.deque[float](maxlen=_RECENT_STEPS)
+    return Progress(total, every, is_main, bar, recent, unit)
 
 
 def write_run_info(

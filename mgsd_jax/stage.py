@@ -126,7 +126,7 @@ class Session:
         self.standing.ended = now
         values |= {"seconds": seconds, **self.timers.take()}
         self.writer.write(step, values)
-        self.progress.update(step, values["loss"], seconds)
+        self.progress.update(step, seconds, values["loss"])
         self._warn(step, values)
         is_last = step == self.steps
         is_good = values["skipped_update"] == 0

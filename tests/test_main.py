@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -25,6 +26,19 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "shown"),
+    [
+        ("/site/orbax/checkpoint/manager.py", logging.INFO, False),
+        ("/site/orbax/checkpoint/manager.py", logging.WARNING, True),
+        ("/here/mgsd_jax/metrics.py", logging.INFO, True),
+    ],
+)
+def test_the_log_leaves_out_the_details_of_every_save(path: str, level: int, shown: bool) -> None:
+    record = logging.LogRecord("absl", level, path, 1, "a line", None, None)
+    assert main.is_shown(record) == shown
 
 
 @pytest.mark.parametrize(

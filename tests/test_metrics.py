@@ -209,6 +209,16 @@ def test_without_a_terminal_there_is_a_log_line_every_n_steps(
     assert "loss 2" in caplog.messages[0] and "15:00 left" in caplog.messages[0]
 
 
+def test_one_slow_step_does_not_upset_the_time_that_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    progress = metrics.open_progress(100, is_main=True, every=20, stream=io.StringIO())
+    with caplog.at_level("INFO", logger="absl"):
+        for step in range(1, 21):
+            progress.update(step, loss=2.0, step_seconds={1: 99.0, 20: 20.0}.get(step, 1.0))
+    assert "2 s/step" in caplog.messages[0] and "02:40 left" in caplog.messages[0]
+
+
 def test_other_processes_show_no_progress(caplog: pytest.LogCaptureFixture) -> None:
     stream = Terminal()
     progress = metrics.open_progress(10, is_main=False, every=1, stream=stream)

@@ -7,18 +7,21 @@ vocabulary, AdamW; float32, the random 7 M Qwen3-VL of benchmarks/rollout.py. Bo
 rows in `--microbatches` parts, whose memory stays in the cache and need not be fetched from the
 system anew; torch takes them all at once as well, and its better time counts. Runs alternate.
 Prints one JSON line: median times, the median ratio of neighbouring runs (ours / torch), the
-losses, what calling our jitted update costs before the device has done anything, and what
+losses, what calling our jitted update costs before the device has done anything, what calling a
+program costs that takes and gives the same arrays and does nothing (`empty_dispatch_ms`), and what
 benchmarks/waiting.py measures on the nano recipe. Targets: ratio 0.8, dispatch 1 ms, waiting_share
 0.03.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,8 +54,8 @@ def text_inputs(batch: int, length: int, rng: np.random.Generator) -> Inputs:
 
 def our_step(
     params: dict, teacher_params: dict, batch: distillation.DistillationBatch, microbatches: int
-) -> tuple[Callable[[], float], Callable[[], float]]:
-    """(a whole update, its loss returned; the dispatch of one, its seconds returned)."""
+) -> tuple[Callable[[], float], Callable[[], float], Callable[[], float]]:
+    """(a whole update, its loss returned; the dispatch of one, and of nothing, in seconds)."""
     model = Qwen3VL(CONFIG)
     tx = optimizer.make_optimizer(OPTIM, 1000)
     settings = DistillationConfig(optim=OPTIM, microbatches=microbatches)
@@ -64,15 +67,17 @@ def our_step(
         held[0], measured, _ = update(held[0], {}, teacher_params, batch)
         return float(measured["loss"].value)
 
-    def dispatch() -> float:
+    def dispatch(program: Callable[..., Any] = update) -> float:
         jax.block_until_ready(held[0])
         start = time.perf_counter()
-        held[0], measured, _ = update(held[0], {}, teacher_params, batch)
+        held[0], *rest = program(held[0], {}, teacher_params, batch)
         taken = time.perf_counter() - start
-        jax.block_until_ready(measured)
+        jax.block_until_ready(rest)
         return taken
 
-    return step, dispatch
+    empty = jax.jit(lambda state, *_: (state, state.step), donate_argnums=0)
+    dispatch(empty)  # compiles
+    return step, dispatch, functools.partial(dispatch, empty)
 
 
 def their_step(
@@ -90,7 +95,8 @@ def their_step(
         tokens = torch.cat([prompts, response[rows]], 1)
         found = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         if inputs.pictures is not None:
-            patches = np.array(inputs.pictures.patches[rows]).reshape(-1, CONFIG.vision.patch_channels)
+            patches = np.array(inputs.pictures.patches[rows])
+            patches = patches.reshape(-1, CONFIG.vision.patch_channels)
             found["pixel_values"] = torch.from_numpy(patches)
             found["image_grid_thw"] = torch.tensor([GRID] * len(tokens))
             found["mm_token_type_ids"] = (tokens == CONFIG.image_token_id).long()
@@ -145,7 +151,7 @@ def main() -> None:
             hf.save_params(weights, CONFIG, folder, dtype="float32")
             (Path(folder) / "config.json").write_text(json.dumps(CONFIG.to_hf()))
         theirs = their_step(*folders, batch)
-    ours, dispatch = our_step(params, teacher_params, batch, options.microbatches)
+    ours, dispatch, empty = our_step(params, teacher_params, batch, options.microbatches)
     runs = {"ours": ours, "torch": lambda: theirs(1)}
     if options.microbatches > 1:
         runs["torch_in_parts"] = lambda: theirs(options.microbatches)
@@ -168,6 +174,7 @@ def main() -> None:
         "loss_ours": round(losses[0], 5),
         "loss_torch": round(losses[1], 5),
         "dispatch_ms": round(1e3 * statistics.median(dispatch() for _ in range(9)), 3),
+        "empty_dispatch_ms": round(1e3 * statistics.median(empty() for _ in range(9)), 3),
         "device": jax.devices()[0].device_kind,
     }
     if options.nano_steps:

@@ -37,6 +37,7 @@ def get_config() -> c.Config:
             optim=c.OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05, trainable="^visual"),
             steps=40,  # short on purpose: see docs/nano.md
             batch_size=48,
+            microbatches=8,  # a CPU is a quarter faster where a part fits its cache
             eval_every=20,
         ),
         distillation=c.DistillationConfig(
@@ -48,6 +49,7 @@ def get_config() -> c.Config:
             token_chunk=1024,
             steps=160,
             batch_size=64,
+            microbatches=8,
             eval_every=20,
             eval_boards=100,
         ),

@@ -96,8 +96,14 @@ ROWS = (
         "noise_20", "20 % of its facts wrong", "noisy states", "distillation.teacher_noise=0.2"
     ),
     # The objective.
-    _method(
-        "sampled", "Reverse KL, sampled", "objective", "distillation.objective=sampled_reverse_kl"
+    dataclasses.replace(
+        _method(
+            "sampled",
+            "Reverse KL, sampled",
+            "objective",
+            "distillation.objective=sampled_reverse_kl",
+        ),
+        seeds=MAIN_SEEDS,
     ),
     _method("forward", "Forward KL", "objective", "distillation.objective=forward_kl"),
     _method("jsd", "Jensen-Shannon, half and half", "objective", "distillation.objective=jsd"),

@@ -169,21 +169,6 @@ def sampled_reverse_kl(
     )
 
 
-def response_hidden(hidden: jax.Array, prompt_length: int, response_length: int) -> jax.Array:
-    """The hidden states [B, R, D] that predict the response, out of hidden [B, S, D].
-
-    The state at position t predicts token t + 1, so row 0 is the last prompt token's and the last
-    response token's is left out. Prompts are left-padded to prompt_length.
-    """
-    first, last = prompt_length - 1, prompt_length - 1 + response_length
-    if first < 0 or last > hidden.shape[1]:
-        raise ValueError(
-            f"response: got prompt_length {prompt_length} and response_length {response_length}, "
-            f"want positions {first}..{last - 1} inside a sequence of {hidden.shape[1]}"
-        )
-    return hidden[:, first:last]
-
-
 # ------------------------------------------------------------------------------- one chunk's loss
 
 

@@ -13,6 +13,7 @@ from helpers_tiny import tiny_config
 from mgsd_jax import config as c
 from mgsd_jax import distillation, generate, loading, nano, optimizer, sampler, stage, trainable
 from mgsd_jax.data import sources
+from mgsd_jax.model import qwen3vl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Setup:
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     workdir = tmp_path_factory.mktemp("distillation")
     config = tiny_config(pathlib.Path(workdir))
+    longer = tuple(width + 8 for width in config.data.teacher_buckets)  # than the student's prompts
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, teacher_buckets=longer)
+    )
     nano.run(config, str(workdir))
     generate.run(config, str(workdir))
     loaded = loading.load("{model}", config, str(workdir), None)
@@ -80,6 +85,26 @@ def one_update(setup: Setup, weights: Any = None, **options: Any) -> tuple[Any, 
 
 def close(a: Any, b: Any) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
+
+
+def test_both_readers_are_asked_for_the_token_that_follows(setup: Setup) -> None:
+    """The statistics of an update against plain forwards over prompts of different lengths."""
+    stats, sampled, model = one_update(setup)[2], setup.sampled, setup.loaded.model
+    prompts = setup.prompts.batch
+    assert prompts.student.tokens.shape != prompts.teacher.tokens.shape
+    for prompt, params, found in (
+        (prompts.student, setup.loaded.params, stats.student_logprob),
+        (prompts.teacher, teacher_params(setup), stats.teacher_logprob),
+    ):
+        whole = qwen3vl.append_response(prompt, sampled.tokens, sampled.mask)
+        hidden = qwen3vl.apply_hidden(model, {"params": params}, whole)
+        scores = np.array(qwen3vl.logits(hidden, qwen3vl.head(params)), np.float64)
+        scores[..., list(setup.loaded.processor.pad_ids)] = -np.inf
+        logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        for row, column in zip(*np.nonzero(sampled.mask), strict=True):
+            place = prompt.tokens.shape[1] + column
+            want = logprobs[row, place - 1, sampled.tokens[row, column]]
+            assert found[row, column] == pytest.approx(want, abs=1e-4)
 
 
 def test_weights_of_one_change_nothing_and_others_weigh(setup: Setup) -> None:

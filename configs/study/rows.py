@@ -107,7 +107,10 @@ ROWS = (
         seeds=MAIN_SEEDS,
     ),
     _method("forward", "Forward KL", "objective", "distillation.objective=forward_kl"),
-    _method("jsd", "Jensen-Shannon, half and half", "objective", "distillation.objective=jsd"),
+    dataclasses.replace(
+        _method("jsd", "Jensen-Shannon, half and half", "objective", "distillation.objective=jsd"),
+        seeds=MAIN_SEEDS,
+    ),
     _method(
         "rollouts_4",
         "16 prompts, 4 rollouts each",

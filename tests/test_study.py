@@ -120,6 +120,22 @@ def test_tables_hold_the_means_over_seeds(tmp_path: pathlib.Path) -> None:
     assert len(lines) == 6 + (1 + 3 + 1) + 3  # grid, a line a run, a mean a model
 
 
+def test_an_ablation_of_several_seeds_stands_beside_the_method_with_all_of_its_own(
+    tmp_path: pathlib.Path,
+) -> None:
+    def lines() -> list[str]:
+        models = {model.name: model for model in tables.read_study(study, ROWS)}
+        return tables.ablation_table([models["sampled"]], models["method"]).splitlines()[2:]
+
+    study = study_of(tmp_path)
+    alone, sampled = lines()
+    assert "| 1 | 70.0 %" in alone and "| 1 | 50.0 %" in sampled and "| -20.0 (" in sampled
+    write_run(study, "sampled", 1, 6)
+    alone, together, sampled = lines()
+    assert "| 1 | 70.0 %" in alone and "| 3 | 80.0 %" in together
+    assert "| 2 | 40.0 %" in sampled and "| -35.0 (" in sampled  # of seeds 0 and 1
+
+
 def test_an_empty_study_and_other_boards_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="want at least one; train first"):
         tables.read_study(tmp_path, ROWS)

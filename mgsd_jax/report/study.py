@@ -195,7 +195,10 @@ def main_table(models: Sequence[Model], base: Model) -> str:
 
 
 def ablation_table(models: Sequence[Model], reference: Model) -> str:
-    """Each model against the reference on the seeds that both have."""
+    """Each model against the reference on the seeds that both have; means over a model's seeds.
+
+    The reference is there with its first seed, and with all where a model has more than one.
+    """
     head = [
         "changed",
         "seeds",
@@ -207,21 +210,22 @@ def ablation_table(models: Sequence[Model], reference: Model) -> str:
     ]
     head += ["macro, text", "half way after", "s an update"]
     rows = []
-    for model in (reference, *models):
-        against = None if model is reference else difference(model, reference)
-        first = next((r for r in model.runs if r.seed == reference.runs[0].seed), model.runs[0])
-        one = dataclasses.replace(model, runs=(first,))
-        half, spent = updates_to(first, 0.5), seconds_an_update(first)
+    references = [dataclasses.replace(reference, runs=reference.runs[:1])]
+    if any(len(model.runs) > 1 for model in models):
+        references.append(reference)
+    for model in (*references, *models):
+        against = None if model.name == reference.name else difference(model, reference)
+        half, spent = updates_to(model.runs[0], 0.5), seconds_an_update(model.runs[0])
         rows.append(
             [
                 model.title,
-                "1" if model is reference else str(len(model.runs)),
-                _spelled(estimate(one, "picture")),
+                str(len(model.runs)),
+                _spelled(estimate(model, "picture")),
                 DASH if against is None else _points(against),
                 DASH if against is None else _p(against),
-                *(_of_task(one, task) for task in _tasks(reference)),
-                percent(estimate(one, "picture", lambda row: row["state_exact"]).value),
-                percent(estimate(one, "text").value),
+                *(_of_task(model, task) for task in _tasks(reference)),
+                percent(estimate(model, "picture", lambda row: row["state_exact"]).value),
+                percent(estimate(model, "text").value),
                 DASH if half is None else str(half),
                 DASH if spent is None else f"{spent:.2f}",
             ]

@@ -23,10 +23,12 @@ class Row:
     needs: str = ""  # the row whose result of the same seed it starts from
 
 
-def _method(name: str, title: str, group: str, *settings: str) -> Row:
+def _method(
+    name: str, title: str, group: str, *settings: str, seeds: tuple[int, ...] = (0,)
+) -> Row:
     """The method of the main rows with something changed: 40 + 120 updates."""
     student = "distillation.student={study}/grounded/{seed}/grounding"
-    return Row(name, title, group, "distillation", (student, *settings), needs="grounded")
+    return Row(name, title, group, "distillation", (student, *settings), seeds, needs="grounded")
 
 
 def _all_parameters(name: str, title: str, *settings: str) -> Row:
@@ -67,9 +69,7 @@ ROWS = (
         ("distillation.student={model}", "distillation.steps=160"),
         MAIN_SEEDS,
     ),
-    dataclasses.replace(
-        _method("method", "Grounding, then distillation", "main"), seeds=MAIN_SEEDS
-    ),
+    _method("method", "Grounding, then distillation", "main", seeds=MAIN_SEEDS),
     # Controls.
     _method(
         "other_board",
@@ -97,18 +97,19 @@ ROWS = (
         "noise_20", "20 % of its facts wrong", "noisy states", "distillation.teacher_noise=0.2"
     ),
     # The objective.
-    dataclasses.replace(
-        _method(
-            "sampled",
-            "Reverse KL, sampled",
-            "objective",
-            "distillation.objective=sampled_reverse_kl",
-        ),
+    _method(
+        "sampled",
+        "Reverse KL, sampled",
+        "objective",
+        "distillation.objective=sampled_reverse_kl",
         seeds=MAIN_SEEDS,
     ),
     _method("forward", "Forward KL", "objective", "distillation.objective=forward_kl"),
-    dataclasses.replace(
-        _method("jsd", "Jensen-Shannon, half and half", "objective", "distillation.objective=jsd"),
+    _method(
+        "jsd",
+        "Jensen-Shannon, half and half",
+        "objective",
+        "distillation.objective=jsd",
         seeds=MAIN_SEEDS,
     ),
     _method(

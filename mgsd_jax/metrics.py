@@ -36,7 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 RUNS_FILE = "runs.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-_RECENT_STEPS = 21  # as many, less one, tell the time that is left
+_RECENT_STEPS = 20  # as many tell the time that is left
 PACKAGES = ("mgsd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -199,9 +199,9 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 class Progress:
     """Shows step, total, loss, step time and ETA on process 0.
 
-    A bar where `stream` is a terminal, else a log line every `every` steps. Its times are means of
-    the last steps: no single one that validates or saves upsets them. The first step, which
-    compiles, counts in none.
+    A bar where `stream` is a terminal, else a log line every `every` steps, whose times are means:
+    no single step that validates or saves upsets them. The oldest of `recent` is left out, which
+    keeps the first step of all, the one that compiles, out of every mean but its own.
     """
 
     total: int
@@ -251,7 +251,7 @@ def open_progress(
     bar = None
     if is_main and target.isatty():
         bar = tqdm.tqdm(total=total, initial=start, file=target, unit=unit, dynamic_ncols=True)
-    recent = collections.deque[float](maxlen=_RECENT_STEPS)
+    recent = collections.deque[float](maxlen=_RECENT_STEPS + 1)
     return Progress(total, every, is_main, bar, recent, unit)
 
 

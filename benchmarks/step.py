@@ -7,10 +7,10 @@ vocabulary, AdamW; float32, the random 7 M Qwen3-VL of benchmarks/rollout.py. Bo
 rows in `--microbatches` parts, whose memory stays in the cache and need not be fetched from the
 system anew; torch takes them all at once as well, and its better time counts. Runs alternate.
 Prints one JSON line: median times, the median ratio of neighbouring runs (ours / torch), the
-losses, the pages of memory that an update of ours asks of the system, what calling our jitted update
-costs before the device has done anything, what calling a program costs that adds 1 to every array
-of the state (`least_dispatch_ms`), and what benchmarks/waiting.py measures on the nano recipe.
-Targets: ratio 0.8, dispatch 1 ms, waiting_share 0.03.
+losses, the pages of memory that an update of ours asks of the system, what calling our jitted
+update costs before the device has done anything, what calling a program costs that adds 1 to every
+array of the state (`least_dispatch_ms`), and what benchmarks/waiting.py measures on the nano
+recipe. Targets: ratio 0.8, dispatch 1 ms, waiting_share 0.03.
 """
 
 import argparse

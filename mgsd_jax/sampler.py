@@ -119,8 +119,8 @@ def programs(
     banned_ids: tuple[int, ...],
     pad_id: int,
     arguments: tuple[Variables, Inputs, Any, Any],
-) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """What lowers the 'prefill' and the 'decode' of such a rollout, and runs nothing.
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """'prefill' and 'decode' of such a rollout: jitted function and arguments; runs nothing.
 
     `arguments` are those of the rollout, as ShapeDtypeStructs that lie on the model's mesh.
     """
@@ -137,8 +137,8 @@ def programs(
         )
     rest = (*prefilled, inputs.next_position, rng, row_ids)
     return {
-        "prefill": lambda: prefill.lower(static, variables, inputs),
-        "decode": lambda: decode.lower(static, choice, variables, *rest),
+        "prefill": (prefill, (static, variables, inputs)),
+        "decode": (decode, (static, choice, variables, *rest)),
     }
 
 

@@ -116,7 +116,7 @@ def test_too_large_for_the_compiler_is_a_number() -> None:
     mesh = tpu_mesh("v5e:2x2", fsdp=4)
     whole = jax.sharding.NamedSharding(mesh, jax.P())
     array = jax.ShapeDtypeStruct((100, 2**30), jnp.float32, sharding=whole)
-    program = Program("a/b", lambda: jax.jit(lambda x: x + 1).lower(array), 0, NO_WORK)
+    program = Program("a/b", jax.jit(lambda x: x + 1), (array,), 0, NO_WORK)
     got = preflight.compile_program(program, V5E)
     assert got.error is None and got.peak is not None and got.peak >= 400
     assert not got.fits(V5E)

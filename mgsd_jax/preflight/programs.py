@@ -7,7 +7,7 @@ Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,9 +34,14 @@ class Program:
     """One jitted function of a stage."""
 
     name: str  # 'distillation/update'
-    lower: Callable[[], jax.stages.Lowered]
+    jitted: Any  # what jax.jit made
+    arguments: tuple[Any, ...]  # of it: ShapeDtypeStructs, and whatever else it takes
     resident: int  # bytes a chip of arrays that are held meanwhile, but are no arguments of it
     work: Work
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program as it is given to the compiler."""
+        return self.jitted.lower(*self.arguments)
 
 
 def programs_of(config: Config, mesh: Mesh) -> Iterator[Program]:
@@ -85,7 +90,7 @@ def _grounding(config: Config, mesh: Mesh) -> Iterator[Program]:
     work = roofline.update_work(
         config, mesh, state.params, [(model, length, length, True)], rows, settings.microbatches
     )
-    yield Program("update", lambda: update.lower(state, frozen, _placed(batch, mesh)), 0, work)
+    yield Program("update", update, (state, frozen, _placed(batch, mesh)), 0, work)
 
 
 def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
@@ -121,7 +126,7 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
         rows,
         settings.microbatches,
     )
-    yield Program("update", lambda: update.lower(*held, _placed(batch, mesh)), 0, work)
+    yield Program("update", update, (*held, _placed(batch, mesh)), 0, work)
 
 
 def _evaluate(config: Config, mesh: Mesh) -> Iterator[Program]:
@@ -151,7 +156,7 @@ def _rollout(
     length, slots = config.data.prompt_buckets[-1], sampling.max_new_tokens
     inputs = _placed(_inputs(config, model, rows, length, has_picture=True), mesh)
     # How many ids end a row shapes the program, which ones does not.
-    lower = sampler.programs(
+    programs = sampler.programs(
         model,
         sampler.Sampling(**config_lib.to_dict(sampling)),
         eos_ids=(0, 1),
@@ -167,13 +172,14 @@ def _rollout(
     kept = bytes_a_chip(held)
     yield Program(
         "layout",
-        lambda: lay_out.lower(variables),
+        lay_out,
+        (variables,),
         kept - bytes_a_chip(variables),
         roofline.layout_work(variables, laid_out),
     )
     works = roofline.rollout_works(model, laid_out, rows, length, slots, _patches(config))
-    for name in ("prefill", "decode"):
-        yield Program(name, lower[name], kept, works[name])
+    for name, (jitted, arguments) in programs.items():
+        yield Program(name, jitted, arguments, kept, works[name])
 
 
 # --------------------------------------------------------------------------------------- arguments

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--token-chunk", type=int, default=208)
+    parser.add_argument("--token-chunk", type=int, default=293)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
 

@@ -28,6 +28,11 @@ from mgsd_jax.token_stats import Shard
 ChunkLoss = Callable[[Any, Shard, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
 
 
+# On one device the head's gradient takes a chunk's product in parts: a product of [V, D] would be
+# written and read again before it is added.
+_HEAD_PARTS = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class FusedLoss:
     """The static half of a fused loss."""
@@ -157,6 +162,7 @@ def _run_part(
     hidden, weights, counted, rows = tokens
     kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
     shard = Shard(split.vocabulary)
+    head_parts = _HEAD_PARTS if spec.mesh is None and head.shape[0] % _HEAD_PARTS == 0 else 1
 
     def step(carry: Any, index: jax.Array, picked: Any) -> tuple[Any, Any]:
         d_hidden, d_head = carry
@@ -174,7 +180,7 @@ def _run_part(
             # Straight to their rows: packed first, all of [N, D] would be held twice.
             d_hidden = d_hidden.at[index].set(part.astype(hidden.dtype), mode="drop")
         if d_head is not None:
-            d_head += _matmul("NV,ND->VD", d_logits, jnp.where(live, chunk_hidden, 0))
+            d_head = _add_product(d_head, d_logits, jnp.where(live, chunk_hidden, 0), head_parts)
         return (d_hidden, d_head), (loss, stats)
 
     carry = (
@@ -254,6 +260,19 @@ def _sum_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 def _size(names: tuple[str, ...]) -> int:
     return jax.lax.axis_size(names) if names else 1
+
+
+def _add_product(total: jax.Array, a: jax.Array, b: jax.Array, parts: int) -> jax.Array:
+    """total [V, D] + a [C, V]^T b [C, D], a part of V at a time."""
+    size = total.shape[0] // parts
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        columns = jax.lax.dynamic_slice_in_dim(a, i * size, size, axis=1)
+        rows = jax.lax.dynamic_slice_in_dim(total, i * size, size)
+        rows += _matmul("CV,CD->VD", columns, b)
+        return jax.lax.dynamic_update_slice_in_dim(total, rows, i * size, axis=0)
+
+    return jax.lax.fori_loop(0, parts, add, total) if parts > 1 else add(jnp.int32(0), total)
 
 
 def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -158,9 +158,9 @@ def measure(p: Distribution, q: Distribution, targets: jax.Array) -> TokenStats:
 def reverse_kl_tokens(p: Distribution, q: Distribution) -> tuple[jax.Array, jax.Array]:
     """(KL(p || q) [N], gradient in p's logits [N, V])."""
     probs, ratio = p.probs, log_ratio(p, q)
+    # The value is the mean of the ratio, summed without cancelling: no other sum is needed.
     value = p.shard.sum(kl_terms(probs, q.probs, ratio))
-    # The gradient takes the mean of the ratio itself, not the value: its terms then sum to 0.
-    return value[:, 0], probs * (ratio - p.shard.sum(probs * ratio))
+    return value[:, 0], probs * (ratio - value)
 
 
 def forward_kl_tokens(p: Distribution, q: Distribution) -> tuple[jax.Array, jax.Array]:

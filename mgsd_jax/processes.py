@@ -116,9 +116,16 @@ def add_means(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Mean]
 def is_runtime_error(error: BaseException) -> bool:
     """Whether the runtime failed (a collective broke), rather than our code or its input.
 
-    Where an array is fetched that a broken collective should have made, jax raises a ValueError.
+    Where an array is fetched that a broken collective should have made, jax raises a ValueError;
+    where a checkpoint waits for a lost process, orbax raises a TimeoutError from the runtime's.
     """
-    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(str(error)))
+    if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
+        return True
+    return (
+        isinstance(error, TimeoutError)
+        and error.__cause__ is not None
+        and is_runtime_error(error.__cause__)
+    )
 
 
 def leave(error: BaseException, exit_code: int) -> NoReturn:

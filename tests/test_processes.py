@@ -8,6 +8,7 @@ import subprocess
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers_run import (
@@ -161,6 +162,29 @@ def lose_one_and_start_again(base: Base, folder: pathlib.Path) -> None:
     assert running[0].wait(timeout=60) == -signal.SIGABRT, log_of(folder)
     assert re.search(NAMED, log_of(folder, 0, 40_000)), log_of(folder, 0, 40_000)
     finish(start(base, "distillation", folder, SETTINGS, **options), folder)
+
+
+def raised_from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+BROKEN = jax.errors.JaxRuntimeError("INTERNAL: Barrier failed because: task is set to ERROR")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (BROKEN, True),
+        (ValueError("UNAVAILABLE: Connection closed by peer"), True),  # on fetching an array
+        (raised_from(TimeoutError("waiting for a barrier"), BROKEN), True),  # orbax, while saving
+        (TimeoutError("an endpoint that does not answer"), False),
+        (raised_from(ValueError("weights.safetensors: got nothing"), BROKEN), False),  # our words
+        (ValueError("grounding.steps: got -1, want at least 1"), False),
+    ],
+)
+def test_a_broken_collective_is_told_from_bad_input(error: Exception, expected: bool) -> None:
+    assert processes.is_runtime_error(error) == expected
 
 
 # ------------------------------------------------------------------------ a stage without a model

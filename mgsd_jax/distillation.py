@@ -4,7 +4,6 @@ reads the same board as text, would have said at every one of the student's own 
 Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from mgsd_jax import (
     sampler,
     sharding,
     stage,
-    trainable,
     tree,
 )
 from mgsd_jax import prompts as prompts_lib
@@ -224,21 +222,10 @@ def run(config: Config, workdir: str) -> None:
     sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
 
     # The student, the part of it that learns, and the frozen teacher.
-    student = loading.load(settings.student, config, workdir, mesh)
+    student, trained, frozen = loading.load_student(
+        settings, config, workdir, folder, mesh, metric="val/success"
+    )
     teacher = loading.load(settings.teacher, config, workdir, mesh, is_frozen=True)
-    trained, frozen = trainable.split(
-        student.params, settings.optim, settings.lora, jax.random.key(config.seed)
-    )
-    student = dataclasses.replace(student, params={})  # they live on in these two alone
-    trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
-    loading.write_source(
-        folder,
-        student,
-        weights=config_lib.resolve(settings.student, config, workdir),
-        lora_config=settings.lora,
-        is_complete=not frozen,
-        metric="val/success",
-    )
 
     # Prompts of the training boards.
     encoder = stage.encoder(config, student.processor)

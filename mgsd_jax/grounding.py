@@ -3,7 +3,6 @@
 Axes: B batch, T tokens, D width.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
-from mgsd_jax import config as config_lib
 from mgsd_jax import (
     loading,
     losses,
@@ -22,7 +20,6 @@ from mgsd_jax import (
     processes,
     sharding,
     stage,
-    trainable,
     tree,
 )
 from mgsd_jax.config import Config, GroundingConfig
@@ -105,19 +102,8 @@ def run(config: Config, workdir: str) -> None:
     sharding.check_batch(mesh, "grounding.batch_size", settings.batch_size, settings.microbatches)
 
     # The model, and which part of it learns.
-    student = loading.load(settings.student, config, workdir, mesh)
-    trained, frozen = trainable.split(
-        student.params, settings.optim, settings.lora, jax.random.key(config.seed)
-    )
-    student = dataclasses.replace(student, params={})  # they live on in these two alone
-    trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
-    loading.write_source(
-        folder,
-        student,
-        weights=config_lib.resolve(settings.student, config, workdir),
-        lora_config=settings.lora,
-        is_complete=not frozen,
-        metric="val/loss",
+    student, trained, frozen = loading.load_student(
+        settings, config, workdir, folder, mesh, metric="val/loss"
     )
 
     # Records from the training boards, and fixed ones from the validation boards.

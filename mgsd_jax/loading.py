@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from mgsd_jax import checkpoint, paths, sharding, tree
+from mgsd_jax import checkpoint, paths, sharding, trainable, tree
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import Config, LoraConfig
+from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig
 from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.model import hf, lora, table
 from mgsd_jax.model.attention import kernel_for
@@ -70,6 +70,37 @@ def load(
     if is_frozen:
         params = sharding.cast(params, model.dtype)
     return Loaded(model, params, processor, str(folder))
+
+
+def load_student(
+    settings: GroundingConfig | DistillationConfig,
+    config: Config,
+    workdir: str,
+    folder: epath.Path,
+    mesh: Mesh | None,
+    *,
+    metric: str,
+) -> tuple[Loaded, Params, Params]:
+    """(the student of a stage, `params` empty; what learns; the frozen rest), laid out on the mesh.
+
+    What learns has `config.model.param_dtype`, the rest what the model reads. `folder` is the stage's:
+    it notes where the weights come from, and by which `metric` a checkpoint is the best.
+    """
+    student = load(settings.student, config, workdir, mesh)
+    trained, frozen = trainable.split(
+        student.params, settings.optim, settings.lora, jax.random.key(config.seed)
+    )
+    student = dataclasses.replace(student, params={})  # they live on in these two alone
+    trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
+    write_source(
+        folder,
+        student,
+        weights=config_lib.resolve(settings.student, config, workdir),
+        lora_config=settings.lora,
+        is_complete=not frozen,
+        metric=metric,
+    )
+    return student, trained, frozen
 
 
 def load_params(

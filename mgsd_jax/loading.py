@@ -83,8 +83,8 @@ def load_student(
 ) -> tuple[Loaded, Params, Params]:
     """(the student of a stage, `params` empty; what learns; the frozen rest), laid out on the mesh.
 
-    What learns has `config.model.param_dtype`, the rest what the model reads. `folder` is the stage's:
-    it notes where the weights come from, and by which `metric` a checkpoint is the best.
+    What learns has `config.model.param_dtype`, the rest what the model reads. The stage's `folder`
+    notes where the weights come from, and by which `metric` a checkpoint is the best.
     """
     student = load(settings.student, config, workdir, mesh)
     trained, frozen = trainable.split(

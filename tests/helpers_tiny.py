@@ -56,6 +56,7 @@ def tiny_config(workdir: pathlib.Path) -> c.Config:
         distillation=dataclasses.replace(
             nano.distillation,
             optim=train_all(nano.distillation.optim),
+            objective="reverse_kl",
             steps=4,
             batch_size=4,
             microbatches=1,

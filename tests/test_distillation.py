@@ -87,24 +87,51 @@ def close(a: Any, b: Any) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
 
 
-def test_both_readers_are_asked_for_the_token_that_follows(setup: Setup) -> None:
-    """The statistics of an update against plain forwards over prompts of different lengths."""
-    stats, sampled, model = one_update(setup)[2], setup.sampled, setup.loaded.model
+def plain_logprobs(setup: Setup, prompt: Any, params: Any) -> np.ndarray:
+    """[counted tokens, V] by a plain forward over prompt and response, in float64."""
+    sampled = setup.sampled
+    whole = qwen3vl.append_response(prompt, sampled.tokens, sampled.mask)
+    hidden = qwen3vl.apply_hidden(setup.loaded.model, {"params": params}, whole)
+    scores = np.array(qwen3vl.logits(hidden, qwen3vl.head(params)), np.float64)
+    scores[..., list(setup.loaded.processor.pad_ids)] = -1e30
+    rows, columns = np.nonzero(sampled.mask)
+    scores = scores[rows, prompt.tokens.shape[1] + columns - 1]  # what predicts each token
+    scores -= scores.max(-1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+def both_logprobs(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the student and of the teacher, whose prompts differ in length."""
     prompts = setup.prompts.batch
     assert prompts.student.tokens.shape != prompts.teacher.tokens.shape
-    for prompt, params, found in (
-        (prompts.student, setup.loaded.params, stats.student_logprob),
-        (prompts.teacher, teacher_params(setup), stats.teacher_logprob),
-    ):
-        whole = qwen3vl.append_response(prompt, sampled.tokens, sampled.mask)
-        hidden = qwen3vl.apply_hidden(model, {"params": params}, whole)
-        scores = np.array(qwen3vl.logits(hidden, qwen3vl.head(params)), np.float64)
-        scores[..., list(setup.loaded.processor.pad_ids)] = -np.inf
-        logprobs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-        for row, column in zip(*np.nonzero(sampled.mask), strict=True):
-            place = prompt.tokens.shape[1] + column
-            want = logprobs[row, place - 1, sampled.tokens[row, column]]
-            assert found[row, column] == pytest.approx(want, abs=1e-4)
+    student = plain_logprobs(setup, prompts.student, setup.loaded.params)
+    return student, plain_logprobs(setup, prompts.teacher, teacher_params(setup))
+
+
+def test_both_readers_are_asked_for_the_token_that_follows(setup: Setup) -> None:
+    stats, sampled = one_update(setup)[2], setup.sampled
+    found = stats.student_logprob, stats.teacher_logprob
+    for logprobs, got in zip(both_logprobs(setup), found, strict=True):
+        tokens = sampled.tokens[sampled.mask]
+        want = np.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
+        np.testing.assert_allclose(np.asarray(got)[sampled.mask], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl"])
+def test_the_loss_of_an_update_is_the_divergence_that_the_config_names(
+    setup: Setup, objective: str
+) -> None:
+    p, q = both_logprobs(setup)
+    middle = np.logaddexp(p, q) - np.log(2)
+    tokens = setup.sampled.tokens[setup.sampled.mask][:, None]
+    wanted = {
+        "reverse_kl": (np.exp(p) * (p - q)).sum(-1),
+        "forward_kl": (np.exp(q) * (q - p)).sum(-1),
+        "jsd": 0.5 * (np.exp(p) * (p - middle) + np.exp(q) * (q - middle)).sum(-1),
+        "sampled_reverse_kl": np.take_along_axis(p - q, tokens, -1)[:, 0],
+    }
+    loss = one_update(setup, objective=objective)[1]
+    assert float(loss.value) == pytest.approx(wanted[objective].mean(), rel=1e-4)
 
 
 def test_weights_of_one_change_nothing_and_others_weigh(setup: Setup) -> None:

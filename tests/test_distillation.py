@@ -108,13 +108,18 @@ def both_logprobs(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
     return student, plain_logprobs(setup, prompts.teacher, teacher_params(setup))
 
 
+def of_sampled(setup: Setup, values: np.ndarray) -> np.ndarray:
+    """What [counted tokens, V] say of the tokens that were sampled."""
+    tokens = np.asarray(setup.sampled.tokens)[np.asarray(setup.sampled.mask)]
+    return np.take_along_axis(values, tokens[:, None], -1)[:, 0]
+
+
 def test_both_readers_are_asked_for_the_token_that_follows(setup: Setup) -> None:
-    stats, sampled = one_update(setup)[2], setup.sampled
+    stats = one_update(setup)[2]
     found = stats.student_logprob, stats.teacher_logprob
     for logprobs, got in zip(both_logprobs(setup), found, strict=True):
-        tokens = sampled.tokens[sampled.mask]
-        want = np.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
-        np.testing.assert_allclose(np.asarray(got)[sampled.mask], want, atol=1e-4)
+        want = of_sampled(setup, logprobs)
+        np.testing.assert_allclose(np.asarray(got)[setup.sampled.mask], want, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl"])
@@ -123,12 +128,11 @@ def test_the_loss_of_an_update_is_the_divergence_that_the_config_names(
 ) -> None:
     p, q = both_logprobs(setup)
     middle = np.logaddexp(p, q) - np.log(2)
-    tokens = setup.sampled.tokens[setup.sampled.mask][:, None]
     wanted = {
         "reverse_kl": (np.exp(p) * (p - q)).sum(-1),
         "forward_kl": (np.exp(q) * (q - p)).sum(-1),
         "jsd": 0.5 * (np.exp(p) * (p - middle) + np.exp(q) * (q - middle)).sum(-1),
-        "sampled_reverse_kl": np.take_along_axis(p - q, tokens, -1)[:, 0],
+        "sampled_reverse_kl": of_sampled(setup, p - q),
     }
     loss = one_update(setup, objective=objective)[1]
     assert float(loss.value) == pytest.approx(wanted[objective].mean(), rel=1e-4)

@@ -28,8 +28,9 @@ from mgsd_jax.token_stats import Shard
 ChunkLoss = Callable[[Any, Shard, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
 
 
-# On one device the head's gradient takes a chunk's product in parts: a product of [V, D] would be
-# written and read again before it is added.
+# On a CPU the head's gradient takes a chunk's product in parts that stay in the cache: a product of
+# [V, D] would be written and read again before it is added. Elsewhere matmuls want aligned, large
+# operands, and 64 parts of Qwen3-VL's vocabulary are 2,374 words.
 _HEAD_PARTS = 64
 
 
@@ -162,7 +163,8 @@ def _run_part(
     hidden, weights, counted, rows = tokens
     kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
     shard = Shard(split.vocabulary)
-    head_parts = _HEAD_PARTS if spec.mesh is None and head.shape[0] % _HEAD_PARTS == 0 else 1
+    in_parts = spec.mesh is None and jax.default_backend() == "cpu"
+    head_parts = _HEAD_PARTS if in_parts and head.shape[0] % _HEAD_PARTS == 0 else 1
 
     def step(carry: Any, index: jax.Array, picked: Any) -> tuple[Any, Any]:
         d_hidden, d_head = carry

@@ -1,9 +1,13 @@
 """The action parser, the standard rules, and the two public scorers row by row."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgsd_jax.envs import ENVS, rules, splits
+from mgsd_jax.envs.base import Plan
+from mgsd_jax.envs.responses import answer_span
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "scoring_sample.jsonl"
@@ -94,53 +100,138 @@ def test_separators_stand_for_nothing(separator: str) -> None:
     assert parse(f"{separator}U{separator}") == ("up",)
 
 
-@pytest.mark.parametrize(
-    ("text", "plan"),
-    [
-        ("UUR", ("up", "up", "right")),
-        ("uuR", ("up", "up", "right")),
-        ("UU,R", ("up", "up", "right")),
-        ("332", ("up", "up", "right")),
-        ("↑↑→", ("up", "up", "right")),
-        ("U↑2", ("up", "up", "right")),
-        ("['U','U','R']", ("up", "up", "right")),
-        ("`UUR`.", ("up", "up", "right")),
-        ("go-by", None),
-        ("", ()),
-        (" \n ", ()),
-        ("PICK,UP", ("pick", "up")),
-        ("PICK\nUP", ("pick", "up")),
-        ("PICK UPWARD", ("pick", "up")),
-        ("PUT DOWNWARD", ("drop", "down")),
-        ("PICK-UP-U", ("pick", "up")),
-        ("R PICK UP LL PUT DOWN", ("right", "pick", "left", "left", "drop")),
-    ],
-)
-def test_plans_that_are_easily_misread(text: str, plan: tuple[str, ...] | None) -> None:
-    assert parse(text) == plan
+# The texts of answer blocks and the plan that they state, in letters (P is PICK, D! is DROP).
+# Add a line for whatever a model writes.
+READ = [
+    ("UUR", ["UUR", "uuR", "UU,R", "U U R", "['U','U','R']", "`UUR`.", "U -> U -> R", "U→U→R"]),
+    ("UUR", ["332", "3 3 2", "3, 3, 2", "[3, 3, 2]", "3->3->2", "(3, 3, 2)", "3. 3. 2."]),
+    ("UUR", ["↑↑→", "↑ ↑ →", "↑, ↑, →", "[↑, ↑, →]", "**↑↑→**"]),
+    (
+        "RD",
+        ["Right → Down", "Right ⇒ Down", "Right ➜ Down", "RIGHT->down", "→ Right → Down", "R→D"],
+    ),
+    (
+        "RD",
+        ["1. Right\n2. Down", "1) R\n2) D", "(1) R\n(2) D", "Step 1: R\nSTEP 2: D", "1: R\r\n2: D"],
+    ),
+    (
+        "RD",
+        ["1. Right 2. Down", "1.Right, 2.Down", "**1.** Right\n**2**. Down", "1. Right →\n2. Down"],
+    ),
+    ("RDDL", ["1. Right\n2. Down, Down\n3. Left", "- RDD\n- L", "* R\n* D\n* D\n* L"]),
+    ("RRRRRRRRRRD", ["\n".join(f"{i}. {'D' if i == 11 else 'right'}" for i in range(1, 12))]),
+    (
+        "RD",
+        [
+            "**Right**, *Down*",
+            "# R\n# D",
+            "__R__ D",
+            "```\nRD\n```",
+            "```text\nR, D\n```",
+            "`R` `D`",
+        ],
+    ),
+    ("RD", [r"\boxed{RD}", r"\boxed{\text{Right, Down}}", r"\text{R}\text{ D}", r"\boxed {2 1}"]),
+    ("RD", ["R，D", "Right、Down。", "2，1", "R；D", "R．D", "[2, 1]", "[ 2,1 ]"]),
+    ("", ["", " \n ", "**", "[]", r"\boxed{}", "...", "->"]),
+    ("P U", ["PICK,UP", "PICK\nUP", "PICK UPWARD", "PICK-UP-U", "1. pick up\n2. up", "PICK ⇒ UP"]),
+    ("D! D", ["PUT DOWNWARD", "put down, down", "DROP → D", "1. **Put down**\n2. Down"]),
+    ("R P L L D!", ["R PICK UP LL PUT DOWN", "R,PICK,LL,DROP", "r → grab → ll → place"]),
+]
+# What makes a plan fail, and the first token that does.
+REFUSED = [
+    ("2", ["R2D2", "R2", "R 2", "Right 2", "U, 2, R"]),
+    ("2.", ["Right 2. Down", "Right\n2. Down", "2. Right\n3. Down"]),
+    ("1.", ["Right 1. Down 2.", "R\n1. R\n2. D", "1.\n2. Right"]),
+    ("3.", ["1. Right\n3. Down", "1. Right\n2. Down\n3."]),
+    ("4.", ["1. R\n2. D\n4. D\n3. D"]),
+    ("1)", ["1. Right\n1) Down"]),
+    ("12", ["R12", "Down 12"]),
+    (
+        "(0,1)",
+        ["Right (0,1)", "Right (0,1) Down (1,1)", "(0,1)", "(0,1) (0,2) (1,2)", "((0,1), (1,1))"],
+    ),
+    ("(0, 0)", ["(0, 0), (0, 1)", "R (0, 0)", "(0, 0) -> (0, 1)"]),
+    ("[0,0]", ["[0,0] [0,1]", "[[0,0],[0,1]]", "R [0,0]"]),
+    ("→", ["2 → 1", "2→1", "→2", "0 1 →"]),
+    ("⇒", ["⇒", "→ ⇒ ↓", "2 ⇒ 1"]),
+    ("↓", ["Right ↓ Down", "R↓", "1. R\n↓\n2. D"]),
+    ("↑", ["U↑2", "U ↑"]),
+    ("Step 1:", ["Step 1: →", "Step 1: 2", "Step 1: Step 2: Down"]),
+    ("4", ["U, 4, R", "4", "2 4 1"]),
+    ("²", ["²", "1. R ²", "2²"]),
+    ("٣", ["٣", "R٣"]),
+    ("①", ["① R", "R①"]),
+    ("Plan", ["Plan: U", "Plan"]),
+    ("STAY", ["U, STAY, R"]),
+    (":", ["U: R"]),
+    ("frac", [r"R frac{D}"]),
+    ("\\", [r"\frac{R}{D}", r"\rightarrow", r"\boxed R", r"R \text"]),
+    ("$", ["$R$", "R $ D"]),
+    ("UURPICK", ["UURPICK"]),
+    ("UPUP", ["UPUP"]),
+    ("PICKED", ["U, PICKED"]),
+    ("É", ["LÉFT"]),
+    ("<", ["<b>U</b>"]),
+    ("=", ["U = R", "R => D"]),
+    ("…", ["R … D"]),
+    ("no", ["no", "no-way"]),
+]
+LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right", "P": "pick", "D!": "drop"}
+
+
+@pytest.mark.parametrize(("plan", "text"), [(plan, text) for plan, texts in READ for text in texts])
+def test_a_plan_is_read_however_it_is_written(plan: str, text: str) -> None:
+    assert parse(text) == tuple(LETTERS[letter] for letter in re.findall(r"D!|\w", plan))
 
 
 @pytest.mark.parametrize(
-    ("text", "token"),
-    [
-        ("U, 4, R", "4"),
-        ("U, STAY, R", "STAY"),
-        ("U，R", "，"),
-        ("**U**", "**"),
-        ("Plan: U", "Plan"),
-        ("U: R", ":"),
-        ("UURPICK", "UURPICK"),
-        ("UPUP", "UPUP"),
-        ("U, PICKED", "PICKED"),
-        ("LÉFT", "É"),
-        ("<b>U</b>", "<"),
-        ("U = R", "="),
-        ("no", "no"),
-    ],
+    ("token", "text"), [(token, text) for token, texts in REFUSED for text in texts]
 )
-def test_anything_else_makes_the_plan_fail(text: str, token: str) -> None:
+def test_anything_else_makes_the_plan_fail(token: str, text: str) -> None:
     parsed = rules.parse_plan(answer(text), "minibehaviour")
     assert parsed == rules.ParsedPlan((), False, "invalid_token", token)
+
+
+def numbered(form: str) -> Callable[[Plan], str]:
+    return lambda plan: "\n".join(form.format(i, word.title()) for i, word in enumerate(plan, 1))
+
+
+ORDER = ("left", "down", "right", "up")  # of the digits
+STYLES: dict[str, Callable[[Plan], str]] = {
+    "arrows between words": lambda plan: " → ".join(word.title() for word in plan),
+    "double arrows between letters": lambda plan: " ⇒ ".join(word[0].upper() for word in plan),
+    "numbered lines": numbered("{}. {}"),
+    "numbered in brackets": numbered("({}) **{}**"),
+    "steps": numbered("Step {}: {}"),
+    "numbered in one line": lambda plan: numbered("{}. {}")(plan).replace("\n", ", "),
+    "bullets": lambda plan: "".join(f"- {word}\n" for word in plan),
+    "boxed": lambda plan: rf"\boxed{{\text{{{', '.join(plan)}}}}}",
+    "digits": lambda plan: "".join(str(ORDER.index(word)) for word in plan),
+    "arrows": lambda plan: " ".join("←↓→↑"[ORDER.index(word)] for word in plan),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_shortest_plan_in_any_style_is_optimal(style: str) -> None:
+    for index in range(40):
+        state = splits.draw("frozenlake", 3 + index % 6, "train", seed=0, index=index)
+        text = STYLES[style](ENVS["frozenlake"].shortest_plan(state))
+        assert rules.judge(state, "frozenlake", answer(text)).optimal, text
+
+
+@pytest.mark.parametrize("form", ["({},{})", "({}, {})", "[{}, {}]"])
+@pytest.mark.parametrize("task", ["frozenlake", "maze"])
+def test_the_cells_of_the_way_are_no_plan(task: str, form: str) -> None:
+    env = ENVS[task]
+    for index in range(40):
+        state = splits.draw(task, 4, "train", seed=0, index=index)
+        plan = env.shortest_plan(state)
+        cells = [form.format(*cell) for cell in env.trace(state, plan)]
+        mixed = [f"{word} {cell}" for word, cell in zip(plan, cells[1:], strict=True)]
+        for text in (" ".join(cells), ", ".join(cells), f"[{', '.join(cells)}]", " ".join(mixed)):
+            outcome = rules.judge(state, task, answer(text))
+            assert (outcome.success, outcome.reason) == (False, "invalid_token"), text
 
 
 @pytest.mark.parametrize("task", ["frozenlake", "maze"])
@@ -167,10 +258,26 @@ def test_hands_are_invalid_tokens_where_there_is_nothing_to_pick(task: str) -> N
         ("< answer>U</answer>", None),
         ("UUR", None),
         ("", None),
+        ("<think><answer>L</answer></think><answer>U</answer>", "U"),
+        ("<answer>U</answer><think>or <answer>L</answer>", "U"),
+        ("<answer>L</answer></think>so <answer>U</answer>", "U"),
+        ("<answer><think>L or U?</think>U</answer>", "U"),
+        ("<think><answer>L</answer></think>", None),
     ],
 )
-def test_the_last_complete_block_counts(response: str, block: str | None) -> None:
-    assert rules.answer_block(response) == block
+def test_the_last_complete_block_outside_of_thoughts_counts(
+    response: str, block: str | None
+) -> None:
+    parsed = rules.parse_plan(response, "maze")
+    assert parsed == (
+        rules.ParsedPlan((), False, "no_answer", None)
+        if block is None
+        else rules.parse_plan(answer(block), "maze")
+    )
+
+
+def test_a_lenient_reader_leaves_thoughts_out() -> None:
+    assert rules.parse_plan("<think>LL</think>UR", "maze", lenient=True).plan == ("up", "right")
 
 
 def test_no_block_is_no_plan_unless_lenient() -> None:
@@ -231,10 +338,10 @@ def test_no_text_makes_the_parser_or_a_scorer_raise(
 
 
 WORDS = {
-    "up": ["U", "up", "UPWARD", "↑", "3"],
-    "down": ["d", "Down", "downwards", "↓", "1"],
-    "left": ["L", "LEFT", "←", "0"],
-    "right": ["r", "RIGHTWARDS", "→", "2"],
+    "up": ["U", "up", "UPWARD"],
+    "down": ["d", "Down", "downwards"],
+    "left": ["L", "LEFT"],
+    "right": ["r", "RIGHTWARDS"],
     "pick": ["PICK", "pick_up", "PICK-UP", "pick up", "GRAB"],
     "drop": ["DROP", "PUT", "place", "put-down", "PUT DOWN"],
 }
@@ -246,7 +353,7 @@ def test_a_plan_in_any_spelling_reads_back(data: st.DataObject) -> None:
     plan = data.draw(st.lists(st.sampled_from(sorted(WORDS))))
     words = [data.draw(st.sampled_from(WORDS[action])) for action in plan]
     # A blank or hyphen between PICK and UP would be the one action PICK UP.
-    gaps = st.sampled_from([", ", "\n", ";", " | ", " -> ", "','", "/"])
+    gaps = st.sampled_from([", ", "\n", ";", " | ", " -> ", "','", "/", " → ", "，", "**"])
     text = "".join(word + data.draw(gaps) for word in words)
     assert parse(text) == tuple(plan)
 
@@ -257,12 +364,72 @@ def test_a_run_of_letters_is_one_action_a_letter(text: str) -> None:
     assert parse(text, "maze") == tuple(letters[letter] for letter in text.lower())
 
 
-def test_a_long_response_without_an_end_is_read_at_once() -> None:
-    """A pattern that backtracks would take minutes for each of these."""
-    for text in ("<answer>" * 4000, "<answer>" + " " * 60_000, "PICK " * 12_000, "UP-" * 20_000):
-        for name in ("standard", "upstream_reward", "upstream_eval"):
-            board_text = BOARDS["minibehaviour"][1]
-            rules.score_text(name, "minibehaviour", board_text, text)
+BLOCK_PIECES = ["<answer>", "</answer>", "<ANſWER>", "<", "/", "answer>", "\n", "U", " ", "<answer"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(BLOCK_PIECES)).map("".join))
+def test_blocks_are_those_of_the_public_pattern(response: str) -> None:
+    """The public scorers' pattern, which is quadratic, against the one pass."""
+    want = re.findall(r"<answer>(.*?)</answer>", response, re.I | re.S)
+    assert rules._blocks(response) == [block.strip() for block in want]
+    inner = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", response, re.I | re.S)
+    span = answer_span(response)
+    assert (None if span is None else response[slice(*span)]) == (inner[-1] if inner else None)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        call()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+@pytest.mark.parametrize("name", ["standard", "upstream_reward", "upstream_eval"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *(
+            "<answer>",
+            "</answer>",
+            "<answer></answer>",
+            "<think>",
+            "<",
+            "(",
+            "[",
+            " ",
+            "*",
+            "1",
+            "²",
+        ),
+        *(
+            "PICK ",
+            "PICK\t",
+            "UP-",
+            "step ",
+            "1 ",
+            "1.",
+            "(1,",
+            "(1 ",
+            "\\text",
+            "```",
+            "→",
+            "U",
+            "LÉ",
+        ),
+    ],
+)
+def test_twice_the_text_takes_twice_the_time(name: str, piece: str) -> None:
+    text = BOARDS["minibehaviour"][1]
+    for before, after in (("<answer>", "</answer>"), ("<answer>1. U", ""), ("", "")):
+        short, long = (before + piece * (n // len(piece)) + after for n in (50_000, 100_000))
+        once, twice = (
+            seconds(functools.partial(rules.score_text, name, "minibehaviour", text, response))
+            for response in (short, long)
+        )
+        assert twice < 3 * once + 0.02, (once, twice)
 
 
 # Scores.

@@ -1,10 +1,10 @@
-"""The action parser, and the three rule sets that score a response on a board.
+"""The three rule sets that score a response on a board.
 
-'standard' is ours and the only one that training, validation and evaluation use: parse the last
-answer block, then `play` of the env. 'upstream_reward' and 'upstream_eval' reproduce the two
-scorers of the public MGSD release (its training reward and its checkpoint evaluator), which
-disagree with each other, so that published numbers can be compared. All three read actions with
-`_read_actions`; what differs between them is the data of a `Dialect`.
+'standard' is ours and the only one that training, validation and evaluation use: read the last
+answer block (`plans.read_plan`), then `play` of the env. 'upstream_reward' and 'upstream_eval'
+reproduce the two scorers of the public MGSD release (its training reward and its checkpoint
+evaluator), which disagree with each other, so that published numbers can be compared. What differs
+between those two is the data of a `Dialect`.
 """
 
 import dataclasses
@@ -14,90 +14,56 @@ from typing import Any, Literal, get_args
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import Outcome, Plan
+from mgsd_jax.envs.plans import ALIASES, HANDS, read_plan
+from mgsd_jax.envs.responses import answer_span, without_thoughts
 from mgsd_jax.envs.upstream import integer, read_board, read_fields, simulate
 
 Rules = Literal["standard", "upstream_reward", "upstream_eval"]
 
-_HANDS = frozenset({"pick", "drop"})
-_LETTERS = {"L": "left", "R": "right", "U": "up", "D": "down"}
-_DIGITS = {"0": "left", "1": "down", "2": "right", "3": "up"}  # gymnasium's order
-_ARROWS = {"←": "left", "↓": "down", "→": "right", "↑": "up"}
-_WORDS = {word.upper(): word for word in _LETTERS.values()}
-_WARDS = {word + ending: move for word, move in _WORDS.items() for ending in ("WARD", "WARDS")}
-_PICKS = dict.fromkeys(("PICK", "PICKUP", "PICK_UP", "PICK-UP", "PICK UP", "GRAB"), "pick")
-_DROPS = dict.fromkeys(
-    ("DROP", "PUT", "PLACE", "PUTDOWN", "PUT_DOWN", "PUT-DOWN", "PUT DOWN"), "drop"
-)
-_ALIASES = {**_LETTERS, **_DIGITS, **_ARROWS, **_WORDS, **_WARDS, **_PICKS, **_DROPS}
-
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one rule set reads a response.
+    """How a public rule set reads a response.
 
     `words` finds what may be an action; text between its matches is skipped. A text that is all
     `compact` once what `squeeze` matches is gone is one action a character, except on the tasks
     `without_compact`.
     """
 
-    block: re.Pattern[str]  # group 1: the text of a block
-    which: Literal["first", "last"]
+    block: int  # which of the answer blocks counts
     words: re.Pattern[str]
     aliases: Mapping[str, str]  # upper-case word -> action
     compact: re.Pattern[str]
     squeeze: re.Pattern[str]
     without_compact: frozenset[str]
-    compact_words: bool  # a word that is all `compact` is one action a character
 
 
-# The tempered dot keeps a block from starting at a tag that is only talked about before it.
-_INNER_BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.I | re.S)
-_OUTER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.I | re.S)
-_SEPARATORS = r"\s,;|/.>\-_+()\[\]{}'\"`‘’“”"
-
+_TAG = re.compile(r"<(/?)answer>", re.I)
 DIALECTS: dict[Rules, Dialect] = {
-    "standard": Dialect(
-        block=_INNER_BLOCK,
-        which="last",
-        # The last alternative is what no rule knows: it is found so that it can be refused.
-        words=re.compile(
-            r"(?:(?i:PICK)(?:[_-]|[ \t]+)(?i:UP)|(?i:PUT)(?:[_-]|[ \t]+)(?i:DOWN))(?![A-Za-z])"
-            rf"|[A-Za-z]+|[0-9]|[←↓→↑]|[^{_SEPARATORS}A-Za-z0-9←↓→↑]+"
-        ),
-        aliases=_ALIASES,
-        compact=re.compile(r"[LRUD]+"),
-        squeeze=re.compile(r"\s+"),
-        without_compact=frozenset(ENVS),
-        compact_words=True,
-    ),
     "upstream_reward": Dialect(
-        block=_OUTER_BLOCK,
-        which="first",
+        block=0,
         # PUT and -WARD are not words here.
         words=re.compile(
             r"\b(?:PICK[_-]?UP|PUT[_-]?DOWN|PICK|DROP|GRAB|LEFT|RIGHT|UP|DOWN|[LRUD0-3])\b|[←↓→↑]",
             re.I,
         ),
-        aliases=_ALIASES,
+        aliases=ALIASES,
         compact=re.compile(r"[LRUD0123←↓→↑]+"),
         squeeze=re.compile(r"\s+"),
         without_compact=frozenset(),
-        compact_words=False,
     ),
     "upstream_eval": Dialect(
-        block=_OUTER_BLOCK,
-        which="last",
+        block=-1,
         # PICK_UP, PUT and arrows are not words here, so PUT-DOWN is a move down.
         words=re.compile(
             r"\b(?:PICK-UP|PICKUP|PICK|DROP|PLACE|GRAB|(?:LEFT|RIGHT|UP|DOWN)(?:WARDS?)?"
             r"|[LRUD0-5])\b",
             re.I,
         ),
-        aliases={**_ALIASES, "4": "pick", "5": "drop"},
+        aliases={**ALIASES, "4": "pick", "5": "drop"},
         compact=re.compile(r"[LRUD0123]+"),
         squeeze=re.compile(r"[\s,;|/>\-]+"),
         without_compact=frozenset({"minibehaviour"}),
-        compact_words=False,
     ),
 }
 
@@ -112,12 +78,17 @@ class ParsedPlan:
     invalid_token: str | None
 
 
-def _plan_text(response: str, dialect: Dialect, *, bare: bool) -> str | None:
-    """The text that should hold the plan; without a block the response if `bare`, else None."""
-    blocks = dialect.block.findall(response)
-    if blocks:
-        return blocks[0 if dialect.which == "first" else -1].strip()
-    return response.strip() if bare else None
+def _blocks(response: str) -> list[str]:
+    """The texts of `<answer>...</answer>`, each from its first opening tag, in one pass."""
+    blocks: list[str] = []
+    start = None
+    for tag in _TAG.finditer(response):
+        if not tag[1]:
+            start = tag.end() if start is None else start
+        elif start is not None:
+            blocks.append(response[start : tag.start()].strip())
+            start = None
+    return blocks
 
 
 def _read_actions(text: str, task: str, dialect: Dialect) -> tuple[list[str], list[str]]:
@@ -128,26 +99,16 @@ def _read_actions(text: str, task: str, dialect: Dialect) -> tuple[list[str], li
     actions: list[str] = []
     invalid: list[str] = []
     for match in dialect.words.finditer(text):
-        word = " ".join(match[0].upper().split())
+        word = match[0].upper()
         if word in dialect.aliases:
             action = dialect.aliases[word]
-            if action in _HANDS and task != "minibehaviour":
+            if action in HANDS and task != "minibehaviour":
                 invalid.append(match[0])
             else:
                 actions.append(action)
-        elif dialect.compact_words and dialect.compact.fullmatch(word):
-            actions.extend(dialect.aliases[character] for character in word)
         else:
             invalid.append(match[0])
     return actions, invalid
-
-
-def answer_block(response: str) -> str | None:
-    """The text of the last complete `<answer>...</answer>` block, stripped; None without one.
-
-    A block starts at the last opening tag before its closing tag.
-    """
-    return _plan_text(response, DIALECTS["standard"], bare=False)
 
 
 def parse_plan(response: str, task: str, *, lenient: bool = False) -> ParsedPlan:
@@ -160,14 +121,11 @@ def parse_plan(response: str, task: str, *, lenient: bool = False) -> ParsedPlan
     ('up', 'up', 'right', 'right')
     """
     _check_task(task)
-    dialect = DIALECTS["standard"]
-    text = _plan_text(response, dialect, bare=lenient)
-    if text is None:
+    span = answer_span(response)
+    if span is None and not lenient:
         return ParsedPlan((), False, "no_answer", None)
-    actions, invalid = _read_actions(text, task, dialect)
-    if invalid:
-        return ParsedPlan((), False, "invalid_token", invalid[0])
-    return ParsedPlan(tuple(actions), True, None, None)
+    plan, invalid = read_plan(without_thoughts(response)[slice(*(span or (None,)))], task)
+    return ParsedPlan(plan, invalid is None, None if invalid is None else "invalid_token", invalid)
 
 
 def judge(state: Any, task: str, response: str, *, lenient: bool = False) -> Outcome:
@@ -216,8 +174,8 @@ def _score_reward(
     task: str, fields: Mapping[str, str], rows: tuple[str, ...] | None, response: str
 ) -> dict[str, Any]:
     dialect = DIALECTS["upstream_reward"]
-    text = _plan_text(response, dialect, bare=False)
-    actions = [] if text is None else _read_actions(text, task, dialect)[0]
+    blocks = _blocks(response)
+    actions = _read_actions(blocks[dialect.block], task, dialect)[0] if blocks else []
     success, illegal = False, False
     if actions and (task not in ENVS or (task == "frozenlake" and not rows)):
         illegal = True
@@ -229,7 +187,7 @@ def _score_reward(
         "overall": float(success),
         "accuracy": float(success),
         "success": float(success),
-        "format": float(text is not None),
+        "format": float(bool(blocks)),
         "parse_success": float(bool(actions)),
         "illegal_action": float(illegal),
     }
@@ -239,8 +197,8 @@ def _score_eval(
     task: str, fields: Mapping[str, str], rows: tuple[str, ...] | None, response: str
 ) -> dict[str, Any]:
     dialect = DIALECTS["upstream_eval"]
-    text = _plan_text(response, dialect, bare=True)
-    assert text is not None
+    blocks = _blocks(response)
+    text = blocks[dialect.block] if blocks else response.strip()
     actions, invalid = _read_actions(text, task, dialect)
     board = read_board(task, fields, rows, as_record=True)
     trace = simulate(board, actions, edge_stops=True)

@@ -170,14 +170,18 @@ def teacher(
 ) -> list[Message]:
     """The teacher's messages: the same instructions and the board as text, no picture.
 
-    `context` adds the solver's plan, or all optimal plans, below the board.
+    `context` adds the solver's plan below the board, or all optimal plans; of very many it says how
+    many it shows.
     """
     text = ENVS[task].describe(state)
     if context == "state_and_plan":
         text += "\nOne shortest plan: " + spell(task, ENVS[task].shortest_plan(state))
     elif context == "state_and_all_optimal_plans":
-        plans = ENVS[task].shortest_plans(state)
-        text += "\nAll shortest plans: " + " or ".join(spell(task, plan) for plan in plans)
+        plans, total = ENVS[task].shortest_plans(state), ENVS[task].count_shortest_plans(state)
+        shown = "All" if len(plans) == total else "Some"
+        number = "" if len(plans) == total else f" ({len(plans)} of {total})"
+        spelled = " or ".join(spell(task, plan) for plan in plans)
+        text += f"\n{shown} shortest plans{number}: {spelled}"
     return [{"role": "user", "content": prompts.teacher[task].replace("<state>", text)}]
 
 

@@ -1,5 +1,6 @@
 """The three envs: boards, plans, play, words and pictures."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -254,7 +255,8 @@ def test_shortest_plans_are_all_plans_that_no_shorter_one_beats(task: str, level
         found = env.shortest_plans(state, limit=1000)
         assert set(found) == winners and len(found) == len(winners)
         assert found[0] == env.shortest_plan(state)
-        assert env.shortest_plans(state, limit=1) == found[:1]
+        assert env.count_shortest_plans(state) == len(found)
+        assert set(env.shortest_plans(state, limit=1)) <= winners
     assert checked >= 10
 
 
@@ -273,9 +275,46 @@ def test_a_random_shortest_plan_is_one_of_them_and_reaches_every_one(task: str) 
     assert several or task == "maze"  # a perfect maze has one plan
 
 
+@pytest.mark.parametrize(("task", "level"), [("frozenlake", 8), ("minibehaviour", 6)])
+def test_many_shortest_plans_are_shown_evenly(task: str, level: int) -> None:
+    env, places = ENVS[task], []
+    for state in boards(task, level, 300):
+        total = env.count_shortest_plans(state)
+        if not 64 < total < 1000:
+            continue
+        every = {plan: i for i, plan in enumerate(env.shortest_plans(state, limit=1000))}
+        shown = env.shortest_plans(state)
+        assert len(every) == total and len(set(shown)) == len(shown) == 64
+        assert shown == env.shortest_plans(dataclasses.replace(state))
+        places += [every[plan] / total for plan in shown]
+    assert len(places) >= 5 * 64
+    counts, _ = np.histogram(places, bins=5, range=(0, 1))
+    # Five standard deviations of a fifth of independent draws.
+    assert np.abs(counts - len(places) / 5).max() < 5 * np.sqrt(len(places) * 0.2 * 0.8)
+
+
+def test_shortest_plans_are_counted_on_the_largest_boards() -> None:
+    """A product of choices that no list could hold: the ways through an open board."""
+    size = 32
+    rows = ["F" * size for _ in range(size)]
+    rows[0], rows[-1] = "S" + rows[0][1:], rows[-1][1:] + "G"
+    state = FrozenLakeState(tuple(rows))
+    assert frozenlake.count_shortest_plans(state) == math.comb(62, 31)
+    shown = frozenlake.shortest_plans(state)
+    assert len(set(shown)) == 64
+    assert all(frozenlake.play(state, plan).optimal for plan in shown)
+    # The same in every process.
+    assert "".join(word[0] for word in shown[0][:12]) == "ddddddrrdddd"
+    assert "".join(word[0] for word in shown[1][:12]) == "dddddrdrrdrr"
+
+
 def test_plans_of_an_unsolvable_board() -> None:
     state = FrozenLakeState(("SH", "HG"))
-    for solve in (frozenlake.shortest_plan, frozenlake.shortest_plans):
+    for solve in (
+        frozenlake.shortest_plan,
+        frozenlake.shortest_plans,
+        frozenlake.count_shortest_plans,
+    ):
         with pytest.raises(ValueError, match="goal cannot be reached"):
             solve(state)
     outcome = frozenlake.play(state, ("up", "up"))

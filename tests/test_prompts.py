@@ -59,6 +59,22 @@ def test_teacher_context_adds_the_plans_asked_for(task: str) -> None:
         assert prompts.spell(task, plan) in every["content"]
 
 
+def test_what_the_teacher_is_told_of_all_plans_is_true() -> None:
+    seen = set()
+    for seed in range(60):
+        state = board("frozenlake", seed, 7)
+        message = prompts.teacher(
+            prompts.BUILT_IN, "frozenlake", state, "state_and_all_optimal_plans"
+        )
+        head, _, spelled = message[0]["content"].rpartition("\n")[2].partition(": ")
+        plans, total = spelled.split(" or "), ENVS["frozenlake"].count_shortest_plans(state)
+        assert len(set(plans)) == len(plans) == min(total, 64)
+        some = f"Some shortest plans (64 of {total})"
+        assert head == ("All shortest plans" if total <= 64 else some)
+        seen.add(head[:4])
+    assert seen == {"All ", "Some"}
+
+
 # The legend's words against the renderer's pixels: the colour that a thing is said to have must
 # be what its cell shows, and no other cell may show more of it.
 LEGEND = {

@@ -8,6 +8,7 @@ equally short plans. Cells are (row, column), 0-based, everywhere else.
 import dataclasses
 import functools
 import json
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
@@ -96,6 +97,7 @@ class Env(Protocol):
     questions: Callable[[Any], tuple[Question, ...]]
     shortest_plan: Callable[[Any], Plan]
     shortest_plans: Callable[..., tuple[Plan, ...]]  # (state, limit=64)
+    count_shortest_plans: Callable[[Any], int]
     random_shortest_plan: Callable[[Any, np.random.Generator], Plan]
     play: Callable[[Any, Plan], Outcome]
     trace: Callable[[Any, Plan], tuple[Cell, ...]]
@@ -196,20 +198,53 @@ def shortest_plan(paths: Paths, rng: np.random.Generator | None = None) -> Plan:
     return tuple(plan)
 
 
+def count_shortest_plans(paths: Paths) -> int:
+    """How many shortest plans there are. Raises ValueError where the goal cannot be reached."""
+    return _count_ways(paths)[paths.start]
+
+
 def shortest_plans(paths: Paths, limit: int) -> tuple[Plan, ...]:
-    """Every shortest plan, in the order of the actions, up to `limit` of them."""
-    _check_solvable(paths)
+    """Every shortest plan, in the order of the actions; of more than `limit` so many of them.
+
+    Those are a sample without repeats in which every plan is as likely as any other, and always the
+    same for a board. Raises ValueError where the goal cannot be reached.
+    """
     if limit < 1:
         raise ValueError(f"limit: got {limit}, want at least 1")
-    plans: list[Plan] = []
-    stack: list[tuple[int, Plan]] = [(paths.start, ())]
-    while stack and len(plans) < limit:
-        node, plan = stack.pop()
-        if paths.distances[node] == 0:
-            plans.append(plan)
-        else:
-            stack.extend((n, (*plan, a)) for a, n in reversed(_choices(paths, node)))
-    return tuple(plans)
+    ways = _count_ways(paths)
+    total = ways[paths.start]
+    if total <= limit:
+        return tuple(_numbered_plan(paths, ways, number) for number in range(total))
+    rng = random.Random(f"{paths.start} {paths.distances}")
+    numbers: set[int] = set()
+    while len(numbers) < limit:
+        numbers.add(rng.randrange(total))
+    return tuple(_numbered_plan(paths, ways, number) for number in sorted(numbers))
+
+
+def _count_ways(paths: Paths) -> dict[int, int]:
+    """The number of shortest ways on from every node that a shortest plan passes."""
+    _check_solvable(paths)
+    layers = [{paths.start}]  # all nodes of a layer are equally far from the goal
+    for _ in range(paths.distances[paths.start]):
+        layers.append({n for node in layers[-1] for _, n in _choices(paths, node)})
+    ways = dict.fromkeys(layers.pop(), 1)
+    for layer in reversed(layers):
+        ways |= {node: sum(ways[n] for _, n in _choices(paths, node)) for node in layer}
+    return ways
+
+
+def _numbered_plan(paths: Paths, ways: Mapping[int, int], number: int) -> Plan:
+    """The shortest plan that `number` others come before in the order of the actions."""
+    node, plan = paths.start, []
+    while paths.distances[node]:
+        choices = iter(_choices(paths, node))
+        action, node = next(choices)
+        while number >= ways[node]:
+            number -= ways[node]
+            action, node = next(choices)
+        plan.append(action)
+    return tuple(plan)
 
 
 # Play.

@@ -359,6 +359,10 @@ def shortest_plans(state: MazeState, limit: int = 64) -> tuple[Plan, ...]:
     return base.shortest_plans(_paths(state), limit)
 
 
+def count_shortest_plans(state: MazeState) -> int:
+    return base.count_shortest_plans(_paths(state))
+
+
 def random_shortest_plan(state: MazeState, rng: np.random.Generator) -> Plan:
     return base.shortest_plan(_paths(state), rng)
 

@@ -289,6 +289,10 @@ def shortest_plans(state: MiniBehaviourState, limit: int = 64) -> tuple[Plan, ..
     return base.shortest_plans(_paths(state), limit)
 
 
+def count_shortest_plans(state: MiniBehaviourState) -> int:
+    return base.count_shortest_plans(_paths(state))
+
+
 def random_shortest_plan(state: MiniBehaviourState, rng: np.random.Generator) -> Plan:
     return base.shortest_plan(_paths(state), rng)
 

@@ -25,6 +25,7 @@ import os
 import pathlib
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -40,6 +41,7 @@ from mgsd_jax import (
     paths,
     preflight,
     processes,
+    ranges,
     report,
     score,
     stage,
@@ -59,7 +61,7 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
 # The stages whose processes work together; each process runs the others for itself.
 JOINT = ("grounding", "distillation", "evaluate")
 
-_STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "score"], "What to do.", required=True)
+_STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "score"], "What to do.")
 _CONFIG = flags.DEFINE_string("config", None, "Python file that defines get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything that it writes.")
 _SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value. Repeatable.")
@@ -75,10 +77,20 @@ def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
     """The checked config of a file, with `--set` assignments applied; raises ValueError."""
     if not pathlib.Path(path).is_file():
         raise ValueError(f"--config: got {path!r}, want an existing Python file")
-    names = runpy.run_path(path)
-    if "get_config" not in names:
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = None if get_config is None else get_config()
+    # A file of the user's: it may do anything, and whatever it does is the file's.
+    except (Exception, SystemExit) as error:
+        steps = traceback.extract_tb(error.__traceback__)
+        lines = [step.lineno for step in steps if step.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines = [error.lineno]
+        line = f", line {lines[-1]}" if lines else ""
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--config {path}{line}: got {found}, want a Config") from error
+    if get_config is None:
         raise ValueError(f"--config {path}: got no get_config(), want a function of that name")
-    config = names["get_config"]()
     if not isinstance(config, config_lib.Config):
         raise ValueError(
             f"--config {path}: got {type(config).__name__} from get_config(), want a Config"
@@ -98,19 +110,32 @@ def _wanted(name: str, value: str | None) -> str:
     return value
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments that are no flags. Help ends with 0, a wrong flag with 2 and one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.stderr.write(" ".join(str(error).split()) + "; see --help\n")
+        sys.exit(2)
+    except SystemExit:  # the help is printed; absl would end with 1
+        sys.exit(0)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs one stage; returns the exit code.
 
     0 done, 2 a bad input (one line on stderr says which), 3 numbers that are not finite, 74 a full
     disk, 75 stopped by SIGTERM; 1 with a traceback for anything else.
     """
-    if len(argv) > 1:
-        raise app.UsageError(f"got stray arguments {argv[1:]}, want flags only")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_shown)
     are_several = False
     try:
+        if len(argv) > 1:
+            raise ValueError(f"got stray arguments {list(argv[1:])}, want flags only")
+        if _STAGE.value is None:
+            raise ValueError(f"--stage: got nothing, want one of {[*STAGES, 'score']}")
         if _STAGE.value == "score":
             if not _INPUT.value:
                 raise ValueError("--input: got nothing, want a JSON lines file to score")
@@ -118,6 +143,7 @@ def main(argv: Sequence[str]) -> int:
         path, workdir = (_wanted(flag.name, flag.value) for flag in (_CONFIG, _WORKDIR))
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
         config = load_config(path, [*_SET.value, *prompts])
+        ranges.coerce(workdir, config_lib.Path, "--workdir")
         if _STAGE.value in JOINT:
             given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             are_several = processes.join(*processes.settings(given, os.environ))
@@ -130,23 +156,59 @@ def main(argv: Sequence[str]) -> int:
         exit_code = _exit_code(error)
         if exit_code == 1 and not are_several:
             raise
-        logging.error("%s", error, exc_info=exit_code == 1 or logging.vlog_is_on(1))
+        logging.error("%s", _line(error), exc_info=exit_code == 1 or logging.vlog_is_on(1))
         if are_several:
             processes.leave(error, exit_code)
         return exit_code
 
 
+# What the system says of a path that no other try would mend, and what is wanted instead.
+_PATHS = {
+    errno.EACCES: "one that may be read, or written where it is an output",
+    errno.EPERM: "one that may be changed",
+    errno.EROFS: "one that can be written",
+    errno.ENOENT: "one that exists",
+    errno.EEXIST: "one that is free, or a folder",
+    errno.ENOTDIR: "folders on the way to it",
+    errno.EISDIR: "a file",
+    errno.ENAMETOOLONG: "a shorter one",
+    errno.ELOOP: "one whose links lead somewhere",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_about_a_path(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None
+
+
+def _lacks_gcsfs(error: BaseException) -> bool:
+    cause = error.__cause__ or error
+    return isinstance(cause, ImportError) and cause.name == "gcsfs"
+
+
+def _line(error: Exception) -> str:
+    """What an error says; where it is the system's about a path, in the words of our own."""
+    if isinstance(error, OSError) and _is_about_a_path(error):
+        said = str(error.strerror).lower()
+        return f"{error.filename}: got {said!r} from the system, want {_PATHS[error.errno or 0]}"
+    if _lacks_gcsfs(error):
+        return "got a gs:// path and no package gcsfs, want it: pip install 'mgsd_jax[gcs]'"
+    return str(error)
+
+
 def _exit_code(error: Exception) -> int:
     """2 for a bad input, 74 (EX_IOERR) for a full disk, 1 for what has to be looked into."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in _FULL:
         return 74
+    if _is_about_a_path(error) or _lacks_gcsfs(error):
+        return 2
     return 2 if isinstance(error, ValueError) and not processes.is_runtime_error(error) else 1
 
 
 def entry() -> None:
     """The console script."""
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    entry()

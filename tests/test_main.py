@@ -1,16 +1,20 @@
 """The command line: every bad input is one line that says what was found and what was wanted."""
 
 import errno
+import importlib.util
 import json
 import logging
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from absl import app
+from absl.testing import flagsaver
 
-from mgsd_jax import main
+from mgsd_jax import main, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 NANO = str(ROOT / "configs" / "nano.py")
@@ -46,13 +50,102 @@ def test_the_log_leaves_out_the_details_of_every_save(path: str, level: int, sho
     [
         (ValueError("a"), 2),
         (OSError(errno.ENOSPC, "full", "here"), 74),
-        (OSError(errno.EACCES, "closed", "here"), 1),
+        (OSError(errno.EDQUOT, "full", "here"), 74),
+        (OSError(errno.EACCES, "closed", "here"), 2),
+        (OSError(errno.EACCES, "closed"), 1),  # not about a path: what is it about?
+        (OSError(errno.EPIPE, "gone", "here"), 1),
         (RuntimeError("a"), 1),
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), 1),
     ],
 )
 def test_errors_have_exit_codes(error: Exception, code: int) -> None:
     assert main._exit_code(error) == code
+
+
+def parse(*arguments: str) -> Any:
+    """The exit code that the flags end with."""
+    app.define_help_flags()
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as left:
+        main.parse_flags(["mgsd_jax", *arguments])
+    return left.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--stage=train",), "flag --stage=train: value should be one of <init|"),
+        (("--stag=x",), "Unknown command line flag 'stag'"),
+        (("--stage=report", "--sets", "a=1"), "Unknown command line flag 'sets'"),
+        (("--set",), "Missing value for flag --set"),
+        (("--stage",), "Missing value for flag --stage"),
+        (("--processes=two",), "flag --processes=two: invalid literal for int()"),
+        (("--processes=" + "9" * 5000,), "flag --processes=999"),
+        (("--flagfile=/absent/flags",), "ERROR:: Unable to open flagfile"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_code_2(
+    arguments: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1
+    assert said.endswith("; see --help\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpshort", "--helpfull", "-?"])
+def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(flag) == 0
+    assert "--helpfull" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("def get_config(:\n", "a.py, line 1: got SyntaxError: invalid syntax"),
+        ("x = 1\ny = 1 / 0\n", "a.py, line 2: got ZeroDivisionError: division by zero, want a Con"),
+        ("import sys\nsys.exit(0)\n", "a.py, line 2: got SystemExit: 0, want a Config"),
+        ("def get_config():\n    raise OSError('a\\nb')", "a.py, line 2: got OSError: a b, want a"),
+        ("def get_config(a):\n    return a\n", "a.py: got TypeError: get_config() missing 1 req"),
+        ("get_config = 3", "a.py: got TypeError: 'int' object is not callable, want a Config"),
+        ("import nothing_of_the_kind", "a.py, line 1: got ModuleNotFoundError: No module named"),
+        ("from mgsd_jax.config import *\nOptimConfig()", "a.py, line 2: got TypeError: OptimConf"),
+        ("x = '\\0" + "(" * 1000, "a.py, line 1: got SyntaxError"),
+        ("\0", "got SyntaxError: source code"),
+        ("def get_config():\n    return get_config()\n", "line 2: got RecursionError"),
+    ],
+)
+def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(ValueError) as raised:
+        main.load_config(str(tmp_path / "a.py"), [])
+    assert line in str(raised.value) and "\n" not in str(raised.value)
+    assert main._exit_code(raised.value) == 2
+
+
+def test_what_the_system_says_of_a_path_is_one_line(tmp_path: pathlib.Path) -> None:
+    """A workdir that is a file, lies below one, is too long, is a circle of links."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name, want in {
+        "file": "want one that is free, or a folder",
+        "file/run": "want folders on the way to it",
+        "a" * 300: "want a shorter one",
+        "circle/run": "want ",
+    }.items():
+        with pytest.raises(OSError) as raised:
+            metrics.open_writer(tmp_path / name, is_main=True)
+        line = main._line(raised.value)
+        assert line.startswith(f"{tmp_path}/{name}"[:200]) and want in line and "\n" not in line
+        assert main._exit_code(raised.value) == 2
+
+
+def test_a_bucket_without_its_package_is_one_line() -> None:
+    if importlib.util.find_spec("gcsfs") is not None:
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(ImportError) as raised:
+        metrics.open_writer("gs://bucket/run", is_main=True)
+    assert main._line(raised.value).endswith("pip install 'mgsd_jax[gcs]'")
+    assert main._exit_code(raised.value) == 2
 
 
 @pytest.mark.slow
@@ -62,6 +155,8 @@ def test_errors_have_exit_codes(error: Exception, code: int) -> None:
         (("--stage=grounding", "--workdir=x"), "--config: got nothing"),
         (("--stage=grounding", f"--config={NANO}"), "--workdir: got nothing"),
         (("--stage=score",), "--input: got nothing"),
+        (("--stage=score", "stray"), "got stray arguments ['stray'], want flags only"),
+        (("--config=a",), "--stage: got nothing, want one of ['init'"),
         (
             ("--stage=grounding", f"--config={NANO}", "--workdir=x", "--process=1"),
             "got --process 1 but no --coordinator, no --processes; want all three",

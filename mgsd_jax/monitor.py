@@ -12,7 +12,7 @@ import numpy as np
 from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Processor, decode
-from mgsd_jax.envs import ENVS, facts, rules
+from mgsd_jax.envs import facts, rules
 from mgsd_jax.metrics import Mean
 from mgsd_jax.token_stats import TokenStats
 
@@ -36,7 +36,7 @@ def rollout_metrics(
             sums[f"rollout/{name}"] += one
             sums[f"rollout/{name}/{board.task}"] += one
         stated = facts.read_facts(board.task, response)
-        exact = stated == ENVS[board.task].facts(board.state)
+        exact = facts.measure(board.task, board.state, stated)["state_exact"]
         sums["rollout/state_exact"] += Mean(float(exact), 1.0)
     sums["rollout/length"] = Mean(float(mask.sum()), float(len(boards)))
     sums["rollout/truncated"] = Mean(float(np.sum(truncated)), float(len(boards)))

@@ -19,7 +19,7 @@ from etils import epath
 from mgsd_jax import paths
 from mgsd_jax.config import Mode
 from mgsd_jax.data.boards import Board
-from mgsd_jax.envs import ENVS, facts, rules
+from mgsd_jax.envs import ENVS, facts, perception, rules
 
 Row = dict[str, Any]
 Key = tuple[str, str, str, int, int, int]  # model, mode, task, level, index, attempt
@@ -53,37 +53,21 @@ def score_row(board: Board, mode: Mode, response: str) -> Row:
         "response": response,
     }
     if mode == "perception":
-        answers = read_numbered(response)
-        row["perception"] = {
-            question.name: answers.get(i, "").strip() == question.answer.strip()
-            for i, question in enumerate(env.questions(board.state), 1)
-        }
+        questions = env.questions(board.state)
+        answers = perception.read_numbered(response, len(questions))
+        given = [(q, answers.get(i, "")) for i, q in enumerate(questions, 1)]
+        row["perception"] = {q.name: perception.is_right(q, answer) for q, answer in given}
+        row["perception_strict"] = {q.name: answer == q.answer.strip() for q, answer in given}
         return row
-    true, stated = env.facts(board.state), facts.read_facts(board.task, response)
-    outcome = rules.judge(board.state, board.task, response)
+    stated = facts.read_facts(board.task, response)
     own_state = facts.state_from_facts(board.task, stated)
-    row["outcome"] = dataclasses.asdict(outcome)
+    row["outcome"] = dataclasses.asdict(rules.judge(board.state, board.task, response))
     row["plan"] = list(rules.parse_plan(response, board.task).plan)
-    row["state_f1"] = facts.state_f1(stated, true)
-    row["state_exact"] = stated == true
+    row |= facts.measure(board.task, board.state, stated)
     row["plan_given_own_state"] = (
         False if own_state is None else rules.judge(own_state, board.task, response).success
     )
     return row
-
-
-def read_numbered(response: str) -> dict[int, str]:
-    """The text after each `1.`, `2.`, ... at the start of a line; the first of a number counts."""
-    answers: dict[int, str] = {}
-    current = 0
-    for line in response.split("\n"):
-        number, separator, rest = line.partition(".")
-        if separator and number.isdigit() and int(number) not in answers:
-            current = int(number)
-            answers[current] = rest
-        elif current:
-            answers[current] += "\n" + line
-    return answers
 
 
 def write_boards(folder: epath.PathLike, boards: Sequence[Board], cases: Sequence[str]) -> None:

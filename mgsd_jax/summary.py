@@ -174,6 +174,8 @@ _RATES: dict[str, Getter] = {
     "truncated": lambda row: row["truncated"],
     "state_f1": lambda row: row["state_f1"],
     "state_exact": lambda row: row["state_exact"],
+    # Rows of an older version do not say.
+    "contradicted": lambda row: bool(row["contradicted"]) if "contradicted" in row else None,
     "plan_given_own_state": lambda row: row.get("plan_given_own_state"),
 }
 
@@ -230,6 +232,7 @@ def _perception(rows: Sequence[Row]) -> dict[str, Any]:
         "n": len(rows),
         "macro": balanced(rows, _share_right),
         "all_right": balanced(rows, _all_right),
+        "strict": balanced(rows, _share_strict),
         "tasks": {
             task: _questions(part)
             | {"levels": {str(level): _questions(some) for level, some in by_level(part)}}
@@ -243,6 +246,7 @@ def _questions(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "n": len(rows),
         "all_right": rate(rows, _all_right),
+        "strict": rate(rows, _share_strict),
         "questions": {
             name: rate(rows, lambda row, name=name: row["perception"].get(name)) for name in names
         },
@@ -250,8 +254,16 @@ def _questions(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _share_right(row: Row) -> float | None:
-    answers = row["perception"].values()
-    return sum(answers) / len(answers) if answers else None
+    return _share(row["perception"])
+
+
+def _share_strict(row: Row) -> float | None:
+    """The share of answers in exactly the asked form; None for rows of an older version."""
+    return _share(row.get("perception_strict", {}))
+
+
+def _share(answers: Mapping[str, bool]) -> float | None:
+    return sum(answers.values()) / len(answers) if answers else None
 
 
 def _all_right(row: Row) -> bool:
@@ -263,6 +275,7 @@ def _diagnostics(modes: Mapping[str, Any]) -> dict[str, Measure | None]:
     return {
         "state_f1": picture and picture["state_f1"],
         "state_exact": picture and picture["state_exact"],
+        "contradicted": picture and picture["contradicted"],
         "plan_on_gt": modes["text"]["macro"] if "text" in modes else None,
         "e2e": picture and picture["macro"],
         "plan_given_own_state": picture and picture["plan_given_own_state"],

@@ -48,13 +48,6 @@ def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
     assert row["plan_given_own_state"]
 
 
-def test_numbered_answers() -> None:
-    text = "so:\n1. 4x4\n2.\n(0,0): up\n(0,1): down\n3. x\n1. late"
-    found = rows.read_numbered(text)
-    assert found[1].strip() == "4x4" and found[2].strip() == "(0,0): up\n(0,1): down"
-    assert rows.read_numbered("no numbers") == {}
-
-
 def test_a_blind_student_sees_another_board_of_its_level() -> None:
     boards = make_boards()
     others = evaluate.misleading(boards)

@@ -4,9 +4,11 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mgsd_jax import score
+from mgsd_jax.envs import ENVS
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "scoring_sample.jsonl"
@@ -150,3 +152,20 @@ def test_bad_utf8_is_named(tmp_path: pathlib.Path) -> None:
 def test_an_absent_input_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jsonl: got no such file"):
         score.run(str(tmp_path / "none.jsonl"))
+
+
+def test_rows_under_the_standard_rules_say_how_well_the_state_was_read(
+    tmp_path: pathlib.Path,
+) -> None:
+    env = ENVS["frozenlake"]
+    state = env.generate(np.random.default_rng(0), 4)
+    text = env.to_text(state, split="test", index=0, seed=0)
+    lines = [f"- **{line.replace(':', '**:', 1)}" for line in env.state_lines(state)]
+    rows = [
+        {"rules": "standard", "task": None, "task_text": text, "response": "\n".join(lines[:count])}
+        for count in (4, 3)
+    ]
+    assert score.run(write(tmp_path / "rows.jsonl", rows), str(tmp_path / "scored.jsonl")) == 0
+    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert scored[0]["score"]["state_f1"] == 1.0 and scored[0]["score"]["state_exact"]
+    assert not scored[1]["score"]["state_exact"] and scored[1]["score"]["contradicted"] == []

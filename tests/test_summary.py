@@ -148,6 +148,21 @@ def test_diagnostics_come_from_their_modes() -> None:
     assert found["plan_given_own_state"]["value"] == pytest.approx(1 / 3)
 
 
+def test_contradictions_and_the_asked_form_are_measured_where_rows_say_so() -> None:
+    rows = series("base", "picture", [True] * 4)
+    rows[0]["contradicted"], rows[1]["contradicted"] = ["player"], []
+    asked = [make_row("base", "perception", index=i) for i in range(2)]
+    for row in asked:
+        row["perception"] = {"player": True, "goal": True}
+    asked[0]["perception_strict"] = {"player": True, "goal": False}
+    found = summary.summarize(rows + asked)
+    contradicted = found["diagnostics"]["base"]["contradicted"]
+    assert (contradicted["value"], contradicted["n"]) == (0.5, 2)
+    strict = found["models"]["base"]["perception"]["strict"]
+    assert (strict["value"], strict["n"]) == (0.5, 1)
+    assert found["models"]["base"]["perception"]["macro"]["value"] == 1.0
+
+
 def test_gap_and_how_much_of_it_is_closed() -> None:
     rows = series("base", "text", [True] * 80 + [False] * 20)
     rows += series("base", "picture", [True] * 20 + [False] * 80)

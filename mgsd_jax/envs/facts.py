@@ -1,58 +1,136 @@
 """State facts read back out of a response, and the board that they describe.
 
-The labels are those of `state_lines`; a response that states something else, or nothing, has
-other facts or none. This is how perception errors are told from planning errors.
+A fact is stated after its label (those of `state_lines`), at the beginning of a line or after a
+mark, in any spelling that `values.plain` makes the same: lists, Markdown, several facts a line.
+Thoughts and answer blocks state nothing. This is how perception errors are told from planning
+errors, and neither from a way of writing.
 """
 
+import dataclasses
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from mgsd_jax.envs.base import Cell, Fact
+from mgsd_jax.envs import ENVS
+from mgsd_jax.envs.base import Cell, Fact, show_cell
 from mgsd_jax.envs.frozenlake import FrozenLakeState
 from mgsd_jax.envs.maze import MazeState
 from mgsd_jax.envs.minibehaviour import MiniBehaviourState
+from mgsd_jax.envs.responses import statements
+from mgsd_jax.envs.values import CELL, number, plain, read_cells, read_directions, read_sizes
 
-_CELL = re.compile(r"\((\d+),\s*(\d+)\)")
-_SIZE = re.compile(r"(\d+)\s*x\s*\1(?!\d)")
-_OPEN = re.compile(r"^\((\d+),\s*(\d+)\):(.*)$")
 _WALLS = {"up": 1, "down": 2, "left": 4, "right": 8}  # the mask bit of each closed side
 _LABELS: dict[str, dict[str, str]] = {
-    "frozenlake": {"Player": "player", "Goal": "goal", "Holes": "hole"},
-    "maze": {"Player": "player", "Goal": "goal"},
-    "minibehaviour": {"Agent": "agent", "Printer": "printer", "Table": "table"},
+    "frozenlake": {"player": "player", "goal": "goal", "holes": "hole", "hole": "hole"},
+    "maze": {"player": "player", "goal": "goal"},
+    "minibehaviour": {"agent": "agent", "printer": "printer", "table": "table"},
 }
+_SIZE_LABELS = dict.fromkeys(("map size", "size", "grid size", "board size", "maze size"), "size")
+_FILLERS = re.compile(
+    r"\b(?:the|a|is|are|at|positions?|locations?|cells?|coordinates?|tiles?|squares?|start|starting)"
+    r"\b"
+)
+# A label of any statement, known or not: what it says ends where the next one begins.
+_LABEL = (
+    r"(?<![a-z])(?<![a-z] )(?!(?:up|down|left|right|none)\b|cells? ?[(\[])"
+    r"(?P<label>[a-z][a-z ]{0,40}?) ?(?:[(\[][^()\[\]]{0,40}[)\]])? ?(?:[:=|]|-+>?(?= ?[(\[]))"
+)
+# The open sides of a cell. An arrow after a cell is a step of a route.
+_OPEN = rf"{CELL} ?(?::|[=|-](?= ?(?:up|down|left|right|none)\b))"
+_BEGINNINGS = {t: re.compile(f"{_OPEN}|{_LABEL}" if t == "maze" else _LABEL) for t in _LABELS}
+_STEPS = re.compile(r"\b(?:move|moves|go|goes|step|then|take|walk|turn)\b")
+_NO_HOLES = re.compile(
+    r"(?:^|(?<=[-;.>)])) ?(?:there are )?no holes?(?: on the (?:board|map|grid))? ?(?=[;.,|]|$)"
+)
+_FILLING = re.compile(
+    rf"{CELL}|(?<![0-9])[0-9]++(?: ?(?:x|by) ?[0-9]++|[.)])|[-,;.|\[\] ]|and\b|none\b"
+)
 
 
-def read_facts(task: str, text: str) -> frozenset[Fact]:
-    """The facts that `text` states, in the terms of the env's `facts`.
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What a response states. `labels` tells a statement of none from no statement.
 
-    Only lines with a known label count, the first of each label; the answer block does not.
+    `contradicted` names the labels, `(row,column)` for the open sides of a cell, that were stated
+    in two ways; the last way is the one in `facts`.
     """
-    facts: set[Fact] = set()
-    seen: set[str] = set()
+
+    facts: frozenset[Fact]
+    labels: frozenset[str]
+    contradicted: tuple[str, ...]
+
+
+def read_facts(task: str, text: str) -> Stated:
+    """The facts that `text` states, in the terms of the env's `facts`; no text is an error."""
+    found: dict[str, frozenset[Fact]] = {}
+    contradicted: dict[str, None] = {}
+    for label, value in _statements(task, plain(statements(text))):
+        facts = _read_value(label, value)
+        if facts is None:
+            continue
+        if found.setdefault(label, facts) != facts:
+            contradicted[label] = None
+        found[label] = facts
+    return Stated(frozenset().union(*found.values()), frozenset(found), tuple(contradicted))
+
+
+def _statements(task: str, text: str) -> Iterator[tuple[str, str]]:
+    """(label, value) of everything that looks like a statement about the state.
+
+    A label with nothing after it takes the lines below that hold values and nothing else.
+    """
+    waiting: list[str] = []  # a label and what the lines below it hold
     for line in text.split("\n"):
-        opened = _OPEN.match(line.strip())
-        if opened and task == "maze":
-            cell = (int(opened[1]), int(opened[2]))
-            if f"{cell}" not in seen:
-                seen.add(f"{cell}")
-                words = {word.strip() for word in opened[3].split(",")}
-                facts.update(("open", cell, word) for word in _WALLS if word in words)
+        if task == "frozenlake":
+            line = _NO_HOLES.sub(" holes: none", line)
+        marks = list(_BEGINNINGS[task].finditer(line))
+        if waiting and not marks and not _FILLING.sub("", line):
+            waiting.append(line)
             continue
-        label, separator, value = line.strip().partition(":")
-        if not separator or label in seen:
-            continue
-        size = _SIZE.search(value)
-        if label == "Map size" and size:
-            facts.add(("size", int(size[1])))
-        elif label in _LABELS[task]:
-            name = _LABELS[task][label]
-            facts.update((name, (int(r), int(c))) for r, c in _CELL.findall(value))
-        else:
-            continue
-        seen.add(label)
-    return frozenset(facts)
+        if waiting:
+            yield waiting[0], " ".join(waiting[1:])
+            waiting = []
+        for mark, following in itertools.zip_longest(marks, marks[1:]):
+            name = _name(task, mark)
+            value = line[mark.end() : following.start() if following else len(line)]
+            if name is not None and (value.strip() or following):
+                yield name, value
+            elif name is not None:
+                waiting = [name]
+    if waiting:
+        yield waiting[0], " ".join(waiting[1:])
+
+
+def _name(task: str, mark: re.Match[str]) -> str | None:
+    """What a statement is about: size, player, ... or a cell; None where that is no state."""
+    if mark["label"] is None:
+        return show_cell((number(mark[1]), number(mark[2])))
+    words = " ".join(_FILLERS.sub("", mark["label"]).split())
+    return (_LABELS[task] | _SIZE_LABELS).get(words)
+
+
+def _read_value(label: str, value: str) -> frozenset[Fact] | None:
+    """The facts of a statement, None where its value cannot be read: it then states nothing."""
+    if label == "size":
+        sizes = read_sizes(value)
+        return sizes and frozenset(("size", rows) for rows, columns in sizes if rows == columns)
+    if label.startswith("("):
+        row, column = label[1:-1].split(",")
+        ways = None if _STEPS.search(value) else read_directions(value)
+        cell = (int(row), int(column))
+        return None if ways is None else frozenset(("open", cell, way) for way in ways)
+    cells = read_cells(value)
+    return None if cells is None else frozenset((label, cell) for cell in cells)
+
+
+def measure(task: str, state: Any, stated: Stated) -> dict[str, Any]:
+    """`state_f1`, `state_exact` and `contradicted` of what a response states about a board."""
+    return {
+        "state_f1": state_f1(stated.facts, ENVS[task].facts(state)),
+        "state_exact": is_exact(task, stated, ENVS[task].facts(state)),
+        "contradicted": list(stated.contradicted),
+    }
 
 
 def state_f1(stated: frozenset[Fact], true: frozenset[Fact]) -> float:
@@ -60,13 +138,22 @@ def state_f1(stated: frozenset[Fact], true: frozenset[Fact]) -> float:
     return 2 * len(stated & true) / (len(stated) + len(true))
 
 
-def state_from_facts(task: str, facts: frozenset[Fact]) -> Any | None:
-    """The board that the facts describe, None where they describe none."""
+def is_exact(task: str, stated: Stated, true: frozenset[Fact]) -> bool:
+    """Whether all true facts are stated and no others; where there are no holes, that too."""
+    return stated.facts == true and _is_complete(task, stated)
+
+
+def _is_complete(task: str, stated: Stated) -> bool:
+    return {"size", *_LABELS[task].values()} <= stated.labels
+
+
+def state_from_facts(task: str, stated: Stated) -> Any | None:
+    """The board that a response describes, None where it describes none."""
     named: dict[str, list[Any]] = {}
-    for name, *values in facts:
+    for name, *values in stated.facts:
         named.setdefault(name, []).append(values[0] if len(values) == 1 else tuple(values))
     sizes = named.pop("size", [])
-    if len(sizes) != 1 or not 0 < sizes[0] <= 64:
+    if not _is_complete(task, stated) or len(sizes) != 1 or not 0 < sizes[0] <= 64:
         return None
     return _BUILDERS[task](sizes[0], named)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, facts
 from mgsd_jax.envs.base import Outcome, Plan
 from mgsd_jax.envs.plans import ALIASES, HANDS, read_plan
 from mgsd_jax.envs.responses import answer_span, without_thoughts
@@ -152,9 +152,9 @@ def _check_task(task: str) -> None:
 def score_text(rules: str, task: str | None, task_text: str, response: str) -> dict[str, Any]:
     """The score of a response on the board of a board file, under one of the three rule sets.
 
-    'standard' returns the fields of `Outcome`; the public two return the keys of the public
-    scorers. `task` may be in any case; None or '' takes the task of the text. Raises ValueError,
-    naming the key, for a board that the rule set cannot play.
+    'standard' returns the fields of `Outcome` and of `facts.measure`; the public two return the
+    keys of the public scorers. `task` may be in any case; None or '' takes the task of the text.
+    Raises ValueError, naming the key, for a board that the rule set cannot play.
     """
     if rules not in get_args(Rules):
         raise ValueError(f"rules: got {rules!r}, want one of {get_args(Rules)}")
@@ -167,7 +167,8 @@ def score_text(rules: str, task: str | None, task_text: str, response: str) -> d
     if rules == "upstream_eval":
         return _score_eval(name, fields, rows, response)
     state = ENVS[name].from_text(task_text, source="task_text")
-    return dataclasses.asdict(judge(state, name, response))
+    score = dataclasses.asdict(judge(state, name, response))
+    return score | facts.measure(name, state, facts.read_facts(name, response))
 
 
 def _score_reward(

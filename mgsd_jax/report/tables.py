@@ -96,16 +96,19 @@ def diagnostics(summary: Mapping[str, Any]) -> Table:
         ("model",),
         [(Cell(model_label(model)),) for model in parts],
         [
-            (label, [part[name] for part in parts.values()])
+            (label, [part.get(name) for part in parts.values()])  # an older one has not all
             for name, label in (
                 ("state_f1", "State F1"),
                 ("state_exact", "state exact"),
+                ("contradicted", "says two things"),
                 ("plan_on_gt", "Plan on GT"),
                 ("e2e", "E2E"),
                 ("plan_given_own_state", "plan given own state"),
             )
         ],
-        "State F1: the state facts that a response to the picture states, against the true ones. "
+        "State F1: the state facts that a response to the picture states, in whatever way of "
+        "writing, against the true ones. Says two things: a fact is stated in two ways, of which "
+        "the last counts. "
         "Plan on GT: success when the true state is given as text. E2E: success from the picture. "
         "Plan given own state: success on the board that the response itself describes.",
     )
@@ -241,9 +244,11 @@ def perception(summary: Mapping[str, Any], task: str) -> Table:
     for model, part in parts.items():
         asked = part["questions"]
         found = [asked.get(name) for name in names]
-        columns.append((model_label(model), [*found, part["all_right"]]))
-    labels = [(Cell(name.replace("_", " ")),) for name in (*names, "all of them")]
-    return _measured(TASKS[task], ("question",), labels, columns, "")
+        columns.append((model_label(model), [*found, part["all_right"], part.get("strict")]))
+    rows = (*names, "all of them", "in the asked form")
+    labels = [(Cell(name.replace("_", " ")),) for name in rows]
+    note = "An answer is right whatever its form; the last row is the share that has the asked one."
+    return _measured(TASKS[task], ("question",), labels, columns, note)
 
 
 def reason_label(reason: str) -> str:
@@ -329,7 +334,7 @@ def _measured(
     """A table of measures by column; an n that a whole column shares stands in its head."""
     heads, cells = list(_head(*head)), []
     for name, measures in columns:
-        counts = {measure["n"] for measure in measures if measure is not None}
+        counts = {m["n"] for m in measures if m is not None and m["value"] is not None}
         shared = len(counts) == 1
         heads.append(Cell(name, f"n {counts.pop()}" if shared else ""))
         cells.append([measure_cell(measure, count=not shared) for measure in measures])

@@ -1,0 +1,131 @@
+"""Sizes, cells and directions out of text, however it writes them; any text is read in one pass.
+
+What is written does not matter, only what is said: `4x4`, `4 × 4` and `**4 by 4**` are one size,
+`(3,0)` and `[ 3, 0 ]` one cell. What a text denies ("not up") it does not say.
+"""
+
+import re
+from collections.abc import Callable, Hashable
+
+from mgsd_jax.envs.base import Cell
+
+_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width forms of ASCII
+_SIGNS = {
+    **{ord(sign): "x" for sign in "×✕✖⨯"},
+    **{ord(sign): "-" for sign in "‐‑‒–—−•·‣▪◦●○"},
+    **{ord(sign): "->" for sign in "→⇒➜"},
+    **{ord(sign): " " for sign in "\t\u00a0\u2002\u2003\u2009\u202f\u3000"},
+    **{ord(sign): None for sign in "\u200b\u200c\u200d\ufeff\"'“”‘’"},
+    ord("、"): ",",
+    ord("。"): ".",
+    ord("\r"): "\n",
+}
+# In this order. None of them can try one place in two ways, so each takes one pass.
+_MARKS = (
+    (re.compile(r"<br ?/?>"), "\n"),
+    (re.compile(r"\\(?:times|cdot)(?![a-z])"), "x"),
+    (re.compile(r"\\[a-z]*+"), ""),
+    (re.compile(r"(?<=[0-9]) ?\* ?(?=[0-9])"), "x"),
+    (re.compile(r"[*`~#${}]"), ""),
+    (re.compile(r"(?<=[a-z])-(?=[a-z])|[_ ]+"), " "),
+    (
+        re.compile(
+            r"\(?row[ =:]{0,3}([0-9]++)[ ,;]{0,3}(?:and )?col(?:umn)?[ =:]{0,3}([0-9]++)\)?"
+        ),
+        r"(\1,\2)",
+    ),
+)
+_SIZE = re.compile(
+    r"(?<![0-9a-z.])([0-9]++)(?: rows?| cells| tiles)?[ -]?(?:x|by|and|,)[ -]?([0-9]++)"
+    r"(?! ?x ?[0-9])"
+)
+CELL = r"[(\[] ?([0-9]++) ?, ?([0-9]++) ?[)\]]"
+_BARE_CELL = re.compile(r" ?([0-9]++) ?, ?([0-9]++) ?\.? ?")
+_WAY = (
+    r"(?<!top )(?<!bottom )(?<!upper )(?<!lower )\b(?:(up|down|left|right)(?:wards?)?|([udlr]))\b"
+    r"(?! corner| edge)"
+)
+_LETTERS = {"u": "up", "d": "down", "l": "left", "r": "right"}
+_BLOCKED = r"\b(?:blocked|closed|walls?|walled|illegal|impossible|unavailable)\b"
+_SIGNS_OF_SENSE = (
+    r"|(?P<stop>[;.?!\n()]|\b(?:but|while|whereas)\b)"
+    r"|(?P<comma>,)"
+    rf"|(?P<no>\b(?:not|no|never|without|neither|nor|cannot|cant|dont|isnt|arent)\b"
+    rf"|{_BLOCKED}(?= ?[:=]))"
+    rf"|(?P<blocked>{_BLOCKED})"
+    r"|(?P<link>\b(?:is|are)\b|[:=])"
+)
+_CELLS = re.compile(rf"(?P<item>{CELL})" + _SIGNS_OF_SENSE)
+_WAYS = re.compile(rf"(?P<item>{_WAY})" + _SIGNS_OF_SENSE)
+_NONE = re.compile(r"\b(?:none|no|nothing|zero|empty)\b|^[ .]*(?:\[ ?\]|\( ?\)|-|0|∅)[ .]*$")
+
+
+def plain(text: str) -> str:
+    """`text` in lower case without marks of Markdown and LaTeX, full-width forms made ASCII.
+
+    Superscripts and circled digits stay what they are: they are no digits of a number.
+    """
+    text = text.replace("\r\n", "\n").translate(_WIDE).translate(_SIGNS).lower()
+    for pattern, written in _MARKS:
+        text = pattern.sub(written, text)
+    return text
+
+
+def number(digits: str) -> int:
+    """The value of ASCII digits; 10**9, which is on no board, stands for all longer ones."""
+    return int(digits) if len(digits) < 10 else 10**9
+
+
+def read_sizes(text: str) -> frozenset[tuple[int, int]] | None:
+    """Every size (rows, columns) in a plain text, None where there is none."""
+    sizes = frozenset((number(m[1]), number(m[2])) for m in _SIZE.finditer(text))
+    return sizes or None
+
+
+def read_cells(text: str) -> frozenset[Cell] | None:
+    """The cells that a plain text names and does not deny; empty where it says none, else None."""
+    bare = _BARE_CELL.fullmatch(text.rpartition(":")[2])
+    if bare:
+        return frozenset({(number(bare[1]), number(bare[2]))})
+    return _said(text, _CELLS, lambda match: (number(match[2]), number(match[3])))
+
+
+def read_directions(text: str) -> frozenset[str] | None:
+    """The directions that a plain text names, words or lone letters; otherwise as `read_cells`.
+
+    >>> sorted(read_directions("right and down are open, up is not"))
+    ['down', 'right']
+    """
+    return _said(text, _WAYS, lambda match: match[2] or _LETTERS[match[3]])
+
+
+def _said(
+    text: str, pattern: re.Pattern[str], item: Callable[[re.Match[str]], Hashable]
+) -> frozenset | None:
+    """The items that are named and not denied.
+
+    A text falls into pieces, at stops and, once something was said of what stands before
+    ("up is blocked, ..."), at commas. A word that denies counts for its piece; one that follows
+    items directly ("right, not up") begins a piece.
+    """
+    kept: set[Hashable] = set()
+    piece: list[Hashable] = []
+    is_denied = is_settled = False
+    for match in pattern.finditer(text):
+        kind = match.lastgroup
+        if kind == "item":
+            piece.append(item(match))
+        elif kind == "link":
+            is_settled = bool(piece)
+        elif kind == "blocked":
+            is_denied, is_settled = True, bool(piece)
+        elif kind == "no" and (is_settled or not piece):
+            is_denied = True
+        elif kind != "comma" or is_settled:
+            if not is_denied:
+                kept.update(piece)
+            piece.clear()
+            is_denied, is_settled = kind == "no", False
+    if not is_denied:
+        kept.update(piece)
+    return frozenset(kept) if kept or _NONE.search(text) else None

@@ -1,0 +1,214 @@
+"""Answers to questions are scored by what they say, and any text at all is scored.
+
+To add a way of writing an answer: a row in ANSWERS. To add a text that is hard to read: a row in
+HARD.
+"""
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mgsd_jax import prompts, rows
+from mgsd_jax.data.boards import Board
+from mgsd_jax.envs import ENVS, facts, perception, responses
+from mgsd_jax.envs.base import Question
+
+CELLS = frozenset({("hole", (0, 1)), ("hole", (2, 2))})
+WAYS = frozenset({("legal", "up"), ("legal", "left")})
+OPEN = frozenset({("open", (0, 0), "right"), ("open", (0, 1), "left"), ("open", (0, 1), "down")})
+QUESTIONS = {
+    "size": Question("map_size", "?", "4x4", "size", frozenset({("size", 4)})),
+    "cell": Question("player", "?", "(3,0)", "coord", frozenset({("player", (3, 0))})),
+    "cells": Question("holes", "?", "(0,1) (2,2)", "cells", CELLS),
+    "no cells": Question("holes", "?", "none", "cells", frozenset()),
+    "ways": Question("legal_moves", "?", "up, left", "directions", WAYS),
+    "no ways": Question("legal_moves", "?", "none", "directions", frozenset()),
+    "open": Question("open", "?", "(0,0): right\n(0,1): down, left", "open_directions", OPEN),
+}
+ANSWERS = [
+    *(("size", text, True) for text in ("4x4", "4 x 4", "4X4", "4×4", "4*4", "**4x4**", "`4x4`.")),
+    *(
+        ("size", text, True)
+        for text in ("The map size is 4 by 4.", "4 rows and 4 columns", "(4, 4)")
+    ),
+    *(("size", text, True) for text in ("Map size: 4x4", "\\boxed{4 \\times 4}", "４×４")),
+    *(
+        ("size", text, False)
+        for text in ("", "4", "5x5", "14x4", "4x44", "4x5", "4²", "4x4 or 5x5")
+    ),
+    *(("cell", text, True) for text in ("(3,0)", "(3, 0)", "( 3 , 0 )", "[3, 0]", "**(3,0)**")),
+    *(("cell", text, True) for text in ("The player is at (3, 0).", "Player: (3,0)", "3, 0")),
+    *(("cell", text, True) for text in ("row 3, column 0", "(3,0), not (0,3)", "（3，0）")),
+    *(("cell", text, False) for text in ("", "(0,3)", "(3,0) or (0,3)", "not (3,0)", "none", "30")),
+    *(("cells", text, True) for text in ("(2,2) (0,1)", "(0, 1), (2, 2)", "(0,1) and (2,2)")),
+    *(("cells", text, True) for text in ("[(0,1), (2,2)]", "\n- (0,1)\n- (2,2)", "(0,1)(2,2).")),
+    *(("cells", text, True) for text in ("(0,1) (2,2) (2,2)", "The holes are (0,1) and (2,2)")),
+    *(("cells", text, False) for text in ("none", "(0,1)", "(0,1) (2,2) (3,3)", "")),
+    *(("no cells", text, True) for text in ("none", "None.", "No holes", "There are none.", "[]")),
+    *(("no cells", text, False) for text in ("", "(0,0)", "I cannot tell", "many")),
+    *(
+        ("ways", text, True)
+        for text in ("up, left", "Left and Up", "left up", "U, L", "Upward/left")
+    ),
+    *(
+        ("ways", text, True)
+        for text in ("up, left, not right", "It can go up or left, but not down")
+    ),
+    *(
+        ("ways", text, True)
+        for text in ("up and left (right is blocked)", "up: yes, down: no, left")
+    ),
+    *(("ways", text, True) for text in ("right and down are blocked, up and left are open",)),
+    *(("ways", text, False) for text in ("up", "not up, left", "up, left, right", "none", "")),
+    *(("ways", text, False) for text in ("neither up nor left", "up and left are not legal")),
+    *(("no ways", text, True) for text in ("none", "None of them.", "no moves")),
+    *(("no ways", text, False) for text in ("", "up", "not up")),
+    ("open", "(0,0): right\n(0,1): down, left", True),
+    ("open", "\n- **(0, 1)**: Left, Down\n- **(0, 0)**: Right", True),
+    ("open", "(0,0): right; (0,1): left and down", True),
+    ("open", "(0,0): right\n(0,1): down, left, not up", True),
+    ("open", "(0,0): right\n(0,1): down", False),
+    ("open", "(0,0): right\n(0,1): down, left\n(1,0): up", False),
+    ("open", "right\ndown, left", False),
+]
+# How the number of an answer may be written.
+NUMBERS = ("1.", "1)", "(1)", "**1.**", "1:", "Question 1:", "**Question 1:**", "Q1.", "### 1.")
+NUMBERS += ("Answer 1:", "- 1.", "1 -", "1\\.", "> 1.", "*1.*", "Question 1.", " 1 . ", "[1]")
+
+
+@pytest.mark.parametrize(("kind", "answer", "is_right"), ANSWERS)
+def test_an_answer_is_scored_by_what_it_says(kind: str, answer: str, is_right: bool) -> None:
+    assert perception.is_right(QUESTIONS[kind], answer) == is_right
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_in_any_writing(number: str) -> None:
+    text = "\n".join(
+        f"{number.replace('1', str(i))} {answer}" for i, answer in ((1, "4x4"), (2, "(3,0)"))
+    )
+    found = perception.read_numbered(text, 2)
+    assert perception.is_right(QUESTIONS["size"], found[1])
+    assert perception.is_right(QUESTIONS["cell"], found[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("1. 4x4\n2. (3,0)\nand so on\n4.none", {1: "4x4", 2: "(3,0)\nand so on", 4: "none"}),
+        ("1. a\r\n2. b\r\n", {1: "a", 2: "b"}),
+        ("1. a\n1. b", {1: "a\n1. b"}),
+        ("4. \n1. (0,1)\n2. (2,2)\n5. (3,3)", {4: "", 1: "(0,1)", 2: "(2,2)\n5. (3,3)"}),
+        ("<think>1. b</think>1. a", {1: "a"}),
+        ("1. b</think>\n1. a", {1: "a"}),
+        ("no numbers", {}),
+        ("①. 4x4", {}),
+        ("². 4x4", {}),
+        ("1². 4x4", {}),
+        ("٣. 4x4", {}),
+        ("(1,2): up\n1x1\n12345. 4x4\n0. a\n9. b", {}),
+        ("9" * 5000 + ". 4x4", {}),
+    ],
+)
+def test_answers_are_told_apart(text: str, found: dict[int, str]) -> None:
+    assert perception.read_numbered(text, 4) == found
+
+
+@pytest.mark.parametrize("task", ENVS)
+def test_right_answers_are_strict_and_others_are_right(task: str) -> None:
+    """The form that is asked for is right and strict; Markdown around it is right alone."""
+    state = ENVS[task].generate(np.random.default_rng(0), 5)
+    board = Board(task, 5, 0, state, None)
+    answer = prompts.grounding(prompts.BUILT_IN, task, state, np.zeros((8, 8, 3), np.uint8))[1]
+    row = rows.score_row(board, "perception", answer)
+    assert all(row["perception"].values()) and all(row["perception_strict"].values())
+    loose = answer.replace("(", "( ").replace(",", " , ").replace("x", " x ")
+    loose = re.sub(r"(?m)^(\d)\.", r"**\1)**", loose).replace("none", "None.")
+    row = rows.score_row(board, "perception", loose)
+    assert all(row["perception"].values()), row
+    assert not any(row["perception_strict"].values())
+    row = rows.score_row(board, "perception", "")
+    assert not any((row["perception"] | row["perception_strict"]).values())
+
+
+# Whatever text a model writes, scoring ends in a row.
+
+HARD = [
+    *("", "²", "². ²", "①. 4x4", "1. ²x²", "Map size: ²x²", "(²,²): up", "\ud800", "\0", "\u2028"),
+    *("9" * 4301 + "x" + "9" * 4301, f"1. ({'9' * 5000},0)", f"Player: ({'9' * 4301},0)"),
+    *(f"Map size: {'4' * 5000}x4", f"Map size:{'4' * 50_000}", f"({'4' * 50_000},0): up"),
+    *("İ" * 3, "ſ: (0,0)", "<anſwer>R</anſwer>", "1" * 5000 + ". 4x4", "Holes: (1,1" * 50),
+]
+BOARDS = [
+    Board(task, 5, 0, ENVS[task].generate(np.random.default_rng(1), 5), None) for task in ENVS
+]
+RIGHT = [
+    text
+    for board in BOARDS
+    for text in (
+        prompts.response(board.task, board.state, ENVS[board.task].shortest_plan(board.state)),
+        prompts.grounding(prompts.BUILT_IN, board.task, board.state, np.zeros((8, 8, 3), np.uint8))[
+            1
+        ],
+    )
+]
+PIECES = (
+    *("<think>", "</think>", "<answer>", "</answer>", "Player:", "Map size:", "Holes:", "(0,0)"),
+    *(
+        "(0,0):",
+        "4x4",
+        "²",
+        "①",
+        "9" * 4301,
+        "**",
+        "|",
+        "\n",
+        "\r\n",
+        " ",
+        "none",
+        "not",
+        "up",
+        "(",
+    ),
+    *("row", "\\times", ".", "1.", "Question 1:", "I go through", "é", "\U0001f600", "-", "and"),
+)
+
+
+def read_everything(text: str) -> None:
+    """Every reader of this file's subject, over one text."""
+    assert len(responses.without_thoughts(text)) == len(text)
+    prompts.segment_spans(text)
+    for board in BOARDS:
+        for mode in ("picture", "perception"):
+            row: dict[str, Any] = rows.score_row(board, mode, text)
+            assert row["response"] == text
+        facts.state_from_facts(board.task, facts.read_facts(board.task, text))
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_texts_end_in_a_row(text: str) -> None:
+    read_everything(text)
+
+
+@given(st.text())
+def test_any_text_ends_in_a_row(text: str) -> None:
+    read_everything(text)
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_any_pieces_end_in_a_row(text: str) -> None:
+    read_everything(text)
+
+
+@given(st.sampled_from(RIGHT), st.integers(0, 1 << 30))
+def test_mutated_responses_end_in_a_row(text: str, seed: int) -> None:
+    rng = random.Random(seed)
+    characters = list(text)
+    for _ in range(rng.randint(1, 20)):
+        place = rng.randrange(len(characters) + 1)
+        characters[place : place + rng.randint(0, 3)] = rng.choice(PIECES)
+    read_everything("".join(characters))

@@ -48,7 +48,6 @@ class Checkpointer:
     manager: ocp.CheckpointManager
     metric: str | None
     best_mode: Literal["max", "min"]
-    is_async: bool
     skipped: tuple[str, ...]  # half-written and damaged checkpoints found on opening
     pending: dict[str, int]  # step and bytes of the latest save, for its error message
 
@@ -60,13 +59,13 @@ def open_checkpointer(
     keep_best: int = 0,
     metric: str | None = None,
     best_mode: Literal["max", "min"] = "max",
-    is_async: bool = True,
 ) -> Checkpointer:
     """Return a Checkpointer that keeps the last `keep_last` and the best `keep_best` checkpoints.
 
     Best by `metric` in `best_mode`, ties to the later, NaN the worst. Half-written checkpoints of
     a killed run are deleted, damaged ones are moved to `unreadable/`; both are logged and noted in
-    `skipped`. Raises ValueError, and touches nothing, where all checkpoints are damaged.
+    `skipped`. Raises ValueError, and touches nothing, where all checkpoints are damaged. Large
+    files are compared by their size here, and whole by whoever reads them.
     """
     if keep_last < 1 or keep_best < 0:
         raise ValueError(f"got keep_last {keep_last}, keep_best {keep_best}, want >= 1 and >= 0")
@@ -90,15 +89,14 @@ def open_checkpointer(
         )
     pending: dict[str, int] = {}
     # orbax calls this when the files are complete and before it renames: one commit has both.
-    on_complete = functools.partial(_write_file_list, folder, pending) if is_async else None
+    on_complete = functools.partial(_write_file_list, folder, pending)
     options = ocp.CheckpointManagerOptions(
         best_fn=_score if metric is not None else None,
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-        enable_async_checkpointing=is_async,
         async_options=ocp.AsyncOptions(post_finalization_callback=on_complete),
     )
     manager = ocp.CheckpointManager(folder, item_handlers=states.handlers(), options=options)
-    return Checkpointer(folder, manager, metric, best_mode, is_async, skipped, pending)
+    return Checkpointer(folder, manager, metric, best_mode, skipped, pending)
 
 
 def save(
@@ -136,8 +134,6 @@ def save(
     checkpointer.pending.update(step=step, bytes=num_bytes)
     with _explain_failure(checkpointer):
         manager.save(step, args=items, metrics=_ranking(checkpointer, metrics), force=True)
-        if not checkpointer.is_async:
-            _write_file_list(folder, checkpointer.pending)
     return True
 
 
@@ -169,6 +165,7 @@ def restore_latest(checkpointer: Checkpointer, abstract_state: PyTree) -> Restor
     failed: dict[str, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
+            _check_contents(folder, step)
             read = states.read_items(manager, step, dict(wanted), ("data_state", "meta"))
         except states.Unreadable as error:
             failed[str(step)] = f"{step}: {error}"
@@ -184,7 +181,8 @@ def restore_latest(checkpointer: Checkpointer, abstract_state: PyTree) -> Restor
         skipped = (*checkpointer.skipped, *failed.values())
         return Restored(step, state, data_state, read["meta"], skipped)
     if failed:
-        raise ValueError(f"{folder}: got no readable checkpoint: {'; '.join(failed.values())}")
+        reasons = "; ".join((*checkpointer.skipped, *failed.values()))
+        raise ValueError(f"{folder}: got no readable checkpoint: {reasons}")
     return None
 
 
@@ -217,6 +215,7 @@ def load_params(
             steps = _ranked(manager, steps, metric)
         for step in reversed(steps):
             try:
+                _check_contents(folder, step)
                 params = states.read_field(manager, step, abstract_params, field)
             except states.Unreadable as error:
                 skipped.append(f"{step}: {error}")
@@ -268,6 +267,14 @@ def _scan(folder: epath.Path) -> dict[str, str]:
     return processes.gather(files.scan(folder) if jax.process_index() == 0 else None)[0]
 
 
+def _check_contents(folder: epath.Path, step: int) -> None:
+    """Raises Unreadable, in all processes, where a file of the step is not what was written."""
+    share = (jax.process_index(), jax.process_count())
+    for problem in processes.gather(files.damage(folder / str(step), share=share)):
+        if problem:
+            raise states.Unreadable(problem)
+
+
 def _clean(folder: epath.Path, damaged: Sequence[str]) -> None:
     if jax.process_index() == 0:
         for name in damaged:
@@ -283,17 +290,20 @@ def _write_file_list(folder: epath.Path, pending: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
-    """After a failed save: the rest of it is deleted, and a full disk is said to be one."""
+    """After a save without space: it is said to be that, and the rest of it is deleted.
+
+    After any other failure, and with several processes, orbax may still be writing there.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
         folder, pending = checkpointer.folder, checkpointer.pending
-        if jax.process_index() == 0:
-            files.remove_half_written(folder)
-        checkpointer.manager.reload()
         # tensorstore raises ValueError with the system's words in it.
         if "No space left" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
             raise
+        if jax.process_count() == 1:
+            files.remove_half_written(folder)
+            checkpointer.manager.reload()
         free = (
             "" if paths.is_remote(folder) else f", {shutil.disk_usage(folder).free} bytes are free"
         )

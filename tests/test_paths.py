@@ -113,6 +113,10 @@ def test_a_stage_keeps_everything_in_the_bucket_and_goes_on_from_there(
     real = bucket / "b" / "run" / "grounding"
     assert [row["step"] for row in metrics.read_metrics(f"{folder}/metrics.jsonl")] == [1, 2, 3, 4]
     np.testing.assert_array_equal(checkpoint.load_params(folder / "checkpoints")["a"], [-4, -4])
+    damaged = next((real / "checkpoints" / "4" / "state" / "d").iterdir())
+    damaged.write_bytes(bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
+    with pytest.raises(ValueError, match=f"4: state/d/{damaged.name} has other contents"):
+        checkpoint.load_params(folder / "checkpoints")
     assert len((real / "runs.jsonl").read_text().splitlines()) == 1
     assert list((real / "tensorboard").iterdir()) and (real / "config.json").is_file()
 

@@ -2,10 +2,11 @@
 
 Twelve steps subtract the step and the batch from eight weights that lie on all devices. Run with
 the flags of the program; `TOY=1:5:words` makes process 1 raise a RuntimeError of these words at
-step 5.
+step 5, `TOY=1:6:killed` has it killed in the save of step 6.
 """
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from absl import app
 from etils import epath
+from orbax.checkpoint._src.multihost import multihost
 
 from mgsd_jax import main, optimizer, processes, sharding, stage
 from mgsd_jax.config import Config
@@ -34,6 +36,18 @@ class Batches:
 
     def set_state(self, state: dict[str, int]) -> None:
         self.last = state["last"]
+
+
+def die_in_a_save() -> None:
+    """Kills this process in its next save, when all arrays are on their way to the disk."""
+    sync = multihost.sync_global_processes
+
+    def until(name: str, *args: Any, **options: Any) -> None:
+        if "old_steps_to_remove" in name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(name, *args, **options)
+
+    multihost.sync_global_processes = until
 
 
 def run(config: Config, workdir: str) -> None:
@@ -60,7 +74,9 @@ def run(config: Config, workdir: str) -> None:
         for step in range(session.start + 1, STEPS + 1):
             loader.last += 1
             if (int(failing), int(step_of)) == (jax.process_index(), step):
-                raise RuntimeError(words)
+                if words != "killed":
+                    raise RuntimeError(words)
+                die_in_a_save()
             largest = processes.largest((jax.process_index(), -step))
             assert largest == (jax.process_count() - 1, -step)
             state, measured = update(state, jnp.float32(loader.last))
@@ -70,5 +86,6 @@ def run(config: Config, workdir: str) -> None:
 
 
 if __name__ == "__main__":
+    processes.LOST_AFTER = 12  # the tests wait for it
     main.STAGES["grounding"] = run
     sys.exit(app.run(main.main))

@@ -22,13 +22,19 @@ from PIL import Image
 from mgsd_jax import config as config_lib
 from mgsd_jax import paths
 from mgsd_jax.config import Config, DataConfig
-from mgsd_jax.data.boards import MANIFEST, Group, board_paths, content_hash, read_json
+from mgsd_jax.data.boards import (
+    FOLDERS,
+    MANIFEST,
+    SETTINGS,
+    Group,
+    board_paths,
+    content_hash,
+    read_json,
+    read_manifest,
+)
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.benchmarks import benchmark_keys
 from mgsd_jax.envs.splits import SHARES, SPLITS, Split, unique_boards
-
-SETTINGS = "settings.json"
-FOLDERS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}
 
 LevelKey = tuple[str, int]  # (task, level)
 
@@ -117,8 +123,8 @@ def is_complete(root: epath.Path, settings: Mapping[str, Any]) -> bool:
     """
     for name in (MANIFEST, SETTINGS):
         if (root / name).is_file():
-            held = read_json(root / name)
-            differing = _differences(held["settings"] if name == MANIFEST else held, settings)
+            held = read_manifest(root)["settings"] if name == MANIFEST else read_json(root / name)
+            differing = _differences(held, settings)
             if differing:
                 raise ValueError(
                     f"{root}: got a folder of other boards ({'; '.join(differing)}), "

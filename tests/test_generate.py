@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -250,4 +251,66 @@ def test_what_is_no_manifest_is_named(written: pathlib.Path) -> None:
         boards_lib.read_split(written, "train")
     (written / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest\.json: got no such file"):
+        boards_lib.read_split(written, "train")
+
+
+def edit(path: pathlib.Path, change: Callable[[Any], Any]) -> None:
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(change(value) or value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["groups"][0].update(count=2), r"groups\[0\].count: got 2, want 6"),
+        (lambda m: m["groups"][0].update(count=-1), r"groups\[0\].count: got -1, want 6"),
+        (lambda m: m["groups"][0].update(count=6.0), r"groups\[0\].count: got 6.0, want 6"),
+        (lambda m: m["groups"][0].update(level=4), r"groups\[0\].level: got 4, want 3"),
+        (lambda m: m["groups"][2].update(task="frozenlake"), r"groups\[2\].task: got 'froz"),
+        (lambda m: m["groups"][0].update(split="test"), r"groups\[0\].split: got 'test', want 'tr"),
+        (
+            lambda m: m["groups"][0].update(folder="x"),
+            r"groups\[0\].folder: got 'x', want 'train/F",
+        ),
+        (lambda m: m["groups"][0].pop("level") and None, r"groups\[0\].level: got None, want 3"),
+        (lambda m: m["groups"].pop() and None, r"groups: got 10, want 11"),
+        (lambda m: m["groups"].append(m["groups"][0]), r"groups: got 12, want 11"),
+        (lambda m: m["groups"].reverse(), r"groups\[0\].folder: got 'test"),
+        (lambda m: m["groups"].insert(0, m["groups"].pop(1)), r"groups\[0\].folder: got"),
+        (lambda m: m["groups"].__setitem__(1, []), r"groups\[1\].folder: got None"),
+        (lambda m: m["groups"][1]["text"].pop() and None, r"number of groups\[1\].text: got 5"),
+        (lambda m: m["groups"][1].update(image=None), r"number of groups\[1\].image: got None"),
+        (lambda m: m.update(groups={}), r"groups: got \{\}, want a list"),
+        (lambda m: m["settings"]["counts"].pop("maze/level3") and None, "got settings other than"),
+        (lambda m: m["settings"].update(seed=1), "got settings other than in settings.json"),
+        (lambda m: [m], "got settings other than in settings.json"),
+        (lambda m: 3, "got settings other than in settings.json"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["read", "generate"])
+def test_an_edited_manifest_loses_no_boards(
+    written: pathlib.Path, change: Callable[[Any], Any], message: str, stage: str
+) -> None:
+    edit(written / "manifest.json", change)
+    with pytest.raises(ValueError, match=rf"manifest\.json: {message}.*; to restore it, delete"):
+        if stage == "read":
+            boards_lib.read_split(written, "test")
+        else:
+            generate.run(make_config(), str(written.parent))
+
+
+@pytest.mark.parametrize("count", [-1, "6", None, 1.5])
+def test_settings_that_count_nothing_are_named(written: pathlib.Path, count: Any) -> None:
+    for name, path in (("manifest.json", ("settings",)), ("settings.json", ())):
+
+        def change(value: Any, path: tuple[str, ...] = path) -> None:
+            for key in path:
+                value = value[key]
+            value["counts"]["maze/level3"]["train"] = count
+
+        edit(written / name, change)
+    with pytest.raises(ValueError, match=r"settings\.json: counts: got .*want"):
+        boards_lib.read_split(written, "train")
+    (written / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"settings\.json: got no such file"):
         boards_lib.read_split(written, "train")

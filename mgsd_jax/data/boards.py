@@ -17,9 +17,11 @@ from etils import epath
 from PIL import Image, UnidentifiedImageError
 
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.splits import Split
+from mgsd_jax.envs.splits import SPLITS, Split
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"
+FOLDERS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}
 Group = dict[str, Any]  # one folder of boards in the manifest
 _RESTORE = f"to restore it, delete {MANIFEST} and run --stage=generate again"
 _READERS = 16  # files read at once: of a remote folder each takes tens of milliseconds
@@ -69,11 +71,7 @@ def read_split(
     anything is missing, malformed or not what the manifest says (a hash differs).
     """
     root = epath.Path(root)
-    if not (root / MANIFEST).exists():
-        raise ValueError(
-            f"{root / MANIFEST}: got no such file, want one; run --stage=generate first"
-        )
-    manifest = read_json(root / MANIFEST)
+    manifest = read_manifest(root)
     groups = tuple(group for group in manifest["groups"] if group["split"] == split)
     if not groups:
         raise ValueError(f"{root / MANIFEST}: got no boards of split {split!r}, want some")
@@ -88,6 +86,61 @@ def read_split(
     if share == (0, 1):
         return boards
     return dataclasses.replace(unread, known=dict(zip(places, boards, strict=True)))
+
+
+def read_manifest(root: epath.PathLike) -> dict[str, Any]:
+    """The manifest of a folder of boards: `settings`, and `groups` that are just those of them.
+
+    Raises ValueError naming file and field where it is absent or not as `generate` wrote it.
+    """
+    path = epath.Path(root) / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{path}: got no such file, want one; run --stage=generate first")
+    manifest, settings = read_json(path), read_json(path.parent / SETTINGS)
+    if not isinstance(manifest, dict) or manifest.get("settings") != settings:
+        raise ValueError(
+            f"{path}: got settings other than in {SETTINGS}, want the same; {_RESTORE}"
+        )
+    groups = manifest.get("groups")
+    if not isinstance(groups, list):
+        raise ValueError(f"{path}: groups: got {groups!r}, want a list; {_RESTORE}")
+    want = _wanted_groups(path.parent / SETTINGS, settings)
+    if len(groups) != len(want):
+        raise ValueError(f"{path}: groups: got {len(groups)}, want {len(want)}; {_RESTORE}")
+    for place, (group, head) in enumerate(zip(groups, want, strict=True)):
+        got = group if isinstance(group, dict) else {}
+        for key, value in head.items():
+            _check_entry(path, f"groups[{place}].{key}", got.get(key), value)
+        for kind in ("text", "image"):
+            hashes = got.get(kind)
+            number = len(hashes) if isinstance(hashes, list) else hashes
+            _check_entry(path, f"number of groups[{place}].{kind}", number, head["count"])
+    return manifest
+
+
+def _wanted_groups(path: epath.Path, settings: Any) -> list[Group]:
+    """What settings say of the groups, all but the hashes."""
+    groups: list[Group] = []
+    try:
+        for split in SPLITS:
+            for name, counts in settings["counts"].items():
+                task, level = name.split("/level")
+                head: Group = {"folder": f"{split}/{FOLDERS[task]}/level{level}", "split": split}
+                head |= {"task": task, "level": int(level), "count": counts[split]}
+                if type(counts[split]) is not int or counts[split] < 0:
+                    raise ValueError
+                groups += [head] if counts[split] else []
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(
+            f"{path}: counts: got no numbers of boards by task, level and split, want them; to "
+            "restore it, delete the folder and run --stage=generate again"
+        ) from None
+    return groups
+
+
+def _check_entry(path: epath.Path, name: str, got: object, want: object) -> None:
+    if type(got) is not type(want) or got != want:
+        raise ValueError(f"{path}: {name}: got {got!r}, want {want!r}; {_RESTORE}")
 
 
 def _find(groups: Sequence[Group], place: int) -> tuple[Group, int]:
@@ -142,6 +195,8 @@ def content_hash(content: bytes) -> str:
 
 
 def read_json(path: epath.Path) -> Any:
+    if not path.exists():
+        raise ValueError(f"{path}: got no such file, want what --stage=generate wrote")
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

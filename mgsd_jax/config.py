@@ -25,7 +25,12 @@ Benchmark = Literal[
     "frozenlake_visualplanning",
     "minibehaviour_visualplanning",
     "maze_visualplanning",
-    "maze_held_out",  # mazes of a test split of ours, in place of the file that is not public
+    "frozenlake_diffthinker_16",
+    "frozenlake_diffthinker_32",
+    "maze_diffthinker_8",
+    "maze_diffthinker_16",
+    "maze_diffthinker_32",
+    "maze_held_out",  # mazes of a test split of ours, where the public file is not at hand
 ]
 
 # Upper ends are what no run could use: without them a slip of the pen draws boards for years.

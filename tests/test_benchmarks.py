@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mgsd_jax.envs import ENVS, benchmarks, splits
@@ -77,16 +78,18 @@ def test_files_say_what_the_states_say() -> None:
     assert state.target == divmod(meta["target_pos"], 4)
 
 
-@pytest.mark.parametrize("name", ["frozenlake_vsp", "visualplanning"])
+@pytest.mark.parametrize("name", ["frozenlake_vsp", "visualplanning", "diffthinker"])
 def test_reference_samples(name: str) -> None:
     folder = REFERENCE / name
     if not folder.is_dir():
         pytest.skip(f"no sample of {name} beside the repository")
     cases = benchmarks.read_benchmark(folder)
-    assert len({case.id for case in cases}) == len(cases) >= 30
+    assert len({case.id for case in cases}) == len(cases) >= 25
     counts = Counter((case.task, case.level) for case in cases)
     if name == "frozenlake_vsp":
         assert set(counts) == {("frozenlake", level) for level in range(3, 9)}
+    elif name == "diffthinker":
+        assert counts == dict.fromkeys(benchmarks.DIFFTHINKER, 5)
     else:
         assert {task for task, _ in counts} >= {"frozenlake", "minibehaviour"}
     for case in cases:
@@ -162,18 +165,129 @@ def test_malformed_maps_are_refused(
 
 
 def test_maps_miss_no_file(tmp_path: pathlib.Path) -> None:
-    for name, message in (
-        ("level3/img/10.png", "10.png: got no such file, want the picture of 10.txt"),
-        ("level3/metadata.json", "metadata.json: got no such file"),
-    ):
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        shutil.copytree(DATA / "vsp", tmp_path)
-        (tmp_path / name).unlink()
-        with pytest.raises(ValueError, match=message):
-            benchmarks.read_benchmark(tmp_path)
-    shutil.copyfile(DATA / "vsp/level3/metadata.json", tmp_path / "level3/metadata.json")
+    shutil.copytree(DATA / "vsp", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "level3/img/10.png").unlink()
+    with pytest.raises(ValueError, match=r"10.png: got no such file, want the picture of 10.txt"):
+        benchmarks.read_benchmark(tmp_path)
     (tmp_path / "level3/table/notes.txt").touch()
     with pytest.raises(ValueError, match=r"table: got 'notes.txt', want names like"):
+        benchmarks.read_benchmark(tmp_path)
+
+
+def test_maps_without_plans_are_solved(tmp_path: pathlib.Path) -> None:
+    shutil.copytree(DATA / "vsp", tmp_path, dirs_exist_ok=True)
+    want = [(case.id, case.state, case.optimal) for case in benchmarks.read_vsp(tmp_path)]
+    for file in tmp_path.glob("*/metadata.json"):
+        file.unlink()
+    cases = benchmarks.read_vsp(tmp_path)
+    assert [(case.id, case.state, case.optimal) for case in cases] == want
+    table = tmp_path / "level3/table/0.txt"
+    table.write_text(
+        HEADER + "| Row 1 | @ | # | * |\n| Row 2 | # | # | _ |\n| Row 3 | _ | _ | _ |\n"
+    )
+    with pytest.raises(ValueError, match=r"0.txt: got a board without a plan"):
+        benchmarks.read_vsp(tmp_path)
+
+
+HEADER = "| | Col 1 | Col 2 | Col 3 |\n"
+
+
+def write_diffthinker(root: pathlib.Path, boards: int = 3) -> dict[str, Any]:
+    """A folder in DiffThinker's form with boards of ours; returns their states by name."""
+    rng = np.random.default_rng(0)
+    letters = {"S": "@", "G": "*", "H": "#", "F": "_"}
+    states: dict[str, Any] = {}
+    for (task, level), place in benchmarks.DIFFTHINKER.items():
+        plans, folder = {}, root / place
+        (folder / "table").mkdir(parents=True)
+        for number in range(1, boards + 1):
+            state = ENVS[task].generate(rng, level)
+            name = f"{level}_9_{number:03d}" if task == "maze" else f"{level}_9_0.8_{number:03d}"
+            plan = "".join(word[0].upper() for word in ENVS[task].shortest_plan(state))
+            states[f"{task}_diffthinker_{name}"] = state
+            (folder / f"{name}.png").write_bytes(b"")
+            (folder / f"{name}_solution.png").write_bytes(b"")
+            if task == "maze":
+                plans[name] = plan
+                numbers = ((level,), state.start, state.target, *state.walls)
+                lines = [" ".join(map(str, line)) for line in numbers]
+                (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+                continue
+            plans[f"{name}.png"] = plan
+            rows = [" | ".join(letters[tile] for tile in row) for row in state.rows]
+            lines = [f"| Row {i} | {row} |" for i, row in enumerate(rows, 1)]
+            (folder / "table" / f"{name}.txt").write_text("\n".join(["| |", *lines]))
+        name = "path.json" if task == "maze" else "metadata.json"
+        (folder / name).write_text(json.dumps(plans))
+    return states
+
+
+def test_diffthinker_boards_are_read_by_name(tmp_path: pathlib.Path) -> None:
+    states = write_diffthinker(tmp_path)
+    shutil.copytree(DATA / "vsp", tmp_path / "FrozenLake/VSP/maps")
+    cases = benchmarks.read_benchmark(tmp_path)
+    assert {case.id: case.state for case in cases if "_vsp_" not in case.id} == states
+    assert sum("_vsp_" in case.id for case in cases) == 3
+    assert [case.index for case in cases if case.level == 32] == [9001, 9002, 9003] * 2
+    for case in cases:
+        assert case.optimal == len(ENVS[case.task].shortest_plan(case.state))
+        assert pathlib.Path(str(case.picture_path)).is_file()
+    for file in tmp_path.rglob("*.json"):
+        file.unlink()
+    assert benchmarks.read_benchmark(tmp_path) == cases
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("Maze/8_test/8_9_001.txt", lambda t: "9" + t[1:], "line 1: got 9, want 8 as its folder"),
+        (
+            "Maze/8_test/8_9_001.txt",
+            lambda t: t.rsplit("\n", 2)[0],
+            "lines of .*want 1, 2, 2 and 8",
+        ),
+        ("Maze/8_test/8_9_001.txt", lambda t: t[:-1] + " 3\n", "lines of"),
+        ("Maze/8_test/8_9_001.txt", lambda t: t[:-3] + "16\n", r"line 11: got '16', want"),
+        ("Maze/8_test/8_9_001.txt", lambda t: t[:-2] + "²\n", "line 11: got '.*²', want"),
+        (
+            "Maze/8_test/8_9_001.txt",
+            lambda t: "8\n8 8\n" + t.split("\n", 2)[2],
+            "start: got .8, 8.",
+        ),
+        ("Maze/8_test/8_9_001.txt", lambda t: t[:-3] + "15\n", r"got .*want its neighbour's"),
+        ("Maze/8_test/path.json", lambda t: "{}", "path.json, 8_9_001: got"),
+        (
+            "Maze/8_test/path.json",
+            lambda t: t.replace('": "', '": "X', 1),
+            "got 'X.*want a plan over",
+        ),
+        ("FrozenLake/16_test/metadata.json", lambda t: "[]", "metadata.json: got .*object"),
+        ("FrozenLake/16_test/table/16_9_0.8_001.txt", lambda t: t + "\n| Row 17 |", "line 18: got"),
+    ],
+)
+def test_malformed_diffthinker_boards_are_refused(
+    tmp_path: pathlib.Path, file: str, change: Callable[[str], str], message: str
+) -> None:
+    write_diffthinker(tmp_path, boards=1)
+    path = tmp_path / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        benchmarks.read_benchmark(tmp_path)
+
+
+def test_diffthinker_names_are_checked(tmp_path: pathlib.Path) -> None:
+    write_diffthinker(tmp_path, boards=1)
+    folder = tmp_path / "FrozenLake/16_test/table"
+    shutil.copyfile(folder / "16_9_0.8_001.txt", folder / "16_9_0.9_001.txt")
+    (tmp_path / "FrozenLake/16_test/metadata.json").unlink()
+    with pytest.raises(ValueError, match=r"got '16_9_0.9_001.txt after .*want numbers that differ"):
+        benchmarks.read_benchmark(tmp_path)
+    (folder / "16_9_0.9_001.txt").rename(folder / "notes.txt")
+    with pytest.raises(ValueError, match=r"got 'notes.txt', want names like 16_17_001.txt"):
+        benchmarks.read_benchmark(tmp_path)
+    (tmp_path / "Maze/32_test/32_9_001.txt").unlink()
+    (folder / "notes.txt").unlink()
+    with pytest.raises(ValueError, match=r"32_test: got no boards"):
         benchmarks.read_benchmark(tmp_path)
 
 

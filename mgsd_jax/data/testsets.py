@@ -12,15 +12,13 @@ from mgsd_jax.config import Benchmark
 from mgsd_jax.data.boards import MANIFEST, Board, read_split
 from mgsd_jax.envs import benchmarks
 
-_VSP_FOLDER = "level3 .. level8, each with img, table and metadata.json"
-_VISUALPLANNING_FOLDER = "dataset/<task>/tokenized_dataset/SFT/test_dataset.jsonl"
+_DIFFTHINKER_SOURCE = "github.com/lcqysl/DiffThinker"
 _VSP_SOURCE = (
-    "the maps of the VSP benchmark (github.com/UCSB-NLP-Chang/Visual-Spatial-Planning, also in "
-    f"github.com/lcqysl/DiffThinker under FrozenLake/VSP/maps): {_VSP_FOLDER}"
+    "the maps of the VSP benchmark (github.com/UCSB-NLP-Chang/Visual-Spatial-Planning under "
+    f"VSP-main/maze/task-main/maps, also in {_DIFFTHINKER_SOURCE} under FrozenLake/VSP/maps): "
+    "level3 .. level8, each with img and table"
 )
-_VISUALPLANNING_SOURCE = (
-    f"the data of VisualPlanning (github.com/yix8/VisualPlanning): {_VISUALPLANNING_FOLDER}"
-)
+_VISUALPLANNING_SOURCE = "the data of VisualPlanning (github.com/yix8/VisualPlanning)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +26,31 @@ class Public:
     """A benchmark that results are quoted on, by name: what it holds and where to get it."""
 
     task: str
-    boards: int | None  # in the public files, None where they are not public at present
+    boards: int  # in the public files
+    place: str  # where it lies in its folder: a pattern of paths
     source: str
+    level: int | None = None  # None: several
+
+
+def _visualplanning(task: str, boards: int, note: str = "") -> Public:
+    place = benchmarks.VISUALPLANNING.format(task=task)
+    return Public(task, boards, place, _VISUALPLANNING_SOURCE + note)
 
 
 PUBLIC = {
-    "frozenlake_vsp": Public("frozenlake", 600, _VSP_SOURCE),
-    "frozenlake_visualplanning": Public("frozenlake", 1000, _VISUALPLANNING_SOURCE),
-    "minibehaviour_visualplanning": Public("minibehaviour", 403, _VISUALPLANNING_SOURCE),
-    "maze_visualplanning": Public(
+    "frozenlake_vsp": Public("frozenlake", 600, benchmarks.VSP, _VSP_SOURCE),
+    "frozenlake_visualplanning": _visualplanning("frozenlake", 1000),
+    "minibehaviour_visualplanning": _visualplanning("minibehaviour", 403),
+    "maze_visualplanning": _visualplanning(
         "maze",
-        None,
-        _VISUALPLANNING_SOURCE + "; the maze file is not public at present, 'maze_held_out' "
-        "(a folder of --stage=generate) stands in for it",
+        1000,
+        "; where its maze file is not at hand, 'maze_held_out' (a folder of --stage=generate) "
+        "stands in for it",
     ),
+    **{
+        f"{task}_diffthinker_{level}": Public(task, 100, place, _DIFFTHINKER_SOURCE, level)
+        for (task, level), place in benchmarks.DIFFTHINKER.items()
+    },
 }
 
 
@@ -52,14 +61,13 @@ def read_public(name: str, folder: str | pathlib.Path) -> tuple[benchmarks.Case,
     file, line and key of the first thing that is not as it should be.
     """
     named, root = PUBLIC[name], pathlib.Path(folder)
-    if named.source == _VSP_SOURCE:
-        if not any(root.glob("level*/table")):
-            raise ValueError(f"{root}: got no {name} there, want {named.source}")
+    if not any(root.glob(named.place)):
+        raise ValueError(f"{root}: got no {named.place} there, want it of {named.source}")
+    if named.level is not None:
+        return benchmarks.read_diffthinker(root / named.place, named.task, named.level)
+    if named.place == benchmarks.VSP:
         return benchmarks.read_vsp(root)
-    file = root / _VISUALPLANNING_FOLDER.replace("<task>", named.task)
-    if not file.is_file():
-        raise ValueError(f"{file}: got no such file, want {named.source}")
-    return benchmarks.read_visualplanning(file, named.task)
+    return benchmarks.read_visualplanning(root / named.place, named.task)
 
 
 def read_testsets(named: Sequence[tuple[Benchmark, str]]) -> tuple[list[Board], list[str]]:
@@ -93,7 +101,7 @@ def _read(name: Benchmark, folder: str) -> list[tuple[Board, str]]:
         return _held_out_mazes(folder)
     cases = read_public(name, folder)
     want = PUBLIC[name].boards
-    if want is not None and len(cases) != want:
+    if len(cases) != want:
         logging.warning("%s: %s has %d boards of %d", folder, name, len(cases), want)
     return [
         (Board(case.task, case.level, case.index, case.state, case.picture_path), case.id)

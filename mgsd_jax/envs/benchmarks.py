@@ -1,8 +1,8 @@
-"""The two public benchmark formats as boards: FrozenLake maps of VSP, and VisualPlanning rows.
+"""Public benchmarks as boards: FrozenLake maps of VSP, rows of VisualPlanning, DiffThinker's tests.
 
-Case ids are those of the public MGSD evaluator, so that results can be joined row by row. Every
-board is checked when it is read: a benchmark that differs from what it says of itself (shape,
-neighbours, optimal length) would give numbers that cannot be compared.
+Case ids of the first two are those of the public MGSD evaluator, so that results can be joined row
+by row. Every board is checked when it is read: a benchmark that differs from what it says of itself
+(shape, neighbours, optimal length) would give numbers that cannot be compared.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mgsd_jax.envs import ENVS, frozenlake
+from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import Cell
 from mgsd_jax.envs.frozenlake import FrozenLakeState
 from mgsd_jax.envs.maze import MazeState
@@ -22,10 +22,20 @@ _TILES = {"@": "S", "*": "G", "#": "H", "_": "F"}
 _LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 _WALLS = {"north": 1, "south": 2, "west": 4, "east": 8}
 _ORIGIN = (
-    "benchmark files are not part of this package: the FrozenLake maps (level3..level8 with img, "
-    "table and metadata.json) come with the VSP benchmark, the dataset/<task>/tokenized_dataset "
-    "files with VisualPlanning"
+    "benchmark files are not part of this package: the FrozenLake maps (level3..level8 with img "
+    "and table) come with the VSP benchmark, the dataset/<task>/tokenized_dataset files with "
+    "VisualPlanning, FrozenLake/16_test .. Maze/32_test with DiffThinker"
 )
+# Where a benchmark of each format lies in its folder.
+VSP = "level*/table"
+VISUALPLANNING = "dataset/{task}/tokenized_dataset/SFT/test_dataset.jsonl"
+DIFFTHINKER: dict[tuple[str, int], str] = {
+    ("frozenlake", 16): "FrozenLake/16_test",
+    ("frozenlake", 32): "FrozenLake/32_test",
+    ("maze", 8): "Maze/8_test",
+    ("maze", 16): "Maze/16_test",
+    ("maze", 32): "Maze/32_test",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +52,25 @@ class Case:
 
 
 def read_benchmark(folder: str | pathlib.Path) -> tuple[Case, ...]:
-    """All boards of a folder of either format, by level and number, or in the order of the files.
+    """All boards of a folder, of whatever formats it holds, in the order of their files.
 
     Raises ValueError naming file, line and key of the first thing that is not as it should be.
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root}: got no such folder, want a benchmark ({_ORIGIN})")
-    if any(root.glob("level*/table")):
-        return read_vsp(root)
-    files = sorted(root.glob("dataset/*/tokenized_dataset/SFT/test_dataset.jsonl"))
-    if not files:
-        raise ValueError(
-            f"{root}: got neither level*/table nor "
-            f"dataset/*/tokenized_dataset/SFT/test_dataset.jsonl, want one of them ({_ORIGIN})"
-        )
-    return tuple(case for file in files for case in read_visualplanning(file, file.parts[-4]))
+    cases: list[Case] = []
+    # DiffThinker's repository holds the maps of VSP as well.
+    for maps in (root, root / "FrozenLake" / "VSP" / "maps"):
+        cases += read_vsp(maps) if any(maps.glob(VSP)) else ()
+    for file in sorted(root.glob(VISUALPLANNING.format(task="*"))):
+        cases += read_visualplanning(file, file.parts[-4])
+    for (task, level), place in DIFFTHINKER.items():
+        cases += read_diffthinker(root / place, task, level) if (root / place).is_dir() else ()
+    if not cases:
+        places = [VSP, VISUALPLANNING.format(task="<task>"), *DIFFTHINKER.values()]
+        raise ValueError(f"{root}: got none of {', '.join(places)}, want one of them ({_ORIGIN})")
+    return tuple(cases)
 
 
 def benchmark_keys(folders: Iterable[str | pathlib.Path]) -> frozenset[str]:
@@ -72,24 +85,78 @@ def _fail(where: str, got: Any, want: str) -> ValueError:
 
 
 def read_vsp(folder: str | pathlib.Path) -> tuple[Case, ...]:
-    """FrozenLake boards of `level{L}/{img,table,metadata.json}`, by level and number."""
+    """FrozenLake boards of `level{L}/{img,table}`, by level and number.
+
+    `level{L}/metadata.json` holds a plan of each; where it is absent they are solved here.
+    """
     root = pathlib.Path(folder)
     cases: list[Case] = []
     for level, level_folder in sorted(_numbered(root, "level*", r"level(\d+)")):
-        metadata_file = level_folder / "metadata.json"
-        metadata = _object(metadata_file, _parse(str(metadata_file), _text(metadata_file)))
+        plans = _read_plans(level_folder / "metadata.json")
         for number, table in sorted(_numbered(level_folder / "table", "*.txt", r"(\d+)\.txt")):
-            state = _read_table(table, level)
-            plan = _field(str(metadata_file), metadata, f"{number}.png", str)
-            optimal = _check_plan(f"{metadata_file}, {number}.png", state, plan)
             picture = level_folder / "img" / f"{number}.png"
-            if not picture.is_file():
-                raise ValueError(f"{picture}: got no such file, want the picture of {table.name}")
-            name = f"frozenlake_diffthinker_vsp_level{level}_{number:04d}"
-            cases.append(Case(name, "frozenlake", level, state, optimal, str(picture), number))
+            name = f"diffthinker_vsp_level{level}_{number:04d}"
+            state = _read_table(table, level)
+            _check_plan(plans, f"{number}.png", "frozenlake", state)
+            cases.append(_case("frozenlake", level, number, name, state, picture))
     if not cases:
         raise ValueError(f"{root}: got no level*/table/*.txt, want FrozenLake maps ({_ORIGIN})")
     return tuple(cases)
+
+
+def read_diffthinker(folder: str | pathlib.Path, task: str, level: int) -> tuple[Case, ...]:
+    """Boards of one test set of DiffThinker, by name.
+
+    FrozenLake has `table/{name}.txt` as VSP has, Maze `{name}.txt`; pictures are `{name}.png`.
+    `metadata.json`, or `path.json`, holds plans; where it is absent the boards are solved here.
+    """
+    root = pathlib.Path(folder)
+    is_lake = task == "frozenlake"
+    plans = _read_plans(root / ("metadata.json" if is_lake else "path.json"))
+    cases: dict[int, Case] = {}
+    for file in sorted((root / "table" if is_lake else root).glob("*.txt")):
+        name = re.fullmatch(rf"{level}_(\d+)_(?:[\d.]+_)?(\d+)", file.stem)
+        if name is None:
+            raise _fail(str(root), file.name, f"names like {level}_17_001.txt")
+        index = int(name[1]) * 1000 + int(name[2])
+        if index in cases:
+            raise _fail(str(root), f"{file.name} after {cases[index].id}", "numbers that differ")
+        state = _read_table(file, level) if is_lake else _read_masks(file, level)
+        _check_plan(plans, f"{file.stem}.png" if is_lake else file.stem, task, state)
+        picture = root / f"{file.stem}.png"
+        cases[index] = _case(task, level, index, f"diffthinker_{file.stem}", state, picture)
+    if not cases:
+        raise ValueError(f"{root}: got no boards, want those of DiffThinker ({_ORIGIN})")
+    return tuple(cases[index] for index in sorted(cases))
+
+
+def _case(task: str, level: int, index: int, name: str, state: Any, picture: pathlib.Path) -> Case:
+    if not picture.is_file():
+        raise ValueError(f"{picture}: got no such file, want the picture of {picture.stem}.txt")
+    optimal = len(_shortest(str(picture.with_suffix(".txt")), task, state))
+    return Case(f"{task}_{name}", task, level, state, optimal, str(picture), index)
+
+
+_Plans = tuple[str, dict[str, Any]] | None  # of a file: its name, the letters of plans by board
+
+
+def _read_plans(path: pathlib.Path) -> _Plans:
+    if not path.is_file():
+        return None
+    return str(path), _object(path, _parse(str(path), _text(path)))
+
+
+def _check_plan(plans: _Plans, key: str, task: str, state: Any) -> None:
+    """Raises ValueError unless the reference plan, if there is one, is a shortest one."""
+    if plans is None:
+        return
+    letters = _field(plans[0], plans[1], key, str)
+    if not letters or set(letters) - set(_LETTERS):
+        raise _fail(f"{plans[0]}, {key}", letters, "a plan over U, D, L, R")
+    outcome = ENVS[task].play(state, tuple(_LETTERS[letter] for letter in letters))
+    if not outcome.optimal:
+        got = f"{letters} ({outcome.reason})"
+        raise _fail(f"{plans[0]}, {key}", got, "a shortest plan to the goal")
 
 
 def _numbered(folder: pathlib.Path, pattern: str, name: str) -> Iterator[tuple[int, pathlib.Path]]:
@@ -135,14 +202,25 @@ def _frozenlake(where: str, rows: list[str]) -> FrozenLakeState:
     return FrozenLakeState(tuple(rows))
 
 
-def _check_plan(where: str, state: FrozenLakeState, letters: str) -> int:
-    """The number of moves of a reference plan, which must reach the goal and be a shortest one."""
-    if not letters or set(letters) - set(_LETTERS):
-        raise _fail(where, letters, "a plan over U, D, L, R")
-    outcome = frozenlake.play(state, tuple(_LETTERS[letter] for letter in letters))
-    if not outcome.optimal:
-        raise _fail(where, f"{letters} ({outcome.reason})", "a shortest plan to the goal")
-    return outcome.steps
+def _read_masks(path: pathlib.Path, level: int) -> MazeState:
+    """A maze as lines of numbers: size, start, goal, rows of wall masks (N 1, S 2, W 4, E 8)."""
+    lines = [line.split() for line in _text(path).splitlines() if line.strip()]
+    widths = [len(line) for line in lines]
+    if widths != [1, 2, 2, *[level] * level]:
+        raise _fail(str(path), f"lines of {widths} numbers", f"1, 2, 2 and {level} rows of {level}")
+    for number, line in enumerate(lines, start=1):
+        for text in line:
+            if not re.fullmatch("[0-9]{1,2}", text) or int(text) >= (16 if number > 3 else 33):
+                raise _fail(f"{path}, line {number}", text, "a size, a cell, or a mask of 0..15")
+    (size,), start, target, *masks = [[int(text) for text in line] for line in lines]
+    if size != level:
+        raise _fail(f"{path}, line 1", size, f"{level} as its folder says")
+    return _maze(
+        str(path),
+        masks,
+        _cell(f"{path}, start", start, level),
+        _cell(f"{path}, goal", target, level),
+    )
 
 
 def read_visualplanning(file: str | pathlib.Path, task: str) -> tuple[Case, ...]:
@@ -205,20 +283,23 @@ def _read_maze(where: str, meta: Mapping[str, Any], level: int) -> MazeState:
             place = f"{where}, layout[{r}][{c}]"
             sides = _object(place, cell)
             masks[r][c] = sum(_WALLS[side] * _field(place, sides, side, bool) for side in _WALLS)
+    start, target = (_position(where, meta, key, level) for key in ("start_pos", "target_pos"))
+    return _maze(f"{where}, layout", masks, start, target)
+
+
+def _maze(where: str, masks: list[list[int]], start: Cell, target: Cell) -> MazeState:
+    """The maze, whose cells must agree on the walls between them."""
+    level = len(masks)
     for r in range(level):
         for c in range(level):
             east = c + 1 == level or bool(masks[r][c + 1] & _WALLS["west"])
             south = r + 1 == level or bool(masks[r + 1][c] & _WALLS["north"])
             for side, want in (("east", east), ("south", south)):
                 if bool(masks[r][c] & _WALLS[side]) != want:
-                    raise _fail(f"{where}, layout[{r}][{c}].{side}", not want, "its neighbour's")
+                    raise _fail(f"{where}[{r}][{c}].{side}", not want, "its neighbour's")
         if not (masks[r][0] & _WALLS["west"] and masks[0][r] & _WALLS["north"]):
-            raise _fail(f"{where}, layout", f"an open edge at {r}", "walls around the maze")
-    return MazeState(
-        walls=tuple(tuple(row) for row in masks),
-        start=_position(where, meta, "start_pos", level),
-        target=_position(where, meta, "target_pos", level),
-    )
+            raise _fail(where, f"an open edge at {r}", "walls around the maze")
+    return MazeState(walls=tuple(tuple(row) for row in masks), start=start, target=target)
 
 
 def _read_minibehaviour(where: str, meta: Mapping[str, Any], level: int) -> MiniBehaviourState:

@@ -1,5 +1,6 @@
 """Low-rank adapters: the no-op at the start, merging, PEFT's folders in both directions."""
 
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from mgsd_jax import tree
 from mgsd_jax.batch import Inputs
 from mgsd_jax.model import lora
 from mgsd_jax.model.config import ModelConfig, tiny
+from mgsd_jax.model.layers import Linear
 from mgsd_jax.model.lora import LoraSpec
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
 
@@ -245,11 +247,25 @@ def test_peft_runs_our_adapters(
     np.testing.assert_allclose(got[inputs.valid], want[inputs.valid], atol=1e-4)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], r".*visual.*\.(attn\.proj|qkv)"])
+LISTED = ["q_proj", "down_proj"]
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, r"layers\.1\..*\.down_proj": 5, r"1\.attn\.proj": 1},
+    "alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 20, "qkv": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("modules", "extra"),
+    [
+        (LISTED, {}),
+        (LISTED, {"use_rslora": True}),
+        (LISTED, PATTERNS),
+        (r".*visual.*\.(attn\.proj|qkv)", {**PATTERNS, "use_rslora": True}),
+    ],
+)
 def test_we_run_adapters_of_peft(
     modules: list[str] | str,
-    use_rslora: bool,
+    extra: dict[str, Any],
     torch_folder: Path,
     rows: list[Row],
     inputs: Inputs,
@@ -261,9 +277,7 @@ def test_we_run_adapters_of_peft(
 
     model = load_torch(torch_folder)
     params = helpers_hf.to_params(model, CONFIG)
-    settings = peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=modules, use_rslora=use_rslora, lora_dropout=0.0
-    )
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=modules, lora_dropout=0.0, **extra)
     adapted = peft.get_peft_model(model, settings)
     torch.manual_seed(1)
     for key, weight in adapted.named_parameters():
@@ -277,10 +291,35 @@ def test_we_run_adapters_of_peft(
     # the spec describes the same adapters
     fresh = lora.init_adapters(params, spec, jax.random.key(0))
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, adapters)
-    lora.save_peft(adapters, spec, CONFIG, tmp_path / "again", base_model="base")
-    again, theirs = (load_file(f / lora.PEFT_WEIGHTS) for f in (tmp_path / "again", tmp_path))
-    assert again.keys() == theirs.keys()
-    assert all(np.array_equal(again[key], theirs[key]) for key in theirs)
+    assert_same_tree(lora.with_scale(lora.trainable(adapters), spec), adapters)
+    if "rank_pattern" not in extra:
+        lora.save_peft(adapters, spec, CONFIG, tmp_path / "again", base_model="base")
+        again, theirs = (load_file(f / lora.PEFT_WEIGHTS) for f in (tmp_path / "again", tmp_path))
+        assert again.keys() == theirs.keys()
+        assert all(np.array_equal(again[key], theirs[key]) for key in theirs)
+
+
+def test_joined_adapters_add_what_their_parts_add(params: dict) -> None:
+    specs = [LoraSpec(2, 5.0, "q_proj"), LoraSpec(3, 4.0, r"(q|down)_proj")]
+    parts = [random_adapters(params, spec, seed) for seed, spec in enumerate(specs)]
+    joined, spec = lora.join(parts, specs[0])
+    assert (spec.rank, spec.alpha) == (5, 12.5)
+    assert_same_tree(lora.with_scale(lora.trainable(joined), spec), joined)
+    one_by_one = lora.merge(lora.merge(params, parts[0]), parts[1])
+    for path, want in tree.named_leaves(one_by_one):
+        np.testing.assert_allclose(tree.get(lora.merge(params, joined), path), want, atol=1e-6)
+    alone, same = lora.join(parts[1:], specs[1])
+    assert_same_tree(alone, parts[1])
+    assert (same.rank, same.alpha) == (3, 4.0)
+
+
+def test_the_scale_is_not_rounded_to_bfloat16() -> None:
+    """1 / 3 is 0.3340 in bfloat16: what was added was off by 0.2 percent throughout."""
+    layer = Linear(4, dtype=jnp.bfloat16)
+    one = {"a": jnp.ones((1, 1)), "b": jnp.full((1, 4), 3.0), "scale": jnp.float32(1 / 3)}
+    variables = {"params": {"kernel": jnp.zeros((1, 4))}, "adapters": one}
+    x = jnp.array([[1.0], [128.0]], jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(layer.apply(variables, x), np.float32)[:, 0], x[:, 0])
 
 
 @pytest.fixture
@@ -306,14 +345,32 @@ def test_peft_round_trip_is_exact(params: dict, peft_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights: got {start!r}, want one of")
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new")
+        ),
         ({"use_dora": True}, "use_dora: got True, want False"),
+        ({"use_qalora": True}, "use_qalora: got True, want it absent or off"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: got [5], want None"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: got [[0, 2], [1, 3]]"),
+        ({"trainable_token_indices": [7]}, "trainable_token_indices: got [7], want None"),
+        ({"target_parameters": ["x"]}, "target_parameters: got ['x'], want None"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out: got True, want False"),
+        ({"lora_bias": True}, "lora_bias: got True, want False"),
+        ({"a_field_of_tomorrow": 0.5}, "a_field_of_tomorrow: got 0.5, want it absent or off"),
         ({"bias": "all"}, "bias: got 'all', want 'none'"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern: got {'q_proj': 2}, want {}"),
+        ({"bias": None}, "bias: got None, want 'none'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: got ['lm_head'], want None"),
         ({"peft_type": "IA3"}, "peft_type: got 'IA3', want 'LORA'"),
         ({"r": 0}, "r: got 0"),
         ({"r": True}, "r: got True"),
         ({"lora_alpha": None}, "lora_alpha: got None"),
+        ({"lora_alpha": True}, "lora_alpha: got True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: got nan"),
+        ({"rank_pattern": [2]}, "rank_pattern: got [2], want an object"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: q_proj: got 0, want a whole number"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: q_proj: got 'x', want a number"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: got '(' (missing ), unterminated"),
     ],
 )
 def test_peft_settings_with_other_mathematics(change: dict, wanted: str, peft_folder: Path) -> None:
@@ -322,6 +379,21 @@ def test_peft_settings_with_other_mathematics(change: dict, wanted: str, peft_fo
     with pytest.raises(ValueError, match=re.escape(wanted)) as caught:
         lora.load_peft(peft_folder, CONFIG)
     assert lora.PEFT_CONFIG in str(caught.value)
+
+
+def test_no_field_of_peft_is_ignored_unknown(peft_folder: Path) -> None:
+    """Every field of the installed PEFT is read, or known to be idle, or refused when it is set."""
+    peft = pytest.importorskip("peft")
+    file = peft_folder / lora.PEFT_CONFIG
+    settings = json.loads(file.read_text())
+    for field in dataclasses.fields(peft.LoraConfig):
+        if field.name in (*lora.PEFT_READ, *lora.PEFT_IDLE):
+            continue
+        file.write_text(json.dumps(settings | {field.name: {"anything": 1}}))
+        with pytest.raises(ValueError, match=f"{field.name}: got {{'anything': 1}}"):
+            lora.load_peft(peft_folder, CONFIG)
+    file.write_text(json.dumps(settings | {"use_something": False, "its_config": {}}))
+    lora.load_peft(peft_folder, CONFIG)
 
 
 def test_peft_problems_are_in_one_message(peft_folder: Path) -> None:

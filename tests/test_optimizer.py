@@ -276,3 +276,25 @@ def test_bfloat16_parameters_move_by_less_than_they_can_hold() -> None:
     np.testing.assert_array_equal(kernel, again.params["kernel"])
     other, _ = step(state.replace(step=state.step + 1), grads)
     assert (other.params["kernel"] != kernel).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_moving_average_moves_whatever_the_parameters_are_kept_in(dtype: Any) -> None:
+    """5,000 steps at 0.999 from 1 to 1.25, 2 and -1; in bfloat16 it ended at 1, 1 and 0.953."""
+    decay, steps = 0.999, 5000
+    state = optimizer.init({"w": jnp.ones(3, dtype)}, optax.sgd(0.0), keeps_average=True)
+    state = dataclasses.replace(state, params={"w": jnp.array([1.25, 2.0, -1.0], dtype)})
+
+    @jax.jit
+    def run(state: optimizer.TrainState) -> optimizer.TrainState:
+        return jax.lax.fori_loop(
+            0, steps, lambda _, state: optimizer.move_average(state, decay), state
+        )
+
+    average = run(state).average["w"]
+    assert average.dtype == jnp.float32
+    # Every step rounds by at most half a place of 2, and the average forgets 1 / (1 - decay) of
+    # them: 2^-24 * 2 * 1000.
+    np.testing.assert_allclose(average, [1.248, 1.993, -0.987], atol=5e-4 + 1.2e-4)
+    goal = np.array([1.25, 2.0, -1.0])
+    np.testing.assert_allclose(average, goal + (1 - goal) * decay**steps, atol=1.2e-4)

@@ -33,8 +33,8 @@ class Linear(nn.Module):
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("adapters", "a"):
             a, b, scale = (self.get_variable("adapters", name) for name in ("a", "b", "scale"))
-            low = x @ a.astype(self.dtype)
-            y += (low @ b.astype(self.dtype)) * scale.astype(self.dtype)
+            added = x @ a.astype(self.dtype) @ b.astype(self.dtype)
+            y += (added.astype(jnp.float32) * scale).astype(self.dtype)  # bfloat16 has no 1 / 3
         return y
 
 

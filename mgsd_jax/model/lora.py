@@ -9,7 +9,7 @@ An adapter stands at the path of its Linear, as the model's collection 'adapters
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,33 @@ from mgsd_jax.model.table import TABLE, Leaf, Tree, leaves, put
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-# what a PEFT config may say that changes the mathematics, and the only value written here
+# What a PEFT config may say: settings that change no adapted weight once training is over ...
+PEFT_IDLE = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "lora_dropout", "eva_config"),
+    # which modules are adapted: the tensors say it
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    # what these speak of is refused below
+    *("megatron_core", "qalora_group_size"),
+)
+# ... those that are read ...
+PEFT_READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# ... and those that would be other mathematics. Any other key has to be off: null, false or empty.
 PEFT_PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
     "fan_in_fan_out": False,
     "use_dora": False,
     "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "modules_to_save": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
 }
+# Ways to start that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the
+# adapter's first product off them, which nothing in the folder tells.
+PEFT_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _CONVOLUTIONS = {row.path.removesuffix("/kernel") for row in TABLE if row.layout == "conv"}
 
 
@@ -171,6 +187,8 @@ def save_peft(
         return
     settings = {
         **PEFT_PLAIN,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
@@ -188,13 +206,14 @@ def save_peft(
 def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Tree, LoraSpec]:
     """Return the adapters in a PEFT folder as float32, and the spec that describes them.
 
-    Raises one ValueError that lists every tensor missing, unknown or of a wrong shape; a stack
-    must be adapted in all of its layers. Settings with other mathematics (DoRA, a rank for each
-    module, biases, saved modules) raise too; rank-stabilised scaling is read as its alpha.
+    Rank-stabilised scaling, ranks and alphas of single modules become one rank and one alpha (see
+    `join`). Raises one ValueError that lists every setting with other mathematics (PiSSA, DoRA,
+    saved modules, ...) or unknown, else every tensor missing, unknown or of a wrong shape; a stack
+    must be adapted in all of its layers.
     """
     folder = Path(folder)
     settings = files.read_json(folder / PEFT_CONFIG)
-    rank, alpha = _peft_size(settings, folder / PEFT_CONFIG)
+    _check_peft(settings, folder / PEFT_CONFIG)
     handle = files.open_tensors(folder / PEFT_WEIGHTS)
     unread = set(handle.keys())
     problems: list[str] = []
@@ -202,31 +221,72 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Tree, LoraSpec]:
     for leaf in leaves(config):
         if leaf.layout != "transpose":
             continue
-        keys = {
-            name: [
-                f"{PEFT_PREFIX}{hf_name.removesuffix('.weight')}.{name}.weight"
-                for hf_name in leaf.names
-            ]
-            for name in ("lora_A", "lora_B")
-        }
-        if not unread & {key for names in keys.values() for key in names}:
+        modules = [name.removesuffix(".weight") for name in leaf.names]
+        keys = [
+            [f"{PEFT_PREFIX}{module}.{name}.weight" for name in ("lora_A", "lora_B")]
+            for module in modules
+        ]
+        if not unread & {key for pair in keys for key in pair}:
             continue
+        unread -= {key for pair in keys for key in pair}
         outer, inner = leaf.hf_shape
-        path = leaf.path.removesuffix("/kernel")
-        for ours, name, shape in (("a", "lora_A", (rank, inner)), ("b", "lora_B", (outer, rank))):
-            found = [_peft_tensor(handle, key, shape, problems) for key in keys[name]]
-            unread -= set(keys[name])
-            if not problems:
-                stack = np.stack([value.T for value in found if value is not None])
-                put(adapters, f"{path}/{ours}", jnp.asarray(stack if leaf.is_stacked else stack[0]))
+        sizes = [_peft_size(settings, module) for module in modules]
+        found: list[tuple[Any, Any]] = [
+            (
+                _peft_tensor(handle, key_a, (rank, inner), problems),
+                _peft_tensor(handle, key_b, (outer, rank), problems),
+            )
+            for (key_a, key_b), (rank, _) in zip(keys, sizes, strict=True)
+        ]
+        if problems:
+            continue
+        widest = max(rank for rank, _ in sizes)
+        node = {
+            "a": np.stack([_widen(a, 0, widest).T for a, _ in found]),
+            "b": np.stack([_widen(b, 1, widest).T for _, b in found]),
+            "scale": np.array([alpha / rank for rank, alpha in sizes], np.float32),
+        }
+        for name, value in node.items():
+            path = leaf.path.removesuffix("kernel") + name
+            put(adapters, path, value if leaf.is_stacked else value[0])
     problems += [f"{key}: got a tensor that has no Linear to adapt" for key in sorted(unread)]
     if not problems and not adapters:
         problems.append("got no adapters at all, want at least one")
     if problems:
         raise files.problem_list(f"adapters in {folder} do not fit the config", problems)
-    paths = sorted({path.rpartition("/")[0] for path, _ in tree.named_leaves(adapters)})
-    spec = LoraSpec(rank, alpha, f"^({'|'.join(re.escape(path) for path in paths)})$")
-    return with_scale(adapters, spec), spec
+    return join([adapters], LoraSpec(*_peft_size(settings, ""), ""))
+
+
+def join(parts: Sequence[Tree], size: LoraSpec) -> tuple[Tree, LoraSpec]:
+    """Return adapters that add what all `parts` add, of one rank and scaled as `size` is.
+
+    The parts of a Linear lie side by side along the rank, zeros fill up to the largest; where a
+    part has another scale, its `b` takes the ratio. The spec names the Linears by their paths.
+    """
+    nodes: dict[str, list[Tree]] = {}
+    for part in parts:
+        for path, node in _adapter_nodes(part):
+            nodes.setdefault(path, []).append(node)
+    rank = max(sum(node["a"].shape[-1] for node in group) for group in nodes.values())
+    scale = np.float32(size.alpha / size.rank)
+    joined: Tree = {}
+    for path, group in nodes.items():
+        ratios = [np.asarray(node["scale"] / scale)[..., None, None] for node in group]
+        a = np.concatenate([node["a"] for node in group], -1)
+        b = np.concatenate([node["b"] * r for node, r in zip(group, ratios, strict=True)], -2)
+        put(joined, f"{path}/a", jnp.asarray(_widen(a, -1, rank)))
+        put(joined, f"{path}/b", jnp.asarray(_widen(b, -2, rank)))
+    alpha = size.alpha if rank == size.rank else size.alpha * rank / size.rank
+    targets = "|".join(re.escape(path) for path in sorted(nodes))
+    spec = LoraSpec(rank, alpha, f"^({targets})$")
+    return with_scale(joined, spec), spec
+
+
+def _widen(values: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Return the values with zeros behind them up to `size` along an axis."""
+    pads = [(0, 0)] * values.ndim
+    pads[axis] = (0, size - values.shape[axis])
+    return np.pad(values, pads)
 
 
 def _adapter_nodes(adapters: Tree) -> Iterator[tuple[str, Tree]]:
@@ -268,20 +328,64 @@ def _target_modules(modules: list[str], config: ModelConfig) -> list[str]:
     return sorted({module if last in others else last for module, last in last_names})
 
 
-def _peft_size(settings: dict[str, Any], source: Path) -> tuple[int, float]:
+def _check_peft(settings: dict[str, Any], source: Path) -> None:
+    """Raise ValueError that lists what is malformed, unknown or other mathematics."""
+    start = settings.get("init_lora_weights", True)
     problems = [
-        f"{key}: got {settings[key]!r}, want {plain!r}"
-        for key, plain in PEFT_PLAIN.items()
-        if key in settings and settings[key] != plain and (settings[key] or plain)
+        f"{key}: got {value!r}, want {PEFT_PLAIN[key]!r}"
+        if key in PEFT_PLAIN
+        else f"{key}: got {value!r}, want it absent or off: what it does is not written here"
+        for key, value in settings.items()
+        if value != PEFT_PLAIN.get(key)
+        and (value or PEFT_PLAIN.get(key))
+        and key not in (*PEFT_IDLE, *PEFT_READ, "init_lora_weights")
     ]
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"r: got {rank!r}, want a whole number of at least 1")
-    if not isinstance(alpha, int | float):
-        problems.append(f"lora_alpha: got {alpha!r}, want a number")
+    if start not in PEFT_STARTS:
+        problems.append(
+            f"init_lora_weights: got {start!r}, want one of {PEFT_STARTS}: the base weights of the "
+            "others are changed too; save the adapters with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge them into the model"
+        )
+    wanted = (
+        ("r", "rank_pattern", _is_rank, "a whole number of at least 1"),
+        ("lora_alpha", "alpha_pattern", _is_alpha, "a number above 0"),
+    )
+    for key, pattern_key, is_right, what in wanted:
+        patterns = settings.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            problems.append(f"{pattern_key}: got {patterns!r}, want an object")
+            continue
+        named = {f"{pattern_key}: {pattern}": value for pattern, value in patterns.items()}
+        for name, value in {key: settings.get(key), **named}.items():
+            if not is_right(value):
+                problems.append(f"{name}: got {value!r}, want {what}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{pattern_key}: got {pattern!r} ({error}), want a regex")
     if problems:
         raise files.problem_list(str(source), problems)
-    assert isinstance(rank, int) and isinstance(alpha, int | float)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and value is not True and 0 < value < math.inf
+
+
+def _peft_size(settings: dict[str, Any], module: str) -> tuple[int, float]:
+    """Return (rank, alpha) of a module's adapter: its own where a pattern ends its name."""
+
+    def own(key: str, pattern_key: str) -> Any:
+        for pattern, value in (settings.get(pattern_key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return settings[key]
+
+    rank, alpha = own("r", "rank_pattern"), own("lora_alpha", "alpha_pattern")
     if settings.get("use_rslora"):  # alpha / sqrt(r) in place of alpha / r
         alpha *= math.sqrt(rank)
     return rank, float(alpha)

@@ -81,6 +81,8 @@ class ModelConfig:
 class MeshConfig:
     """How the devices are laid out; a size of -1 takes what the others leave.
 
+    Where fsdp and tensor both are -1, tensor is 4, or 2 or 1 where the devices do not divide by 4.
+
     A run may go on under another mesh: what is computed does not depend on it.
     """
 

@@ -129,8 +129,9 @@ def make_update(
     """One jitted program: teacher forward, student forward and backward, optimiser.
 
     update(state, frozen, teacher_params, batch) -> (state, metrics, statistics [B, R]); the state
-    is donated. With `settings.teacher_decay` the state's average is the teacher, and teacher_params
-    are not read. `banned_ids` can be sampled by neither reader.
+    is donated. Without teacher_params ({}) the student holds the teacher: with
+    `settings.teacher_decay` it is the state's average, else the student without its adapters.
+    `banned_ids` can be sampled by neither reader.
     """
     vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
     mesh = student.mesh
@@ -141,7 +142,7 @@ def make_update(
         if settings.teacher_decay:
             teacher_variables = tree.combine(state.average, frozen)
         else:
-            teacher_variables = {"params": teacher_params}
+            teacher_variables = {"params": teacher_params or frozen["params"]}
 
         def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
             return loss_fn(
@@ -225,7 +226,7 @@ def run(config: Config, workdir: str) -> None:
     student, trained, frozen = loading.load_student(
         settings, config, workdir, folder, mesh, metric="val/success"
     )
-    teacher = loading.load(settings.teacher, config, workdir, mesh, is_frozen=True)
+    teacher = loading.load_teacher(settings, config, workdir, mesh, student)
 
     # Prompts of the training boards.
     encoder = stage.encoder(config, student.processor)

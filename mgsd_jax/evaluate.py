@@ -197,6 +197,7 @@ def run(config: Config, workdir: str) -> None:
         todo = [job[1:] for job in jobs if job[0] == name and job[-1]]
         if not todo:
             continue
+        asker = None  # lets go of the model before this one: memory holds one at a time
         asker = make_asker(source)
         for mode, attempt, places in todo:
             started = time.perf_counter()
@@ -256,7 +257,7 @@ def _askers(
 def _local_asker(source: str, config: Config, workdir: str, boards: Sequence[Board]) -> Asker:
     settings = config.evaluate
     mesh = sharding.open_mesh(config.mesh)
-    loaded = loading.load(source, config, workdir, mesh)
+    loaded = loading.load(source, config, workdir, mesh, is_frozen=True)
     base = stage.encoder(config, loaded.processor)
     encoder = BenchmarkEncoder(base.processor, base.prompts, base.data)
     answer = make_answerer(loaded.model, encoder, settings, config.seed)

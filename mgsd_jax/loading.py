@@ -8,10 +8,12 @@ A stage folder holds `model/` (config, tokenizer and processor files of its sour
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -29,12 +31,17 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model with its weights and its processor; `folder` holds the Hugging Face side files."""
+    """A model with its weights and its processor.
+
+    `folder` holds the Hugging Face side files, `base` is the folder whose weights `params` are,
+    '' where a stage has changed them.
+    """
 
     model: Qwen3VL
     params: Params
     processor: Processor
     folder: str
+    base: str
 
 
 def load(
@@ -48,8 +55,9 @@ def load(
     """The model at `path`: a Hugging Face folder, or the folder of a stage (see above).
 
     `path` may hold `{workdir}` and `{model}`. Weights get `config.model.param_dtype`, or where they
-    will not learn (`is_frozen`) what the model reads them in, and go straight to where
-    `sharding.TRAIN_RULES` lay them on the mesh. Raises ValueError where the path is neither.
+    will not learn (`is_frozen`) what the model reads them in, one by one as they are read, and go
+    straight to where `sharding.TRAIN_RULES` lay them on the mesh. Raises ValueError where the path
+    is neither.
     """
     root = epath.Path(config_lib.resolve(path, config, workdir))
     folder = root / "model" if (root / "model" / "source.json").is_file() else root
@@ -66,10 +74,13 @@ def load(
         remat=config.model.remat,
         kernel=kernel_for(mesh),
     )
-    params = load_params(root, model_config, config, workdir, mesh)
-    if is_frozen:
-        params = sharding.cast(params, model.dtype)
-    return Loaded(model, params, processor, str(folder))
+
+    def read(path: str, leaf: jax.Array) -> jax.Array:
+        return sharding.cast_leaf(path, jnp.asarray(leaf), model.dtype) if is_frozen else leaf
+
+    params = load_params(root, model_config, config, workdir, mesh, read)
+    base = "" if folder != root else str(paths.absolute(root))
+    return Loaded(model, params, processor, str(folder), base)
 
 
 def load_student(
@@ -83,24 +94,64 @@ def load_student(
 ) -> tuple[Loaded, Params, Params]:
     """(the student of a stage, `params` empty; what learns; the frozen rest), laid out on the mesh.
 
-    What learns has `config.model.param_dtype`, the rest what the model reads. The stage's `folder`
-    notes where the weights come from, and by which `metric` a checkpoint is the best.
+    What learns has `config.model.param_dtype`, the rest what the model reads. Adapters of the size
+    that the stage before has trained are that stage's, which learn on; the frozen rest is then the
+    model that they were made for. The stage's `folder` notes where the weights come from, and by
+    which `metric` a checkpoint is the best.
     """
-    student = load(settings.student, config, workdir, mesh)
+    weights = config_lib.resolve(settings.student, config, workdir)
+    adapters = None
+    if settings.lora.rank:
+        adapters, weights = _adapters_of(epath.Path(weights), settings.lora, weights, config)
+    student = load(weights, config, workdir, mesh, is_frozen=settings.lora.rank > 0)
     trained, frozen = trainable.split(
-        student.params, settings.optim, settings.lora, jax.random.key(config.seed)
+        student.params, settings.optim, settings.lora, jax.random.key(config.seed), adapters
     )
     student = dataclasses.replace(student, params={})  # they live on in these two alone
     trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
     write_source(
         folder,
         student,
-        weights=config_lib.resolve(settings.student, config, workdir),
+        weights=weights,
         lora_config=settings.lora,
         is_complete=not frozen,
         metric=metric,
     )
     return student, trained, frozen
+
+
+def load_teacher(
+    settings: DistillationConfig, config: Config, workdir: str, mesh: Mesh | None, student: Loaded
+) -> Loaded:
+    """The frozen teacher, beside the student as `load_student` returns it.
+
+    Its `params` are empty where the student holds them: the teacher is the average of the student
+    (`teacher_decay`), or the student without its adapters.
+    """
+    teacher = paths.absolute(config_lib.resolve(settings.teacher, config, workdir))
+    if settings.lora.rank and student.base == str(teacher) and not settings.teacher_decay:
+        logging.info("%s: the teacher is the student without its adapters, held once", teacher)
+        return student
+    if settings.teacher_decay:
+        return student
+    return load(settings.teacher, config, workdir, mesh, is_frozen=True)
+
+
+def _adapters_of(
+    root: epath.Path, wanted: LoraConfig, weights: str, config: Config
+) -> tuple[Params | None, str]:
+    """(adapters to go on with, the folder that they adapt), or (None, `weights`) without any."""
+    file = root / "model" / "source.json"
+    if not file.is_file():
+        return None, weights
+    source = json.loads(file.read_text())
+    if source["lora"] != dataclasses.asdict(wanted):
+        return None, weights
+    trained: Params = checkpoint.load_params(
+        root / "checkpoints", which=config.checkpoint.use, metric=source["metric"]
+    )
+    logging.info("%s: its adapters learn on, above %s", root, source["weights"])
+    return trained["adapters"], source["weights"]
 
 
 def load_params(
@@ -109,8 +160,12 @@ def load_params(
     config: Config,
     workdir: str,
     mesh: Mesh | None = None,
+    finish: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf,
 ) -> Params:
-    """The weights below `root`, trained parts taken from the checkpoint, adapters merged."""
+    """The weights below `root`, trained parts taken from the checkpoint, adapters merged.
+
+    `finish(path, leaf)` is what becomes of each of them in the end.
+    """
     dtype = jnp.dtype(config.model.param_dtype)
     source_file = root / "model" / "source.json"
     if not source_file.is_file():
@@ -123,7 +178,9 @@ def load_params(
         if mesh is not None:
             shapes = table.abstract_params(model_config, config.model.param_dtype)
             shardings = sharding.param_shardings(shapes, mesh)
-        return hf.load_params(str(root), model_config, dtype=dtype, shardings=shardings)
+        return hf.load_params(
+            str(root), model_config, dtype=dtype, shardings=shardings, finish=finish
+        )
     source = json.loads(source_file.read_text())
     adapters_spec = LoraConfig(**source["lora"])
     trained = checkpoint.load_params(
@@ -133,14 +190,17 @@ def load_params(
         metric=source["metric"],
     )
     if source["complete"]:
-        return trained["params"]
-    base = load_params(epath.Path(source["weights"]), model_config, config, workdir, mesh)
+        return tree.map_named(finish, trained["params"])
+    base = functools.partial(
+        load_params, epath.Path(source["weights"]), model_config, config, workdir, mesh
+    )
     if adapters_spec.rank:
         spec = lora.LoraSpec(adapters_spec.rank, adapters_spec.alpha, adapters_spec.targets)
-        return lora.merge(base, lora.with_scale(trained["adapters"], spec))
+        merged = lora.merger(lora.with_scale(trained["adapters"], spec))
+        return base(lambda path, leaf: finish(path, merged(path, leaf)))
     names = {name for name, _ in tree.named_leaves(trained["params"])}
-    _, rest = tree.partition(base, lambda name, _: name in names)
-    return tree.combine(trained["params"], rest)
+    _, rest = tree.partition(base(finish), lambda name, _: name in names)
+    return tree.combine(tree.map_named(finish, trained["params"]), rest)
 
 
 def _placed(shapes: Params, mesh: Mesh) -> Params:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,6 +59,9 @@ ROLLOUT_RULES: Rules = (
     (r"/(o_proj|down_proj|proj|linear_fc2)/kernel$", P(None, "tensor")),
 )
 
+# As many chips hold the weights of one copy for decoding, where nothing else is asked for.
+_USUAL_TENSOR = 4
+
 # Read in float32 whatever the model computes in; all else is cast where it is read.
 _READ_IN_FLOAT32 = ((r"\bvisual/(.*norm\d?/(scale|bias)|pos_embed/embedding)$", True), ("", False))
 
@@ -67,15 +71,19 @@ def make_mesh(
 ) -> Mesh:
     """Return the mesh ('data', 'fsdp', 'tensor') over `devices`, by default all there are.
 
-    One size may be -1: whatever the others leave. The axes are Auto (`jax.make_mesh` alone would
-    make them Explicit). Raises ValueError where the sizes do not multiply to the devices.
+    A size of -1 is whatever the others leave. Where 'fsdp' and 'tensor' both are -1, 'tensor' is
+    the greatest common divisor of that and `_USUAL_TENSOR`, 'fsdp' the rest. The axes are Auto
+    (`jax.make_mesh` alone would make them Explicit). Raises ValueError where the sizes do not
+    multiply to the devices.
     """
     count = jax.device_count() if devices is None else len(devices)
     sizes = [data, fsdp, tensor]
     wrong = ValueError(
         f"mesh {dict(zip(AXES, sizes, strict=True))}: want sizes of at least 1 that multiply to "
-        f"{count} devices, one of which may be -1"
+        f"{count} devices; fsdp=-1 and tensor=-1 fit themselves to the devices"
     )
+    if fsdp == tensor == -1 and data > 0:
+        sizes[2] = tensor = math.gcd(count // data, _USUAL_TENSOR)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise wrong
     if -1 in sizes:
@@ -88,6 +96,9 @@ def make_mesh(
 def open_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of a run, or None where it has one device; raises as `make_mesh` does."""
     mesh = make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
+    if config.tensor == -1:
+        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        logging.info("mesh: %s for %d devices (mesh.tensor=-1 fits itself)", shape, mesh.size)
     return None if mesh.size == 1 else mesh
 
 
@@ -205,11 +216,12 @@ def cast(params: tree.Tree, dtype: Any) -> tree.Tree:
 
     What it computes stays the same to the last bit, and the memory is half of float32's.
     """
+    return tree.map_named(lambda path, leaf: cast_leaf(path, leaf, dtype), params)
 
-    def one(path: str, leaf: jax.Array) -> jax.Array:
-        return leaf if tree.match(_READ_IN_FLOAT32, path) else leaf.astype(dtype)
 
-    return tree.map_named(one, params)
+def cast_leaf(path: str, leaf: jax.Array, dtype: Any) -> jax.Array:
+    """One leaf of `cast`."""
+    return leaf if tree.match(_READ_IN_FLOAT32, path) else leaf.astype(dtype)
 
 
 def abstract(values: Any, shardings: Any, dtype: Any = None) -> Any:

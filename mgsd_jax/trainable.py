@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mgsd_jax import tree
 from mgsd_jax.config import LoraConfig, OptimConfig
@@ -17,16 +18,25 @@ def _is_adapter(path: str) -> bool:
 
 
 def split(
-    params: dict[str, Any], optim: OptimConfig, lora_config: LoraConfig, rng: jax.Array
+    params: dict[str, Any],
+    optim: OptimConfig,
+    lora_config: LoraConfig,
+    rng: jax.Array,
+    adapters: dict[str, Any] | None = None,
 ) -> tuple[Variables, Variables]:
     """(trainable, frozen) parts of the model's variables; `tree.combine` joins them again.
 
-    With a LoRA rank the adapters are trained and every parameter is frozen; else the parameters
+    With a LoRA rank the adapters, fresh ones where none are given, are trained and every parameter
+    is frozen; else the parameters
     whose path `optim.trainable` matches are trained. Raises ValueError if nothing would be.
     """
     if lora_config.rank:
         spec = lora.LoraSpec(lora_config.rank, lora_config.alpha, lora_config.targets)
-        variables = {"params": params, "adapters": lora.init_adapters(params, spec, rng)}
+        if adapters is None:
+            scaled = lora.init_adapters(params, spec, rng)
+        else:
+            scaled = lora.with_scale(jax.tree.map(jnp.asarray, adapters), spec)
+        variables = {"params": params, "adapters": scaled}
         return tree.partition(variables, lambda path, _: _is_adapter(path))
     pattern = re.compile(optim.trainable)
     trainable, frozen = tree.partition(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -165,6 +166,30 @@ def test_lora_trains_adapters_only_and_the_next_stage_merges_them(
         if not np.array_equal(a, b)
     }
     assert moved == {n.removeprefix("adapters/")[:-2] + "/kernel" for n in names}
+
+    # Distillation goes on with the same adapters, above the same base, which is the teacher too.
+    config = config_lib.override(
+        config,
+        ["distillation.lora.rank=2", "distillation.steps=1", "checkpoint.every=1"],
+    )
+    student = str(tmp_path / "grounding")
+    copied = shutil.copytree(config.model.path, tmp_path / "copied_base")
+    for name, teacher in (("once", config.model.path), ("twice", str(copied))):
+        again = config_lib.override(
+            config, [f"distillation.student={student}", f"distillation.teacher={teacher}"]
+        )
+        distillation.run(again, str(tmp_path / name))
+    once, twice = (weights(tmp_path / name / "distillation") for name in ("once", "twice"))
+    assert once.keys() == names
+    for name, leaf in once.items():
+        assert np.array_equal(leaf, twice[name]), name
+    source = json.loads((tmp_path / "once" / "distillation" / "model" / "source.json").read_text())
+    assert source["weights"] == str(pathlib.Path(config.model.path).resolve())
+    # One step of the stage moves them a little from where grounding left them.
+    before = weights(tmp_path / "grounding")
+    rate = config.distillation.optim.lr
+    for name, leaf in once.items():
+        assert 0 < np.abs(leaf - before[name]).max() < 3 * rate, name
 
 
 def test_part_of_the_parameters_can_be_frozen(

@@ -117,6 +117,27 @@ def test_bad_mesh_sizes(sizes: dict[str, int]) -> None:
         sharding.make_mesh(**sizes)
 
 
+@pytest.mark.parametrize(
+    ("count", "data", "want"),
+    [
+        (1, 1, (1, 1)),
+        (2, 1, (1, 2)),
+        (4, 1, (1, 4)),
+        (6, 1, (3, 2)),
+        (8, 1, (2, 4)),
+        (8, 4, (1, 2)),
+    ],
+)
+def test_sizes_that_fit_themselves(
+    count: int, data: int, want: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where fsdp and tensor both are -1, tensor is 4, or 2 or 1 where 4 does not divide."""
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(jax, "make_mesh", lambda sizes, *_, **__: made.append(tuple(sizes)))
+    sharding.make_mesh(data=data, fsdp=-1, tensor=-1, devices=[None] * count)
+    assert made == [(data, *want)]
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_rules_cover_the_released_models(name: str) -> None:
     """Every leaf has a rule, every kernel and table is split, and all sizes divide on 64 chips."""

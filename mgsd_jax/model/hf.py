@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,13 +46,15 @@ def load_params(
     *,
     dtype: FloatType | np.dtype,
     shardings: Tree | None = None,
+    finish: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf,
 ) -> Tree:
     """Return the parameters in `folder` as `dtype`, each read straight onto its sharding.
 
     `shardings` has the structure of the parameters and a `jax.sharding.Sharding` at each leaf;
     None puts all on the first device. Every process reads only the slices of its own devices,
-    and the host holds about the largest leaf at a time. `model.safetensors` goes before an index,
-    as in transformers. A tied model's `lm_head.weight` may be there if it equals the embedding.
+    and the host holds about the largest leaf at a time. `finish(path, leaf)` is what becomes of a
+    leaf before the next one is read. `model.safetensors` goes before an index, as in transformers.
+    A tied model's `lm_head.weight` may be there if it equals the embedding.
 
     Raises one ValueError that lists every missing, unknown, mis-shaped or wrongly typed tensor
     and every missing or corrupt file.
@@ -72,7 +74,7 @@ def load_params(
                 lambda index, read=read, shape=leaf.shape: read(_bounds(index or (), shape)),
             )
             # without the wait, copies of many leaves would queue up in host memory
-            put(params, leaf.path, jax.block_until_ready(array))
+            put(params, leaf.path, jax.block_until_ready(finish(leaf.path, array)))
     return params
 
 

@@ -9,7 +9,7 @@ An adapter stands at the path of its Linear, as the model's collection 'adapters
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,21 +132,29 @@ def merge(params: Tree, adapters: Tree) -> Tree:
 
     Raises ValueError where an adapter has no kernel or not its kernel's shape.
     """
+    for path, _ in _adapter_nodes(adapters):
+        tree.get(params, f"{path}/kernel")
+    return tree.map_named(merger(adapters), params)
+
+
+def merger(adapters: Tree) -> Callable[[str, jax.Array], jax.Array]:
+    """Return what `merge` makes of one parameter, as a function of its path and value."""
     pairs = dict(_adapter_nodes(adapters))
-    for path, node in pairs.items():
-        kernel = tree.get(params, f"{path}/kernel")
-        want = (*node["a"].shape[:-1], node["b"].shape[-1])
-        if kernel.shape != want or node["a"].shape[-1] != node["b"].shape[-2]:
-            shapes = {name: list(leaf.shape) for name, leaf in sorted(node.items())}
-            raise ValueError(
-                f"adapter {path}: got {shapes}, want to fit a kernel {list(kernel.shape)}"
-            )
 
     def merged(path: str, leaf: jax.Array) -> jax.Array:
         node = pairs.get(path.removesuffix("/kernel")) if path.endswith("/kernel") else None
-        return leaf if node is None else _merge_kernel(leaf, node["a"], node["b"], node["scale"])
+        if node is None:
+            return leaf
+        want = (*node["a"].shape[:-1], node["b"].shape[-1])
+        if leaf.shape != want or node["a"].shape[-1] != node["b"].shape[-2]:
+            shapes = {name: list(part.shape) for name, part in sorted(node.items())}
+            raise ValueError(
+                f"adapter {path.removesuffix('/kernel')}: got {shapes}, want to fit a kernel "
+                f"{list(leaf.shape)}"
+            )
+        return _merge_kernel(leaf, node["a"], node["b"], node["scale"])
 
-    return tree.map_named(merged, params)
+    return merged
 
 
 @jax.jit

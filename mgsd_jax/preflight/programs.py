@@ -102,7 +102,8 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
     state, frozen = _state(
         config, student, settings.optim, settings.lora, tx, keeps_average=averages
     )
-    teacher_params = _read_only(_params(config, teacher), teacher)
+    is_held_once = averages or _is_student_without_adapters(config)
+    teacher_params = {} if is_held_once else _read_only(_params(config, teacher), teacher)
     held = (state, frozen, teacher_params)
     variables = tree.combine(state.params, frozen)
 
@@ -129,10 +130,19 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
     yield Program("update", update, (*held, _placed(batch, mesh)), 0, work)
 
 
+def _is_student_without_adapters(config: Config) -> bool:
+    """Whether `loading.load_teacher` will find the teacher in the student, both stages done."""
+    settings = config.distillation
+    base = settings.student
+    if base == "{workdir}/grounding" and config.grounding.lora == settings.lora:
+        base = config.grounding.student
+    return settings.lora.rank > 0 and base == settings.teacher
+
+
 def _evaluate(config: Config, mesh: Mesh) -> Iterator[Program]:
     settings = config.evaluate
     model = make_model(config, settings.models[0][1], mesh)
-    variables = {"params": _params(config, model)}
+    variables = {"params": _read_only(_params(config, model), model)}
     rows = settings.batch_size
     yield from _rollout(config, model, variables, rows, settings.sampling, variables)
 

@@ -20,8 +20,9 @@ BOARDS = (
 def recipe(size: str, stages: tuple[str, ...]) -> c.Config:
     """All sections for a model of this size; preflight compiles the programs of `stages`.
 
-    The release changes nothing between sizes. The mesh splits widths over 4 chips, because a
-    rollout holds all weights on the chips of one 'tensor' group, and rows over the rest.
+    The release changes nothing between sizes. The mesh splits widths over 4 chips (fewer where 4 do
+    not divide), because a rollout holds all weights on the chips of one 'tensor' group, and rows
+    over the rest.
     """
     return c.Config(
         model=c.ModelConfig(path=f"models/Qwen3-VL-{size}-Instruct"),
@@ -34,7 +35,7 @@ def recipe(size: str, stages: tuple[str, ...]) -> c.Config:
             patch_buckets=(256,),
             workers=4,
         ),
-        mesh=c.MeshConfig(data=1, fsdp=-1, tensor=4),
+        mesh=c.MeshConfig(data=1, fsdp=-1, tensor=-1),
         grounding=c.GroundingConfig(
             optim=c.OptimConfig(lr=1e-4, schedule="cosine", warmup=0.1),
             lora=c.LoraConfig(rank=8, alpha=16.0),

@@ -155,14 +155,28 @@ def _rollout(
     sampling: SamplingConfig,
     held: Any,
 ) -> Iterator[Program]:
-    """The change of layout, the prefill and the decode loop, while `held` stays where it is."""
+    """The change of layout, the prefill and the decode loop, while `held` stays where it is.
+
+    One chip decodes from the weights as they lie.
+    """
     mesh = model.mesh
     assert mesh is not None
-    lay_out = sharding.make_layout(mesh, model.dtype)
-    laid_out = jax.eval_shape(lay_out, variables)
-    laid_out = sharding.abstract(
-        laid_out, sharding.param_shardings(laid_out, mesh, sharding.ROLLOUT_RULES)
-    )
+    kept, laid_out = bytes_a_chip(held), variables
+    if mesh.size == 1:
+        kept -= bytes_a_chip(variables)
+    else:
+        lay_out = sharding.make_layout(mesh, model.dtype)
+        laid_out = jax.eval_shape(lay_out, variables)
+        laid_out = sharding.abstract(
+            laid_out, sharding.param_shardings(laid_out, mesh, sharding.ROLLOUT_RULES)
+        )
+        yield Program(
+            "layout",
+            lay_out,
+            (variables,),
+            kept - bytes_a_chip(variables),
+            roofline.layout_work(variables, laid_out),
+        )
     length, slots = config.data.prompt_buckets[-1], sampling.max_new_tokens
     inputs = _placed(_inputs(config, model, rows, length, has_picture=True), mesh)
     # How many ids end a row shapes the program, which ones does not.
@@ -178,14 +192,6 @@ def _rollout(
             _key(mesh),
             _placed(_array((rows,), jnp.int32), mesh),
         ),
-    )
-    kept = bytes_a_chip(held)
-    yield Program(
-        "layout",
-        lay_out,
-        (variables,),
-        kept - bytes_a_chip(variables),
-        roofline.layout_work(variables, laid_out),
     )
     works = roofline.rollout_works(model, laid_out, rows, length, slots, _patches(config))
     for name, (jitted, arguments) in programs.items():

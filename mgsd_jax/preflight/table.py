@@ -159,6 +159,6 @@ def _changes(config: Config, mesh: Mesh, stage: str, part: str) -> list[str]:
     if config.model.remat != "full":
         changes.append("model.remat=full")
     changes += wider
-    if config.model.param_dtype == "float32":
+    if config.model.param_dtype == "float32" and not getattr(config, stage).lora.rank:
         changes.append("model.param_dtype=bfloat16 (rounds stochastically)")
     return [*changes, *more]

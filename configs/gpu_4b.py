@@ -1,0 +1,52 @@
+"""Both stages of Qwen3-VL-4B-Instruct on one GPU of 80 GB, adapters in both.
+
+Command:   python -m mgsd_jax.main --stage=STAGE --config=configs/gpu_4b.py --workdir=DIR
+           with generate, grounding, distillation, evaluate, export, report for STAGE.
+Hardware:  one GPU of 80 GB; gpu_4b_24gb.py is for 24 GB.
+Expected:  memory by arithmetic, see `benchmarks/memory.py`. Speed and accuracy: not measured.
+
+The base weights are held once, in bfloat16: the student is the base with adapters, the teacher is
+the base without. Distillation goes on with grounding's adapters. The teacher reads the state alone
+and the divergence is Jensen-Shannon's, which docs/study.md found to be the best; adapters learn at
+ten times the rate that the public release has for all parameters.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from mgsd_jax import config as c
+
+_SHARED = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen3vl.py")))
+ADAPTERS = c.LoraConfig(rank=16, alpha=32.0)
+LONGEST = 1024  # new tokens: twice the longest right answer (511, Maze level 6)
+
+
+def get_config() -> c.Config:
+    """The 4B run with adapters, prompts in the smallest buckets that hold them all."""
+    full: c.Config = _SHARED["get_config"]()
+    sampling = c.SamplingConfig(max_new_tokens=LONGEST)
+    return dataclasses.replace(
+        full,
+        mesh=c.MeshConfig(),
+        data=dataclasses.replace(
+            full.data,
+            prompt_buckets=(384,),
+            teacher_buckets=(576,),
+            sequence_buckets=(320, 640),
+        ),
+        grounding=dataclasses.replace(full.grounding, lora=ADAPTERS, microbatches=4),
+        distillation=dataclasses.replace(
+            full.distillation,
+            optim=c.OptimConfig(lr=1e-5, warmup=0.05),
+            lora=ADAPTERS,
+            teacher_context="state",
+            objective="jsd",
+            sampling=sampling,
+            microbatches=8,
+        ),
+        evaluate=dataclasses.replace(
+            full.evaluate, sampling=dataclasses.replace(sampling, temperature=0.0)
+        ),
+        preflight=c.PreflightConfig(topology="v5p:1x1x1", hbm_gib=79.0),
+    )

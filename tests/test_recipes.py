@@ -1,11 +1,16 @@
 """What recipes and docs/preflight/README.md quote is what the saved pages of the compiler say."""
 
 import ast
+import json
 import pathlib
 import re
+import runpy
+import sys
 
 import pytest
 from helpers_tiny import ROOT
+
+from mgsd_jax.main import load_config
 
 PAGES = ROOT / "docs" / "preflight"
 ROLLOUT = ("layout", "prefill", "decode")
@@ -82,3 +87,27 @@ def test_the_overview_quotes_the_pages() -> None:
         assert cells[2].startswith(f"{most(page)} of "), page.name
         assert cells[3] == " and ".join(least_seconds(page, stage) for stage in stages)
         assert int(cells[-1]) == max(int(row["compile CPU s"]) for row in found.values())
+
+
+def test_the_readme_quotes_the_memory_of_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table is what benchmarks/memory.py prints, and the recipes fit their cards by it."""
+    memory = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["memory.py"])
+        memory["main"]()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["found"]
+    gb = {(one["size"], one["mode"]): one["gb"] for one in found}
+    text = (ROOT / "README.md").read_text()
+    for size in memory["SIZES"]:
+        cells = [f"{gb[size, mode]} GB" for mode in memory["MODES"]]
+        assert f"| {size} | {' | '.join(cells)} |" in text
+    assert gb["4B", "adapters"] < 0.9 * 24 and gb["8B", "adapters"] < 0.9 * 80
+
+
+@pytest.mark.parametrize("name", ["gpu_4b", "gpu_4b_24gb"])
+def test_a_recipe_for_one_gpu_holds_the_base_once(name: str) -> None:
+    config = load_config(str(ROOT / "configs" / f"{name}.py"), [])
+    assert config.grounding.lora == config.distillation.lora and config.grounding.lora.rank
+    assert config.distillation.teacher == config.grounding.student == "{model}"
+    assert config.distillation.student == "{workdir}/grounding"
+    assert config.mesh.tensor == 1

@@ -1,7 +1,9 @@
 """What the recipes of the released models share: the settings of the public release, on a slice.
 
 Command:   none of its own: grounding_4b.py, distillation_4b.py, evaluate_4b.py and those of 8b
-           read it. `get_config()` is the whole 4B run in one config.
+           read it. `get_config()` is the whole 4B run in one config. With the folders of public
+           benchmarks in `--set evaluate.benchmarks=...` (or data.exclude) from --stage=generate on,
+           their boards stay out of training.
 Hardware:  a TPU slice of 16 v5e chips, or more memory.
 Expected:  not measured (no pretrained weights at hand). Published macro averages: 11.2 -> 30.5 for
            4B, 17.2 -> 35.6 for 8B.

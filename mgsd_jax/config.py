@@ -317,6 +317,13 @@ def resolve(path: str, config: Config, workdir: str) -> str:
     return path.replace("{model}", config.model.path).replace("{workdir}", workdir)
 
 
+def excluded_folders(config: Config, workdir: str) -> tuple[str, ...]:
+    """The folders of benchmarks whose boards are never drawn: those named, and those evaluated."""
+    evaluated = (folder for name, folder in config.evaluate.benchmarks if name != "maze_held_out")
+    folders = (*config.data.exclude, *evaluated)
+    return tuple(dict.fromkeys(resolve(folder, config, workdir) for folder in folders))
+
+
 def override(config: Any, assignments: Sequence[str]) -> Any:
     """A copy of `config` with 'a.b=value' assignments applied, left to right.
 

@@ -171,6 +171,10 @@ def run(config: Config, workdir: str) -> None:
     models, make_asker = _askers(config, workdir, boards)
     _claim(folder, config)
     is_main = jax.process_index() == 0
+    if is_main and settings.benchmarks and not settings.endpoint:
+        for name, source in models:
+            source = config_lib.resolve(source, config, workdir)
+            testsets.warn_of_seen(name, source, boards)
     if is_main:
         rows_lib.write_boards(folder, boards, cases)
         rows_lib.mend(folder)

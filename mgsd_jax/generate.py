@@ -47,7 +47,7 @@ def run(config: Config, workdir: str) -> None:
     """
     data = config.data
     root = epath.Path(config_lib.resolve(data.folder, config, workdir))
-    folders = [config_lib.resolve(folder, config, workdir) for folder in data.exclude]
+    folders = config_lib.excluded_folders(config, workdir)
     keys = [(epath.Path(folder).name, benchmark_keys([folder])) for folder in folders]
     exclude = frozenset[str]().union(*(of_folder for _, of_folder in keys))
     settings = make_settings(data, config.seed, [(n, len(k)) for n, k in keys], exclude)

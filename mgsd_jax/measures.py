@@ -2,7 +2,7 @@
 
 A measure is {"value", "low", "high", "n"}: a mean with its 95 % interval over n boards, values None
 where n is 0; a difference also has its "p_value". A board that was answered several times counts
-once, with the mean of its answers.
+once, with the mean of its answers; so do boards of equal content, which are no further evidence.
 """
 
 import collections
@@ -50,10 +50,13 @@ def by_level(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
 
 
 def by_board(rows: Sequence[Row]) -> dict[Board, list[Row]]:
-    """The rows of each board, in the order in which the boards first appear."""
+    """The rows of each board, in the order in which the boards first appear.
+
+    Boards of equal content (`same_as` of a row, see rows.py) are one board.
+    """
     boards: dict[Board, list[Row]] = collections.defaultdict(list)
     for row in rows:
-        boards[board_of(row)].append(row)
+        boards[row["task"], row["level"], row.get("same_as", row["index"])].append(row)
     return boards
 
 

@@ -10,7 +10,7 @@ the row of a later try stands after it and counts in its place. Where files cann
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -99,17 +99,22 @@ def write_boards(folder: epath.PathLike, boards: Sequence[Board], cases: Sequenc
 def read_rows(folder: epath.PathLike) -> list[Row]:
     """The rows of an evaluation folder, in the order of their first tries, with `task_text`.
 
+    Rows about a board that an earlier one equals also get `same_as`, the index of that one.
     Raises ValueError naming file, line, got and want where a line is no row or its board is
     unknown. A last line without its end is left out.
     """
     root = epath.Path(folder)
     boards = _read_boards(root / BOARDS_FILE)
+    repeats = _repeats(boards)
     rows: dict[Key, Row] = {}
     for path in [root / ROWS_FILE, *sorted(root.glob(PARTS))]:
         for number, row in _read_lines(path):
             where = f"{path}, line {number}"
             rows_key = _checked_key(row, where)
             _add_board(row, boards, where)
+            board = (row["task"], row["level"], row["index"])
+            if board in repeats:
+                row["same_as"] = repeats[board]
             # Only a failed request is asked again, so a later row is the better one.
             if rows_key not in rows or "error" in rows[rows_key]:
                 rows[rows_key] = row
@@ -154,7 +159,7 @@ def compact(folder: epath.PathLike, rows: Sequence[Row]) -> None:
 
 
 def _without_text(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key != "task_text"}
+    return {key: value for key, value in row.items() if key not in ("task_text", "same_as")}
 
 
 def _read_boards(path: epath.Path) -> dict[tuple[str, int, int], str]:
@@ -167,6 +172,18 @@ def _read_boards(path: epath.Path) -> dict[tuple[str, int, int], str]:
             raise ValueError(f"{path}, line {number}: got no {sorted(missing)}, want a board")
         boards[line["task"], line["level"], line["index"]] = line["task_text"]
     return boards
+
+
+def _repeats(boards: Mapping[tuple[str, int, int], str]) -> dict[tuple[str, int, int], int]:
+    """The boards that differ from an earlier one in their index alone, with the index of that."""
+    first: dict[tuple[str, int, str], int] = {}
+    found: dict[tuple[str, int, int], int] = {}
+    for (task, level, index), text in boards.items():
+        content = text.replace(f"\nindex={index}\n", "\n", 1)
+        same = first.setdefault((task, level, content), index)
+        if same != index:
+            found[task, level, index] = same
+    return found
 
 
 def _add_board(row: Row, boards: dict[tuple[str, int, int], str], where: str) -> None:

@@ -50,7 +50,7 @@ def boards(config: Config, workdir: str, split: Split) -> Sequence[Board]:
         # Only training boards are many: every process checks its part of them and reads on demand.
         share = (jax.process_index(), jax.process_count()) if split == "train" else (0, 1)
         return read_split(config_lib.resolve(data.folder, config, workdir), split, share)
-    excluded = benchmark_keys([config_lib.resolve(f, config, workdir) for f in data.exclude])
+    excluded = benchmark_keys(config_lib.excluded_folders(config, workdir))
     levels = tuple((kind.task, level) for kind in data.boards for level in kind.levels)
     return cast(
         Sequence[Board], StreamedBoards(levels, split, config.seed, excluded, _STREAM_LENGTH)

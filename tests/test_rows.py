@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax import evaluate, rows
+from mgsd_jax import evaluate, measures, rows
 from mgsd_jax.config import Config, Mode
 from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
@@ -212,3 +212,20 @@ def test_where_nothing_can_be_appended_each_batch_is_a_file(
     assert rows.read_rows(tmp_path) == found
     rows.compact(tmp_path, found)
     assert not list(tmp_path.glob(rows.PARTS)) and rows.read_rows(tmp_path) == found
+
+
+def test_boards_of_equal_content_are_one_board_of_a_measure(tmp_path: pathlib.Path) -> None:
+    """Two maps of VSP that are the same: two rows, one piece of evidence."""
+    boards = [BOARDS[0], BOARDS[1], BOARDS[0]._replace(index=7)]
+    rows.write_boards(tmp_path, boards, ["a", "b", "c"])
+    for board, success in zip(boards, (1.0, 0.0, 0.0), strict=True):
+        row = rows.score_row(board, "picture", "")
+        rows.append(tmp_path, [{"model": "base", "attempt": 0, **row, "value": success}])
+    found = rows.read_rows(tmp_path)
+    assert [row.get("same_as") for row in found] == [None, None, BOARDS[0].index]
+    rate = measures.rate(found, lambda row: row["value"])
+    assert (rate["value"], rate["n"]) == (0.25, 2)
+    assert measures.balanced(found, lambda row: row["value"])["n"] == 2
+    rows.compact(tmp_path, found)
+    assert "same_as" not in (tmp_path / rows.ROWS_FILE).read_text()
+    assert rows.read_rows(tmp_path) == found

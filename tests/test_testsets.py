@@ -1,15 +1,20 @@
 """Benchmarks by name: their boards, names and pictures, and what is said where they are absent."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import evaluate, generate
+from mgsd_jax.data import boards as boards_lib
 from mgsd_jax.data import testsets
 from mgsd_jax.envs import ENVS
 from mgsd_jax.main import load_config
@@ -119,3 +124,77 @@ def test_a_broken_picture_is_named(tmp_path: pathlib.Path) -> None:
         testsets.read_picture(str(boards[1].picture_path), 256)
     Image.new("RGB", (8, 8)).save(picture)
     assert testsets.read_picture(str(picture), 16).shape == (16, 16, 3)
+
+
+def write_maps(root: pathlib.Path, states: Sequence[Any]) -> None:
+    """Level-3 states in the form of VSP's maps, without plans."""
+    letters = {"S": "@", "G": "*", "H": "#", "F": "_"}
+    for kind in ("img", "table"):
+        (root / "level3" / kind).mkdir(parents=True)
+    for i, state in enumerate(states):
+        rows = [" | ".join(letters[tile] for tile in row) for row in state.rows]
+        lines = ["| |", *(f"| Row {r} | {row} |" for r, row in enumerate(rows, 1))]
+        (root / "level3" / "table" / f"{i}.txt").write_text("\n".join(lines))
+        (root / "level3" / "img" / f"{i}.png").touch()
+
+
+def write_stages(workdir: pathlib.Path, data: config_lib.DataConfig) -> None:
+    """What count as a grounding and a distillation that started from it, without weights."""
+    before = workdir / "base"
+    for stage in ("grounding", "distillation"):
+        folder = workdir / stage
+        (folder / "model").mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"data": config_lib.to_dict(data)}))
+        (folder / "model" / "source.json").write_text(json.dumps({"weights": str(before)}))
+        before = folder
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_a_model_that_saw_boards_of_a_benchmark_is_named(
+    tmp_path: pathlib.Path, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.set_verbosity(logging.INFO)
+    config = load_config(str(ROOT / "configs" / "nano.py"), [])
+    levels = (config_lib.LevelSet("frozenlake", (3,), train=12, val=3, test=2),)
+    benchmark = tmp_path / "vsp"
+    for run, exclude in (("leaky", ()), ("clean", (str(benchmark),))):
+        data = dataclasses.replace(
+            config.data, boards=levels, exclude=exclude, picture_size=24, cell_pixels=0
+        )
+        generate.run(dataclasses.replace(config, data=data), str(tmp_path / run))
+        if run == "leaky":
+            written = [
+                *boards_lib.read_split(tmp_path / "leaky/data", "train")[:4],
+                *boards_lib.read_split(tmp_path / "leaky/data", "val")[:2],
+                *boards_lib.read_split(tmp_path / "leaky/data", "test")[:1],
+            ]
+            write_maps(benchmark, [board.state for board in written])
+        write_stages(tmp_path / run, dataclasses.replace(data, source=source))
+    boards, _ = testsets.read_testsets([("frozenlake_vsp", str(benchmark))])
+    for folder, want in (("clean/distillation", 0), ("leaky/distillation", 6), ("leaky", 0)):
+        caplog.clear()
+        testsets.warn_of_seen("distilled", str(tmp_path / folder), boards)
+        said = [record.getMessage().split(";")[0] for record in caplog.records]
+        line = f"distilled: {want} of the 7 boards were in its training or validation"
+        assert said == ([line] if want else [])
+    # A grounding that saw them is enough.
+    source_file = tmp_path / "clean" / "distillation" / "model" / "source.json"
+    source_file.write_text(json.dumps({"weights": str(tmp_path / "leaky" / "grounding")}))
+    testsets.warn_of_seen("distilled", str(tmp_path / "clean/distillation"), boards)
+    assert "distilled: 6 of the 7" in caplog.records[-1].getMessage()
+    if source == "folder":
+        shutil.rmtree(tmp_path / "leaky" / "data")
+        testsets.warn_of_seen("distilled", str(tmp_path / "leaky/distillation"), boards)
+        assert "got no boards in" in caplog.records[-1].getMessage()
+
+
+def test_benchmarks_that_are_evaluated_are_excluded_from_boards() -> None:
+    config = load_config(str(ROOT / "configs" / "nano.py"), [])
+    named = (("frozenlake_vsp", "{workdir}/vsp"), ("maze_held_out", "own"))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, exclude=("w/vsp", "other")),
+        evaluate=dataclasses.replace(config.evaluate, benchmarks=named),
+    )
+    assert config_lib.excluded_folders(config, "w") == ("w/vsp", "other")
+    assert config_lib.excluded_folders(config, "v") == ("w/vsp", "other", "v/vsp")

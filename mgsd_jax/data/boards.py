@@ -10,7 +10,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 from etils import epath
@@ -86,6 +86,21 @@ def read_split(
     if share == (0, 1):
         return boards
     return dataclasses.replace(unread, known=dict(zip(places, boards, strict=True)))
+
+
+def read_levels(
+    root: epath.PathLike, splits: Collection[Split], levels: Collection[tuple[str, int]]
+) -> list[Board]:
+    """The boards of these splits and (task, level), read and checked without their pictures."""
+    root = epath.Path(root)
+    places = [
+        (group, index)
+        for group in read_manifest(root)["groups"]
+        if group["split"] in splits and (group["task"], group["level"]) in levels
+        for index in range(group["count"])
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(lambda p: _read_board(root, *p, with_picture=False), places))
 
 
 def read_manifest(root: epath.PathLike) -> dict[str, Any]:

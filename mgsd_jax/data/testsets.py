@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from mgsd_jax.config import Benchmark
-from mgsd_jax.data.boards import MANIFEST, Board, read_split
-from mgsd_jax.envs import benchmarks
+from mgsd_jax import config as config_lib
+from mgsd_jax.config import Benchmark, DataConfig
+from mgsd_jax.data.boards import MANIFEST, Board, read_json, read_levels, read_split
+from mgsd_jax.envs import ENVS, benchmarks
+from mgsd_jax.envs.splits import split_of
 
 _DIFFTHINKER_SOURCE = "github.com/lcqysl/DiffThinker"
 _VSP_SOURCE = (
@@ -120,6 +123,45 @@ def _held_out_mazes(folder: str) -> list[tuple[Board, str]]:
         raise ValueError(f"{folder}: got no maze in the test split, want some")
     # Drawn as the model's training boards are; the files are those very pictures.
     return [(board._replace(picture_path=None), case_name(board)) for board in mazes]
+
+
+def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> None:
+    """Warns where a model was trained, or chosen, on some of `boards`, and says on how many.
+
+    `source` is the folder that a stage left; any other folder knows nothing of its boards. The
+    stages that it started from count too.
+    """
+    keys = [ENVS[board.task].key(board.state) for board in boards]
+    root, seen = epath.Path(source), set[str]()
+    while (root / "model" / "source.json").is_file():
+        file = root / "config.json"
+        data = config_lib.coerce(read_json(file)["data"], DataConfig, f"{file}: data")
+        folder = data.folder.replace("{workdir}", str(root.parent))
+        if data.source == "stream":
+            seen |= _drawable(data, str(root.parent), boards)
+        elif (epath.Path(folder) / MANIFEST).exists():
+            levels = {(board.task, board.level) for board in boards}
+            found = read_levels(folder, ("train", "val"), levels)
+            seen |= {ENVS[board.task].key(board.state) for board in found}
+        else:
+            logging.warning("%s: got no boards in %s, so it may have seen the test's", name, folder)
+        root = epath.Path(read_json(root / "model" / "source.json")["weights"])
+    count = sum(key in seen for key in keys)
+    if count:
+        logging.warning(
+            "%s: %d of the %d boards were in its training or validation; for numbers to quote, "
+            "train with the benchmark's folder in data.exclude",
+            *(name, count, len(boards)),
+        )
+
+
+def _drawable(data: DataConfig, workdir: str, boards: Sequence[Board]) -> set[str]:
+    """Keys of the boards that a run may have drawn that makes its boards on the fly."""
+    folders = [folder.replace("{workdir}", workdir) for folder in data.exclude]
+    excluded = benchmarks.benchmark_keys(f for f in folders if pathlib.Path(f).is_dir())
+    drawn = {(kind.task, level) for kind in data.boards for level in kind.levels}
+    keys = {ENVS[b.task].key(b.state) for b in boards if (b.task, b.level) in drawn}
+    return {key for key in keys - excluded if split_of(key) != "test"}
 
 
 def case_name(board: Board) -> str:

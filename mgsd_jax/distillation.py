@@ -32,7 +32,6 @@ from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import sources
-from mgsd_jax.data.processor import Processor
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -181,15 +180,12 @@ def with_references(sampled: sampler.Rollout, references: Any) -> tuple[jax.Arra
     )
 
 
-def token_weights(
-    processor: Processor, tokens: np.ndarray, mask: np.ndarray, settings: DistillationConfig
-) -> np.ndarray | None:
-    """Weights [B, R] of the tokens by the part of the response that they are in; None: all 1."""
+def token_weights(groups: np.ndarray, settings: DistillationConfig) -> np.ndarray | None:
+    """Weights [B, R] of the tokens by the `monitor.segments` that they are in; None: all 1."""
     if not settings.token_weights:
         return None
     table = dict.fromkeys(prompts_lib.SEGMENTS, 1.0) | dict(settings.token_weights)
-    groups = monitor.segments(processor, tokens, mask > 0)
-    return mask * np.array([*table.values(), 0.0], np.float32)[groups]  # group -1: no token
+    return np.array([*table.values(), 0.0], np.float32)[groups]  # group -1: no token
 
 
 def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -> float:
@@ -284,7 +280,8 @@ def run(config: Config, workdir: str) -> None:
                     (sampled.tokens, sampled.mask, sampled.truncated, sampled.logprobs)
                 )
                 tokens, mask = own[:2] if asked.references is None else sharding.to_local(learned)
-            weights: Any = token_weights(student.processor, tokens, mask, settings)
+            groups = monitor.segments(student.processor, tokens, mask > 0)
+            weights: Any = token_weights(groups, settings)
             if weights is not None:
                 weights = sharding.to_global(weights, mesh)
             batch = DistillationBatch(
@@ -296,7 +293,7 @@ def run(config: Config, workdir: str) -> None:
             responses = monitor.decode_rows(student.processor, own[0], own[1])
             measured |= monitor.rollout_metrics(prompts.boards, responses, own[2], own[1])
             stats = sharding.to_local(stats)
-            measured |= monitor.token_metrics(student.processor, tokens, mask, stats)
+            measured |= monitor.token_metrics(groups, stats)
             measured |= guards.rollout_measures(
                 tokens, _own(mask, prompts), own[3], stats.student_logprob, settings.sampling
             )

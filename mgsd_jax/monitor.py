@@ -11,7 +11,7 @@ import numpy as np
 
 from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.processor import Processor, decode
+from mgsd_jax.data.processor import Processor, decode, spell
 from mgsd_jax.envs import facts, rules
 from mgsd_jax.metrics import Mean
 from mgsd_jax.token_stats import TokenStats
@@ -43,22 +43,21 @@ def rollout_metrics(
     return dict(sums)
 
 
-def token_metrics(
-    processor: Processor, tokens: np.ndarray, mask: np.ndarray, stats: TokenStats
-) -> dict[str, Mean]:
+def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
     """KL and agreement with the teacher by token group and by response position, and entropies.
 
+    `groups` are those of `segments`; a group or range of positions without a token is left out.
     Agreement is the share of tokens at which both would take the same one next.
     """
-    kl, agree, valid = np.asarray(stats.kl), np.asarray(stats.top1_agree), mask > 0
+    kl, agree, valid = np.asarray(stats.kl), np.asarray(stats.top1_agree), groups >= 0
     count = float(valid.sum())
-    groups = segments(processor, tokens, valid)
     measured: dict[str, Mean] = {}
 
     def add(name: str, position: str, inside: np.ndarray) -> None:
         weight = float(inside.sum())
-        measured[f"kl{name}/{position}"] = Mean(float(kl[inside].sum()), weight)
-        measured[f"agree{name}/{position}"] = Mean(float(agree[inside].sum()), weight)
+        if weight:
+            measured[f"kl{name}/{position}"] = Mean(float(kl[inside].sum()), weight)
+            measured[f"agree{name}/{position}"] = Mean(float(agree[inside].sum()), weight)
 
     for i, group in enumerate(prompts_lib.SEGMENTS):
         add("", group, groups == i)
@@ -79,21 +78,15 @@ def token_metrics(
 def segments(processor: Processor, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """The index in `prompts.SEGMENTS` of every response token [B, R], -1 where not valid.
 
-    A token belongs to where its first character stands in the decoded response.
+    A token belongs to the most telling part that it touches. An end token has no text of its own:
+    it is format wherever it stands.
     """
     groups = np.full(tokens.shape, -1, np.int32)
-    names = prompts_lib.SEGMENTS
-    for b, row in enumerate(tokens):
-        length = int(valid[b].sum())
-        pieces = [decode(processor, [token]) for token in row[:length]]
-        starts = np.cumsum([0, *(len(piece) for piece in pieces)])[:length]
-        groups[b, :length] = names.index("format")
-        for start, end, name in prompts_lib.segment_spans("".join(pieces)):
-            inside = (starts >= start) & (starts < end)
-            groups[b, :length][inside] = names.index(name)
-        # An end token has no text of its own: it is format wherever it stands.
-        empty = np.array([not piece for piece in pieces], bool)
-        groups[b, :length][empty] = names.index("format")
+    empty = len(prompts_lib.SEGMENTS) - 1
+    rows = [row[: int(length)] for row, length in zip(tokens, valid.sum(1), strict=True)]
+    for b, (text, spans) in enumerate(spell(processor, rows)):
+        parts = prompts_lib.character_segments(text)
+        groups[b, : len(spans)] = [min(parts[s:e], default=empty) for s, e in spans]
     return groups
 
 

@@ -7,14 +7,15 @@ block. Any template can be replaced by a file in a folder (`load`).
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mgsd_jax.config import TeacherContext
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, responses
 from mgsd_jax.envs.base import Plan
 
 Message = dict[str, Any]
@@ -241,27 +242,32 @@ def route_sentence(task: str, state: Any, plan: Plan) -> str:
     )
 
 
-SEGMENTS = ("state", "sentence", "plan", "format")
-Span = tuple[int, int, Literal["state", "sentence", "plan"]]  # first character, end, segment
+SEGMENTS = ("plan", "state", "sentence", "format")  # the most telling first
+_SENTENCE = "I go through"
 
 
-def segment_spans(response_text: str) -> list[Span]:
-    """Character spans (start, end, segment) of a response; what no span covers is format.
+def character_segments(response_text: str) -> bytes:
+    """The index in SEGMENTS of every character of a response.
 
-    The state runs up to the route sentence (or the answer block); the plan is the inside of the
-    answer blocks.
+    The plan is the inside of the block that is scored, the last complete one. The state runs up to
+    the route sentence before it, the sentence up to the block. Thoughts, other blocks and what
+    follows are format; so is a block that was never closed.
     """
-    spans: list[Span] = []
-    answer = response_text.find("<answer>")
-    body = len(response_text) if answer < 0 else answer
-    sentence = response_text.find("I go through")
-    sentence = body if sentence < 0 or sentence > body else sentence
-    spans.append((0, sentence, "state"))
-    spans.append((sentence, body, "sentence"))
-    if answer >= 0:
-        end = response_text.find("</answer>", answer)
-        spans.append((answer + len("<answer>"), len(response_text) if end < 0 else end, "plan"))
-    return spans
+    plan, state, sentence, rest = (bytes([i]) for i in range(len(SEGMENTS)))
+    text, size = responses.without_thoughts(response_text), len(response_text)
+    blocks, scored = responses.block_spans(text), responses.answer_span(text)
+    body = blocks[-1][0] if blocks else responses.first_tag(text)
+    route = text.rfind(_SENTENCE, 0, body)
+    route = body if route < 0 else route
+    parts = bytearray(state * route + sentence * (body - route) + rest * (size - body))
+    for start, end in blocks:
+        parts[start:end] = rest * (end - start)
+    if scored is not None:
+        parts[slice(*scored)] = plan * (scored[1] - scored[0])
+    said = [(0, 0), *responses.said_spans(response_text), (size, size)]
+    for (_, start), (end, _) in itertools.pairwise(said):
+        parts[start:end] = rest * (end - start)
+    return bytes(parts)
 
 
 def _numbered(number: int, answer: str) -> str:

@@ -162,16 +162,16 @@ def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
         setup.config.distillation, token_weights=(("plan", 4.0), ("state", 0.0))
     )
     tokens, mask = references
-    weights = distillation.token_weights(processor, tokens, mask, settings)
-    assert weights is not None
     groups = distillation.monitor.segments(processor, tokens, mask)
+    weights = distillation.token_weights(groups, settings)
+    assert weights is not None
     names = distillation.prompts_lib.SEGMENTS
     for name, weight in (("plan", 4.0), ("state", 0.0), ("sentence", 1.0), ("format", 1.0)):
         inside = groups == names.index(name)
         assert inside.any(), name
         assert (weights[inside] == weight).all(), name
     assert (weights[~mask] == 0).all()
-    assert distillation.token_weights(processor, tokens, mask, setup.config.distillation) is None
+    assert distillation.token_weights(groups, setup.config.distillation) is None
 
 
 def test_references_stand_in_for_whole_rows(setup: Setup) -> None:

@@ -105,11 +105,13 @@ def test_token_metrics_add_up_over_groups_and_over_positions() -> None:
     stats = SimpleNamespace(
         kl=kl, top1_agree=agree, student_entropy=zeros, teacher_entropy=zeros, clipped=zeros
     )
-    found = monitor.token_metrics(processor, tokens, mask, stats)  # type: ignore[arg-type]
+    groups = monitor.segments(processor, tokens, mask > 0)
+    found = monitor.token_metrics(groups, stats)  # type: ignore[arg-type]
     for values, name in ((kl, "kl"), (agree, "agree")):
         for kind in (f"{name}/", f"{name}_pos/"):
             parts = [mean for key, mean in found.items() if key.startswith(kind)]
             assert sum(part.weight for part in parts) == mask.sum()
             assert sum(part.sum for part in parts) == pytest.approx((values * mask).sum())
+    assert "kl_pos/256-" not in found, "what no token is in is no zero"
     assert found["kl_pos/0-3"].sum == pytest.approx(kl[:, :4].sum())
     assert found["teacher_agreement"].value == pytest.approx((agree * mask).sum() / mask.sum())

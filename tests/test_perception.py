@@ -6,16 +6,17 @@ HARD.
 
 import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgsd_jax import prompts, rows
 from mgsd_jax.data.boards import Board
-from mgsd_jax.envs import ENVS, facts, perception, responses
+from mgsd_jax.envs import ENVS, facts, perception, responses, values
 from mgsd_jax.envs.base import Question
 
 CELLS = frozenset({("hole", (0, 1)), ("hole", (2, 2))})
@@ -181,7 +182,7 @@ PIECES = (
 def read_everything(text: str) -> None:
     """Every reader of this file's subject, over one text."""
     assert len(responses.without_thoughts(text)) == len(text)
-    prompts.segment_spans(text)
+    assert len(prompts.character_segments(text)) == len(text)
     for board in BOARDS:
         for mode in ("picture", "perception"):
             row: dict[str, Any] = rows.score_row(board, mode, text)
@@ -194,16 +195,19 @@ def test_hard_texts_end_in_a_row(text: str) -> None:
     read_everything(text)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.text())
 def test_any_text_ends_in_a_row(text: str) -> None:
     read_everything(text)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from(PIECES)).map("".join))
 def test_any_pieces_end_in_a_row(text: str) -> None:
     read_everything(text)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.sampled_from(RIGHT), st.integers(0, 1 << 30))
 def test_mutated_responses_end_in_a_row(text: str, seed: int) -> None:
     rng = random.Random(seed)
@@ -212,3 +216,75 @@ def test_mutated_responses_end_in_a_row(text: str, seed: int) -> None:
         place = rng.randrange(len(characters) + 1)
         characters[place : place + rng.randint(0, 3)] = rng.choice(PIECES)
     read_everything("".join(characters))
+
+
+# A second a megabyte at most: no pattern can try one place in two ways, and each starts but once in
+# a run of characters that it reads.
+
+MODULES = (facts, perception, responses, values)
+
+
+def patterns() -> dict[str, re.Pattern[str]]:
+    found: dict[str, re.Pattern[str]] = {}
+    for module in MODULES:
+        for name, value in vars(module).items():
+            if isinstance(value, re.Pattern):
+                found[name] = value
+            elif name == "_BEGINNINGS":
+                found |= {f"{name} {task}": pattern for task, pattern in value.items()}
+            elif name == "_MARKS":
+                found |= {f"{name} {i}": pattern for i, (pattern, _) in enumerate(value)}
+    return found
+
+
+def branches(parsed: Any) -> Iterator[list[Any]]:
+    """Every sequence of items in a parsed pattern."""
+    yield list(parsed)
+    for _, argument in parsed:
+        for part in argument if isinstance(argument, tuple | list) else [argument]:
+            for inner in part if isinstance(part, list) else [part]:
+                if isinstance(inner, re._parser.SubPattern):  # type: ignore[attr-defined]
+                    yield from branches(inner)
+
+
+def backtracking(pattern: str) -> list[str]:
+    """Repeats without a bound that could give back what they took, or start again inside of it."""
+    problems = []
+    for items in branches(re._parser.parse(pattern)):  # type: ignore[attr-defined]
+        for place, (kind, argument) in enumerate(items):
+            if "REPEAT" not in str(kind) or argument[1] < 1000:
+                continue
+            if str(kind) != "POSSESSIVE_REPEAT" and place < len(items) - 1:
+                problems.append(f"{argument} gives back")
+            if place == 0 and len(items) > 1:
+                problems.append(f"{argument} starts again")
+    return problems
+
+
+@pytest.mark.parametrize("name", patterns())
+def test_no_pattern_backtracks(name: str) -> None:
+    assert backtracking(patterns()[name].pattern) == []
+
+
+def test_the_rule_notices_what_backtracks() -> None:
+    assert backtracking(r"x[0-9]+x") and backtracking(r"[0-9]++x") and backtracking(r"a(?:b|c+d)")
+    assert not backtracking(r"x[0-9]++x") and not backtracking(r"(?<![0-9])[0-9]++x|[ab]+")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *("(", "9", "²", "a", " ", "\n", "*", "\\", "-", "<answer>", "<think>", "</think>", "\r\n"),
+        *("(0,0): ", "Player: (0,0)\n", "not ", "row ", "4x", "1. ", "Holes:\n(0,0)\n", "a("),
+    ],
+)
+@pytest.mark.parametrize("start", ["", "Holes:\n"])
+def test_long_texts_end(start: str, unit: str) -> None:
+    """A reader that tries again from every place would take minutes over some of them."""
+    text = start + unit * (50_000 // len(unit))
+    assert len(prompts.character_segments(text)) == len(text)
+    facts.read_facts("frozenlake", text)
+    facts.read_facts("maze", text)
+    perception.read_numbered(text, 5)
+    for kind in ("size", "cells", "ways"):
+        perception.is_right(QUESTIONS[kind], text)

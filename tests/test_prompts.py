@@ -137,15 +137,6 @@ def test_holes_are_the_darkest_and_bluest_frozenlake_cells() -> None:
     assert all(cells[c][2] > cells[c][0] for c in holes)
 
 
-def test_segments_cover_state_sentence_and_plan() -> None:
-    state = board("maze", 1)
-    text = prompts.response("maze", state, ENVS["maze"].shortest_plan(state))
-    found = {name: text[start:end] for start, end, name in prompts.segment_spans(text)}
-    assert found["state"].startswith("Map size") and found["state"].endswith("\n")
-    assert found["sentence"].startswith("I go through")
-    assert set(found["plan"]) <= set("UDLR")
-
-
 def test_prompts_from_a_folder(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="no prompt file"):
         prompts.load(str(tmp_path))

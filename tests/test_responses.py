@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgsd_jax.envs import responses
@@ -70,6 +70,7 @@ def test_the_answer_block(response: str, text: str | None) -> None:
     assert (None if span is None else response[slice(*span)]) == text
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_the_block_is_the_one_that_a_plain_search_finds(pieces: list[str]) -> None:
     response = "".join(pieces)

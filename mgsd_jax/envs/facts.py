@@ -34,7 +34,7 @@ _FILLERS = re.compile(
 # A label of any statement, known or not: what it says ends where the next one begins.
 _LABEL = (
     r"(?<![a-z])(?<![a-z] )(?!(?:up|down|left|right|none)\b|cells? ?[(\[])"
-    r"(?P<label>[a-z][a-z ]{0,40}?) ?(?:[(\[][^()\[\]]{0,40}[)\]])? ?(?:[:=|]|-+>?(?= ?[(\[]))"
+    r"(?P<label>[a-z][a-z ]{0,40}?) ?(?:[(\[][^()\[\]]{0,40}[)\]])? ?(?:[:=|]|-{1,3}>?(?= ?[(\[]))"
 )
 # The open sides of a cell. An arrow after a cell is a step of a route.
 _OPEN = rf"{CELL} ?(?::|[=|-](?= ?(?:up|down|left|right|none)\b))"

@@ -63,6 +63,11 @@ def block_spans(text: str) -> list[Span]:
     return blocks
 
 
+def first_tag(text: str) -> int:
+    """Where the first `<answer>` begins, of a block or not; the end of a text without one."""
+    return next((tag.start() for tag in _TAG.finditer(text) if not tag[1]), len(text))
+
+
 def statements(response: str) -> str:
     """`response` with spaces for its thoughts and its answer blocks, as `without_thoughts`."""
     text = without_thoughts(response)

@@ -57,7 +57,7 @@ _SIGNS_OF_SENSE = (
 )
 _CELLS = re.compile(rf"(?P<item>{CELL})" + _SIGNS_OF_SENSE)
 _WAYS = re.compile(rf"(?P<item>{_WAY})" + _SIGNS_OF_SENSE)
-_NONE = re.compile(r"\b(?:none|no|nothing|zero|empty)\b|^[ .]*(?:\[ ?\]|\( ?\)|-|0|∅)[ .]*$")
+_NONE = re.compile(r"\b(?:none|no|nothing|zero|empty)\b|^[ .]*+(?:\[ ?\]|\( ?\)|-|0|∅)[ .]*+$")
 
 
 def plain(text: str) -> str:

@@ -396,6 +396,7 @@ def seconds(call: Callable[[], object]) -> float:
             "</answer>",
             "<answer></answer>",
             "<think>",
+            "</think>",
             "<",
             "(",
             "[",
@@ -424,7 +425,7 @@ def seconds(call: Callable[[], object]) -> float:
 def test_twice_the_text_takes_twice_the_time(name: str, piece: str) -> None:
     text = BOARDS["minibehaviour"][1]
     for before, after in (("<answer>", "</answer>"), ("<answer>1. U", ""), ("", "")):
-        short, long = (before + piece * (n // len(piece)) + after for n in (50_000, 100_000))
+        short, long = (before + piece * (n // len(piece)) + after for n in (30_000, 60_000))
         once, twice = (
             seconds(functools.partial(rules.score_text, name, "minibehaviour", text, response))
             for response in (short, long)

@@ -84,7 +84,7 @@ def _read_word(token: str, task: str) -> Plan:
     """The actions of a word or of a run of letters, () where it is neither on this task."""
     word = " ".join(token.upper().split())
     if word not in ALIASES:
-        return tuple(_LETTERS[letter] for letter in word) if set(word) <= set(_LETTERS) else ()
+        return tuple(_LETTERS[letter] for letter in word) if set(word) <= _LETTERS.keys() else ()
     action = ALIASES[word]
     return () if action in HANDS and task != "minibehaviour" else (action,)
 
@@ -96,7 +96,7 @@ def _read_signs(tokens: Sequence[_Token], moves: Mapping[str, str]) -> tuple[Pla
         signs = _SEPARATOR.sub("", token)
         # A list of two digits is a plan where nothing else is there.
         is_cell = kind == "cell" and (len(tokens) > 1 or token[0] != "[")
-        if is_cell or not set(signs) <= set(moves):
+        if is_cell or not set(signs) <= moves.keys():
             return (), token
         plan += (moves[sign] for sign in signs)
     return tuple(plan), None

@@ -229,3 +229,17 @@ def test_boards_of_equal_content_are_one_board_of_a_measure(tmp_path: pathlib.Pa
     rows.compact(tmp_path, found)
     assert "same_as" not in (tmp_path / rows.ROWS_FILE).read_text()
     assert rows.read_rows(tmp_path) == found
+
+
+def test_every_model_of_a_benchmark_is_asked_what_it_saw(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Model(monkeypatch)
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(testsets, "warn_of_seen", lambda *arguments: told.append(arguments))
+    models = (("base", "there"), ("distilled", "{workdir}/distillation"))
+    evaluate.run(make_config(models=models, folder="{workdir}/own"), str(tmp_path))
+    assert told == []
+    evaluate.run(make_config(models=models, benchmarks=(("maze_held_out", "x"),)), str(tmp_path))
+    want = (("base", "there", BOARDS), ("distilled", f"{tmp_path}/distillation", BOARDS))
+    assert told == [*want]

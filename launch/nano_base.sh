@@ -7,6 +7,7 @@ install_package "${EXTRAS:-}"
 
 WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR}
 mkdir -p "$WORKDIR"
+trap 'exit 130' INT
 run() {
   "$VENV/bin/python" -m mgsd_jax.main --config="configs/$1.py" "${@:2}"
 }

@@ -7,6 +7,8 @@ install_package "${EXTRAS:-}"
 
 WORKDIR=${1:-$ROOT/runs/quickstart}
 mkdir -p "$WORKDIR"
+# A stage that is asked in its last step ends well, and no other should begin then.
+trap 'echo "quickstart: stopped by Ctrl-C; the same command goes on from here"; exit 130' INT
 SECONDS=0
 for stage in generate grounding distillation evaluate export report; do
   echo "quickstart: $stage (after ${SECONDS}s)"

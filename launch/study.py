@@ -132,6 +132,7 @@ def main() -> None:
         cores.put(there[job] if job < len(there) else None)
     finished = {task_key(row, seed): threading.Event() for row, seed in tasks}
     failures = []
+    is_stopped = threading.Event()
 
     def work(row: Any, seed: int) -> None:
         if row.needs:
@@ -141,6 +142,8 @@ def main() -> None:
         core = cores.get()
         try:
             for argv in commands(row, seed, study):
+                if is_stopped.is_set():
+                    return
                 run(argv, study / row.name / f"{seed}.log", core, study)
         finally:
             cores.put(core)
@@ -151,11 +154,16 @@ def main() -> None:
         tqdm.tqdm(total=len(tasks), unit="run") as progress,
     ):
         waiting = [pool.submit(work, row, seed) for row, seed in tasks]
-        for future in concurrent.futures.as_completed(waiting):
-            progress.update()
-            if future.exception():
-                failures.append(str(future.exception()))
-                print(failures[-1], file=sys.stderr)
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                progress.update()
+                if future.exception():
+                    failures.append(str(future.exception()))
+                    print(failures[-1], file=sys.stderr)
+        except KeyboardInterrupt:  # the programs under way got it, too: they save and leave
+            is_stopped.set()
+            print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
     if failures:
         raise SystemExit(f"{len(failures)} runs failed")
     show(study, rows)

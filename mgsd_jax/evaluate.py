@@ -300,20 +300,20 @@ def _endpoint_asker(client: Any, name: str, config: Config, boards: Sequence[Boa
             return row if got.error is None else row | {"error": got.error}
 
         failed = 0
-        with concurrent.futures.ThreadPoolExecutor(settings.endpoint_workers) as pool:
-            waiting = [pool.submit(answer, place) for place in places]
-            try:
-                for future in concurrent.futures.as_completed(waiting):
-                    row = future.result()
-                    yield [row]
-                    failed = failed + 1 if "error" in row else 0
-                    if failed >= _PATIENCE:
-                        raise ValueError(
-                            f"{settings.endpoint}: got {failed} failed requests in a row (the "
-                            f"last: {row['error']}), want answers; run again to go on from here"
-                        )
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = concurrent.futures.ThreadPoolExecutor(settings.endpoint_workers)
+        waiting = [pool.submit(answer, place) for place in places]
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                row = future.result()
+                yield [row]
+                failed = failed + 1 if "error" in row else 0
+                if failed >= _PATIENCE:
+                    raise ValueError(
+                        f"{settings.endpoint}: got {failed} failed requests in a row (the "
+                        f"last: {row['error']}), want answers; run again to go on from here"
+                    )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # requests under way are not waited for
 
     return asker
 

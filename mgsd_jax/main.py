@@ -24,9 +24,14 @@ import logging as std_logging
 import os
 import pathlib
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The imports take seconds, and nothing is begun: Ctrl-C just ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 
@@ -125,8 +130,11 @@ def main(argv: Sequence[str]) -> int:
     """Runs one stage; returns the exit code.
 
     0 done, 2 a bad input (one line on stderr says which), 3 numbers that are not finite, 74 a full
-    disk, 75 stopped by SIGTERM; 1 with a traceback for anything else.
+    disk, 75 stopped by SIGTERM or Ctrl-C; 1 with a traceback for anything else. Ctrl-C where
+    there is no step to finish ends the process (130).
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_shown)
@@ -152,6 +160,9 @@ def main(argv: Sequence[str]) -> int:
     except stage.Stopped as stopped:  # all processes together
         logging.error("%s", stopped)
         return stopped.exit_code
+    except KeyboardInterrupt:
+        logging.error("%s: stopped by Ctrl-C; the same command goes on from here", _STAGE.value)
+        processes.leave_interrupted()
     except Exception as error:
         exit_code = _exit_code(error)
         if exit_code == 1 and not are_several:

@@ -7,6 +7,7 @@ agree on: shapes, metrics, and whether to stop. All of them call these functions
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -144,3 +145,12 @@ def leave(error: BaseException, exit_code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(exit_code)
+
+
+def leave_interrupted() -> NoReturn:
+    """Ends this process by SIGINT, as a shell wants to see it (130), and waits for no thread."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+    os._exit(128 + signal.SIGINT)

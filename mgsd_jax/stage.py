@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 import time
@@ -32,7 +33,8 @@ _STREAM_LENGTH = 1 << 24  # boards in one pass over a stream
 
 # Exit codes of a training run, besides 0 (done), 1 (an error with a traceback) and 2 (bad input).
 EXIT_NUMBERS = 3  # too many updates in a row were not finite; starting again repeats them
-EXIT_STOPPED = 75  # asked to stop (SIGTERM) and saved; the same command continues. EX_TEMPFAIL.
+EXIT_STOPPED = 75  # asked to stop and saved; the same command continues. EX_TEMPFAIL.
+_ASKING = (signal.SIGTERM, signal.SIGINT)  # the second one is Ctrl-C
 
 
 class Stopped(Exception):
@@ -110,15 +112,15 @@ class Session:
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer
     progress: metrics.Progress
-    stop: threading.Event  # set by SIGTERM
+    stop: threading.Event  # set by SIGTERM and Ctrl-C
     standing: Standing
 
     def finish_step(self, step: int, state: TrainState, measured: dict[str, Any]) -> None:
         """Reports the metrics of update `step`, a Mean or a scalar each, and saves if it is due.
 
         Nothing is saved between an update that was not finite and the next one that is, so the
-        newest checkpoint is always of a good step. Raises Stopped after SIGTERM, the step saved,
-        and where `guards.skipped_in_a_row` updates in a row were not finite.
+        newest checkpoint is always of a good step. Raises Stopped where it was asked to, the step
+        saved, and where `guards.skipped_in_a_row` updates in a row were not finite.
         """
         values, is_asked = self._tell(measured)
         now = time.perf_counter()
@@ -141,7 +143,8 @@ class Session:
             checkpoint.wait(self.checkpointer)
             raise Stopped(
                 f"{self.checkpointer.folder}: stopped after step {step} of {self.steps}, asked by "
-                f"SIGTERM; the same command continues after step {self.standing.saved_step}",
+                "SIGTERM or Ctrl-C; the same command continues after step "
+                f"{self.standing.saved_step}",
                 EXIT_STOPPED,
             )
 
@@ -195,22 +198,45 @@ class Session:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process; a second SIGTERM ends it."""
+    """An event that SIGTERM or Ctrl-C sets instead of ending the process; a second one ends it.
+
+    At once, with 143 or 130: the main thread may be compiling for minutes, and would hear of a
+    signal after that. The number of every signal goes through a pipe to a thread that waits for it.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # Python takes signals in the main thread only
         return
-
-    def on_signal(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGTERM, before)
-
+    # One that is ignored (Ctrl-C by a job of the background) stays so.
+    asking = [one for one in _ASKING if signal.getsignal(one) is not signal.SIG_IGN]
     # None: a handler that Python knows nothing of, which cannot be set again.
-    before = signal.signal(signal.SIGTERM, on_signal) or signal.SIG_DFL
+    before = {one: signal.signal(one, lambda *_: event.set()) or signal.SIG_DFL for one in asking}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    pipe_before = signal.set_wakeup_fd(writer)
+    listener = threading.Thread(target=_listen, args=(reader, asking), daemon=True)
+    listener.start()
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(pipe_before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        os.close(writer)
+        listener.join()
+        os.close(reader)
+
+
+def _listen(reader: int, asking: Sequence[int]) -> None:
+    """Says that the first of the signals was heard, and ends the process at the second."""
+    is_asked = False
+    while number := os.read(reader, 1):
+        if number[0] not in asking:
+            continue
+        if is_asked:
+            os._exit(128 + number[0])
+        is_asked = True
+        os.write(2, b"\nasked to stop: this step is finished and saved; once more ends at once\n")
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def test_sigterm_saves_leaves_with_its_code_and_the_same_command_continues(
     finish(running, tmp_path, stage_lib.EXIT_STOPPED)
     done = records(tmp_path, stage)[-1]["step"]
     assert 2 <= done < STEPS
-    message = f"stopped after step {done} of {STEPS}, asked by SIGTERM; the same command continues"
+    message = f"stopped after step {done} of {STEPS}, asked by SIGTERM or Ctrl-C; the same command"
     assert message in log_of(tmp_path)
     assert os.listdir(tmp_path / stage / "checkpoints") == [str(done)]
     run(base, stage, tmp_path, settings)

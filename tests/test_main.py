@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -202,3 +203,66 @@ def test_help_and_score(tmp_path: pathlib.Path) -> None:
     done = call("--stage=score", f"--input={wrong}")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == f"{count} rows, 1 mismatches"
+
+
+# Runs the program, and is interrupted in a stage or while it imports one.
+INTERRUPTED = """
+import os, runpy, signal, sys
+if sys.argv.pop(1) == "imports":
+    class Finder:
+        def find_spec(name, path=None, target=None):
+            if name == "mgsd_jax.distillation":
+                os.kill(os.getpid(), signal.SIGINT)
+    sys.meta_path.insert(0, Finder)
+    runpy.run_module("mgsd_jax.main", run_name="__main__")
+from mgsd_jax import main
+main.STAGES["generate"] = lambda config, workdir: os.kill(os.getpid(), signal.SIGINT)
+main.entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    [("imports", ""), ("stage", "generate: stopped by Ctrl-C; the same command goes on from here")],
+)
+def test_ctrl_c_is_one_line_and_ends_as_a_shell_wants_it(moment: str, said: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", INTERRUPTED, moment),
+            *("--stage=generate", f"--config={NANO}", "--workdir=x"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGINT
+    assert [line.partition("] ")[2] for line in done.stderr.splitlines()] == (
+        [said] if said else []
+    )
+
+
+@pytest.mark.parametrize("code", [0, 75])  # of the stage: its last step, and any other
+def test_the_quickstart_ends_at_ctrl_c_however_its_stage_does(
+    code: int, tmp_path: pathlib.Path
+) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    text = f"#!/bin/bash\ntrap 'exit {code}' INT\necho begins\nsleep 60 &\nwait\n"
+    python.write_text(text)
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".installed").write_text("")
+    running = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "quickstart.sh"), str(tmp_path / "run")],
+        env={**os.environ, "VENV": str(tmp_path / "venv")},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stdout is not None
+    assert "generate" in running.stdout.readline() and running.stdout.readline() == "begins\n"
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    said = running.communicate(timeout=60)[0]
+    assert said == "quickstart: stopped by Ctrl-C; the same command goes on from here\n"
+    assert running.returncode == 130

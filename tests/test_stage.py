@@ -4,6 +4,9 @@ import dataclasses
 import os
 import pathlib
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +42,11 @@ def config(tmp_path: pathlib.Path) -> Config:
 
 
 def run(
-    folder: pathlib.Path, config: Config, losses: dict[int, float], signal_at: int = 0
+    folder: pathlib.Path,
+    config: Config,
+    losses: dict[int, float],
+    signal_at: int = 0,
+    number: int = signal.SIGTERM,
 ) -> optimizer.TrainState:
     """A stage of 12 steps that subtracts the step from a weight; losses are 1 but for `losses`."""
     tx = optax.sgd(1.0)
@@ -54,7 +61,7 @@ def run(
             loss = jnp.float32(losses.get(step, 1.0))
             state, measured = optimizer.update(state, {"a": jnp.full(2, step)}, tx, loss=loss)
             if step == signal_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             session.finish_step(step, state, {"loss": loss, **measured})
     return state
 
@@ -64,20 +71,22 @@ def steps_in(folder: pathlib.Path) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def sigterm_is_as_before() -> Iterator[None]:
+def signals_are_as_before() -> Iterator[None]:
     logging.set_verbosity(logging.WARNING)
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     yield
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_sigterm_saves_the_step_it_is_in_and_the_run_continues_there(
-    tmp_path: pathlib.Path, config: Config
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_it_is_in_and_the_run_continues_there(
+    tmp_path: pathlib.Path, config: Config, number: int
 ) -> None:
     with pytest.raises(
         stage.Stopped, match=r"after step 5 of 12.*continues after step 5"
     ) as raised:
-        run(tmp_path, config, {}, signal_at=5)
+        run(tmp_path, config, {}, signal_at=5, number=number)
     assert raised.value.exit_code == stage.EXIT_STOPPED == 75
     assert steps_in(tmp_path) == [2, 4, 5]
     state = run(tmp_path, config, {})
@@ -109,17 +118,38 @@ def test_sigterm_in_the_last_step_is_the_end_of_the_run(
     assert steps_in(tmp_path)[-1] == 12
 
 
-def test_a_second_sigterm_does_what_it_did_before() -> None:
-    caught = []
-    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number: int) -> None:
+    """Also where the main thread is deep in a computation, as it is while a program compiles."""
+    code = """
+        import hashlib
+        from mgsd_jax import stage
+        with stage.asked_to_stop():
+            print("begins", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline() == b"begins\n"
+        running.send_signal(number)
+        while b"once more ends at once" not in running.stderr.readline():
+            assert running.poll() is None
+        running.send_signal(number)
+        assert running.wait(timeout=60) == 128 + number
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """As in a job that a script has sent to the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with stage.asked_to_stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.is_set()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.is_set() and caught == []
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert caught == [signal.SIGTERM]
+            assert stop.is_set()
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_updates_that_are_not_finite_are_counted_and_not_saved_after(

@@ -28,6 +28,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # The imports take seconds, and nothing is begun: Ctrl-C just ends the process.
@@ -104,9 +105,18 @@ def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
 
 
 def is_shown(record: std_logging.LogRecord) -> bool:
-    """Whether the log has this line: orbax tells a dozen of every save, for --verbosity=1."""
-    is_detail = record.levelno <= std_logging.INFO and "orbax" in record.pathname
-    return not is_detail or logging.vlog_is_on(1)
+    """Whether the log has this line. Those of orbax are for --verbosity=1.
+
+    It tells a dozen of every save, and of one that fails a traceback a thread; `checkpoint` says
+    what failed.
+    """
+    return "orbax" not in record.pathname or logging.vlog_is_on(1)
+
+
+def _hear_unraisable(unraisable: Any) -> None:
+    """After a failed write tensorstore tells of the others to a loop that orbax has closed."""
+    if "Event loop is closed" not in str(unraisable.exc_value) or logging.vlog_is_on(1):
+        sys.__unraisablehook__(unraisable)
 
 
 def _wanted(name: str, value: str | None) -> str:
@@ -138,6 +148,7 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_shown)
+    sys.unraisablehook = _hear_unraisable
     are_several = False
     try:
         if len(argv) > 1:
@@ -170,6 +181,8 @@ def main(argv: Sequence[str]) -> int:
         logging.error("%s", _line(error), exc_info=exit_code == 1 or logging.vlog_is_on(1))
         if are_several:
             processes.leave(error, exit_code)
+        if exit_code == 74:  # whoever has something left to write would fail again, and say so
+            processes.end(exit_code)
         return exit_code
 
 
@@ -186,6 +199,13 @@ _PATHS = {
     errno.ELOOP: "one whose links lead somewhere",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SAID_FULL = tuple(os.strerror(number) for number in _FULL)  # by what is no OSError: Rust, C++
+
+
+def _is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return any(said in str(error) for said in _SAID_FULL)
 
 
 def _is_about_a_path(error: BaseException) -> bool:
@@ -204,12 +224,15 @@ def _line(error: Exception) -> str:
         return f"{error.filename}: got {said!r} from the system, want {_PATHS[error.errno or 0]}"
     if _lacks_gcsfs(error):
         return "got a gs:// path and no package gcsfs, want it: pip install 'mgsd_jax[gcs]'"
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+        where = f" in {_WORKDIR.value}" if _WORKDIR.value else ""
+        return f"no space left{where}: {error}; the same command goes on when there is some"
     return str(error)
 
 
 def _exit_code(error: Exception) -> int:
     """2 for a bad input, 74 (EX_IOERR) for a full disk, 1 for what has to be looked into."""
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if _is_full(error):
         return 74
     if _is_about_a_path(error) or _lacks_gcsfs(error):
         return 2

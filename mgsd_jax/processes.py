@@ -4,6 +4,7 @@ Arrays cross between processes inside jitted programs. Here is what the hosts th
 agree on: shapes, metrics, and whether to stop. All of them call these functions in the same order.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -142,15 +143,24 @@ def leave(error: BaseException, exit_code: int) -> NoReturn:
         logging.error("%s: waiting to hear which process (task) was lost", where)
         time.sleep(LOST_AFTER + 5)
     logging.error("%s: leaves with exit code %d", where, exit_code)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    end(exit_code)
+
+
+def end(exit_code: int) -> NoReturn:
+    """Ends this process now: no thread is waited for, and none gets to say more."""
+    _flush()
     os._exit(exit_code)
 
 
 def leave_interrupted() -> NoReturn:
     """Ends this process by SIGINT, as a shell wants to see it (130), and waits for no thread."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    _flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)
     os._exit(128 + signal.SIGINT)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # into a file on a full disk, say
+            stream.flush()

@@ -37,7 +37,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("path", "level", "shown"),
     [
         ("/site/orbax/checkpoint/manager.py", logging.INFO, False),
-        ("/site/orbax/checkpoint/manager.py", logging.WARNING, True),
+        ("/site/orbax/checkpoint/manager.py", logging.ERROR, False),
         ("/here/mgsd_jax/metrics.py", logging.INFO, True),
     ],
 )
@@ -51,6 +51,9 @@ def test_the_log_leaves_out_the_details_of_every_save(path: str, level: int, sho
     [
         (ValueError("a"), 2),
         (OSError(errno.ENOSPC, "full", "here"), 74),
+        (OSError(errno.EDQUOT, "quota"), 74),
+        (Exception("No space left on device (os error 28)"), 74),  # tokenizers, safetensors
+        (ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [28]"), 74),
         (OSError(errno.EDQUOT, "full", "here"), 74),
         (OSError(errno.EACCES, "closed", "here"), 2),
         (OSError(errno.EACCES, "closed"), 1),  # not about a path: what is it about?

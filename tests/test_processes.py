@@ -1,10 +1,12 @@
 """Several processes are one program: settings, agreement, equal results; no one waits in vain."""
 
+import os
 import pathlib
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from helpers_run import (
+    ROOT,
     SLOWEST,
     Base,
     differing,
@@ -262,3 +265,22 @@ def test_sigterm_to_one_of_two_saves_and_ends_both(light: Base, tmp_path: pathli
         )
     finish(start_toys(light, tmp_path, 1), tmp_path)
     assert_whole(tmp_path, 1)
+
+
+def test_a_full_disk_is_one_line(light: Base, tmp_path: pathlib.Path) -> None:
+    """However many threads of orbax, tensorstore and TensorBoard fail in it."""
+    mount = f"mount -t tmpfs -o size=200k tmpfs {tmp_path}"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", *mount.split()]).returncode:
+        pytest.skip("needs the right to mount a small tmpfs in a namespace of its own")
+    command = f"{mount} && cd {ROOT} && exec {sys.executable} {TOY[0]} --stage=grounding"
+    flags = f"--config={light.config} --workdir={tmp_path}/run --set={EVERY[0]}"
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{command} {flags} --set=checkpoint.keep_last=9"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("E")]
+    assert done.returncode == 74 and len(said) == 1 and "o space left" in said[0], done.stderr
+    assert "Traceback" not in done.stderr

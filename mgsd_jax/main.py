@@ -224,7 +224,7 @@ def _line(error: Exception) -> str:
         return f"{error.filename}: got {said!r} from the system, want {_PATHS[error.errno or 0]}"
     if _lacks_gcsfs(error):
         return "got a gs:// path and no package gcsfs, want it: pip install 'mgsd_jax[gcs]'"
-    if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+    if _is_full(error) and getattr(error, "filename", None) is None:
         where = f" in {_WORKDIR.value}" if _WORKDIR.value else ""
         return f"no space left{where}: {error}; the same command goes on when there is some"
     return str(error)

@@ -24,10 +24,9 @@ install_package() {
   python=$(find_python)
   VENV=${VENV:-$ROOT/.venv}
   stamp=$VENV/.installed${extras:+-$extras}
-  if [ ! -x "$VENV/bin/python" ]; then
-    "$python" -m venv "$VENV"
-  fi
-  if [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+  if [ ! -x "$VENV/bin/python" ] || [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+    # One that was stopped in the making has a python and no pip.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$VENV"
     echo "setup: installing mgsd_jax${extras:+[$extras]} into $VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip
     "$VENV/bin/python" -m pip install --quiet -e ".${extras:+[$extras]}"

@@ -27,17 +27,11 @@ RANKS = {
     "summary": 3,
     **dict.fromkeys(("prompts", "measures", "token_stats", "guards"), 2),
     **dict.fromkeys(("envs", "metrics"), 1),
-    **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes", "chips"), 0),
+    **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes", "chips", "fields"), 0),
     "ranges": -1,
 }
-HOST_ONLY = (
-    "fields",
-    "config",
-    "batch",
-    "envs",
-    "prompts",
-    "data",
-)  # run in loader processes, without jax
+# These run in loader processes, without jax.
+HOST_ONLY = ("fields", "config", "batch", "envs", "prompts", "data")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 TORCH = ("torch", "torchvision", "torchaudio", "peft", "accelerate")
 

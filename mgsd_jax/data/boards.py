@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 from etils import epath
-from PIL import Image, UnidentifiedImageError
 
+from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.splits import SPLITS, Split
 
@@ -182,7 +182,7 @@ def _read_board(root: epath.Path, group: Group, index: int, *, with_picture: boo
         picture = picture_path.read_bytes()
         if content_hash(picture) != group["image"][index]:
             # Decoding every picture would take minutes; only a changed one can be a broken one.
-            _decode(picture_path, picture)
+            open_picture(io.BytesIO(picture), picture_path)
             _check_hash(picture_path, picture, group["image"][index])
     return Board(group["task"], group["level"], index, state, str(picture_path))
 
@@ -192,13 +192,6 @@ def _check_hash(path: epath.Path, content: bytes, want: str) -> None:
         raise ValueError(
             f"{path}: got hash {content_hash(content)}, want {want} as in the manifest; {_RESTORE}"
         )
-
-
-def _decode(path: epath.Path, content: bytes) -> None:
-    try:
-        Image.open(io.BytesIO(content)).load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: got an unreadable picture ({error}), want a PNG") from None
 
 
 def board_paths(folder: epath.Path, index: int) -> tuple[epath.Path, epath.Path]:

@@ -5,7 +5,9 @@ Axes: P patches, C = 3 * temporal_patch_size * patch_size^2 patch channels.
 
 import dataclasses
 import functools
+import io
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mgsd_jax.data import files
 from mgsd_jax.data.positions import Grid
+from mgsd_jax.fields import expect, field, optional, positive, read_json, shown, whole
 
 # What transformers' Qwen2VLImageProcessor does where its file says nothing.
 DEFAULT_RESCALE = 1 / 255
 DEFAULT_RESAMPLE = Image.Resampling.BICUBIC
+MOST_PIXELS = 2**26  # more than any model reads; a larger picture is a mistake, or a bomb
+PROCESSOR_TYPES = tuple(f"Qwen2VLImageProcessor{kind}" for kind in ("", "Fast", "Pil"))
+# What the pictures' settings and the model's `vision_config` call the same sizes.
+MODEL_SIZES = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
+FORMATS = ("PNG", "JPEG", "WEBP")  # of picture files, whatever their names say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,38 +107,71 @@ def cut_patches(pixels: np.ndarray, settings: PictureSettings) -> tuple[np.ndarr
     return patches.reshape(rows * columns, -1), (1, rows, columns)
 
 
-def load_picture_settings(folder: Path) -> PictureSettings:
-    """Settings of a checkpoint folder; ValueError naming file and field, got and want."""
+def open_picture(file: str | io.BytesIO, name: object) -> Image.Image:
+    """The picture in a file, decoded.
+
+    Raises ValueError with the file's `name` where it holds none, or one of too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(file, formats=FORMATS)
+        if picture.width * picture.height > MOST_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height}, over {MOST_PIXELS} pixels")
+        picture.load()
+    # Pillow has no common error: broken text chunks are ValueErrors, broken headers SyntaxErrors.
+    except (
+        *(OSError, SyntaxError, ValueError),
+        *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+    ) as error:
+        raise ValueError(f"{name}: got an unreadable picture ({error}), want a PNG") from None
+    return picture
+
+
+def load_picture_settings(folder: Path, config: Mapping[str, Any]) -> PictureSettings:
+    """Settings of a checkpoint folder, whose config.json holds `config`.
+
+    Raises ValueError naming file and field, got and want, also where they cut other patches than
+    the model reads.
+    """
     # transformers 5 saves a processor as one nested file, and prefers it where both exist.
     path, settings = folder / "processor_config.json", None
     if path.exists():
-        settings = files.read_json(path).get("image_processor")
+        settings = optional(read_json(path), "image_processor", dict, path)
     if settings is None:
         path = folder / "preprocessor_config.json"
-        settings = files.read_json(path)
+        settings = read_json(path)
+    expect(settings, "image_processor_type", PROCESSOR_TYPES, path)
     for switch in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if switch in settings and settings[switch] is not True:
-            raise ValueError(f"{path}: {switch}: got {settings[switch]!r}, want true or absent")
+        expect(settings, switch, [True], path)
     limits = {}
     for ours, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         # A bare min_pixels or max_pixels overrides the size, as in transformers.
         bare = settings.get(ours) is not None
-        limits[ours] = files.field(settings, ours if bare else f"size.{edge}", int, path)
-    whole = {
-        name: files.field(settings, name, int, path)
-        for name in ("patch_size", "temporal_patch_size", "merge_size")
-    }
-    for name, value in (limits | whole).items():
-        if value < 1:
-            raise ValueError(f"{path}: {name}: got {value}, want at least 1")
-    rescale, resample = settings.get("rescale_factor"), settings.get("resample")
+        limits[ours] = whole(settings, ours if bare else f"size.{edge}", path)
+    if limits["min_pixels"] > min(limits["max_pixels"], MOST_PIXELS):
+        raise ValueError(
+            f"{path}: min_pixels (size.shortest_edge): got {limits['min_pixels']}, want at most "
+            f"{MOST_PIXELS} and max_pixels (size.longest_edge), which is {limits['max_pixels']}"
+        )
+    sizes = {}
+    for ours, theirs in MODEL_SIZES.items():
+        sizes[ours] = whole(settings, ours, path)
+        want = whole(config, f"vision_config.{theirs}", folder / "config.json")
+        if sizes[ours] != want:
+            raise ValueError(
+                f"{path}: {ours}: got {sizes[ours]}, want {want}, the {theirs} of vision_config "
+                "in config.json"
+            )
+    resample = settings.get("resample") is not None
+    rescale = settings.get("rescale_factor") is not None
     return PictureSettings(
-        **whole,
+        **sizes,
         **limits,
         mean=_three(settings, "image_mean", path),
-        std=_three(settings, "image_std", path),
-        rescale=DEFAULT_RESCALE if rescale is None else float(rescale),
-        resample=DEFAULT_RESAMPLE if resample is None else Image.Resampling(resample),
+        std=_three(settings, "image_std", path, is_positive=True),
+        rescale=positive(settings, "rescale_factor", path) if rescale else DEFAULT_RESCALE,
+        resample=whole(settings, "resample", path, low=0, high=5) if resample else DEFAULT_RESAMPLE,
     )
 
 
@@ -140,9 +184,16 @@ def _pixel_table(settings: PictureSettings) -> np.ndarray:
     return (values - mean) / std
 
 
-def _three(settings: Mapping[str, Any], name: str, path: Path) -> tuple[float, float, float]:
-    values = files.field(settings, name, list, path)
-    if len(values) != 3 or not all(isinstance(x, int | float) for x in values):
-        raise ValueError(f"{path}: {name}: got {values!r}, want three numbers")
+def _three(
+    settings: Mapping[str, Any], name: str, path: Path, *, is_positive: bool = False
+) -> tuple[float, float, float]:
+    values = field(settings, name, list, path)
+    if (
+        len(values) != 3
+        or not all(type(x) in (int, float) and abs(x) <= 1e6 for x in values)  # NaN is not
+        or (is_positive and min(values) <= 0)
+    ):
+        wanted = "three numbers" + (" above 0" if is_positive else "")
+        raise ValueError(f"{path}: {name}: got {shown(values)}, want {wanted}")
     red, green, blue = (float(x) for x in values)
     return red, green, blue

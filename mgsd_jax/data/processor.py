@@ -10,14 +10,28 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mgsd_jax.data.files import field, read_json
+from mgsd_jax.data import template as template_lib
 from mgsd_jax.data.pictures import PictureSettings, cut_patches, load_picture_settings
 from mgsd_jax.data.positions import Grid, Interpolation, find_pictures, interpolation, token_count
+from mgsd_jax.fields import LARGEST, Kind, expect, field, optional, read_json, shown, whole
+
+# What of tokenizer_config.json has to be of a kind before transformers is let at it.
+TOKENIZER_FIELDS: dict[str, Kind] = {
+    "tokenizer_class": (str, NoneType),
+    "added_tokens_decoder": dict,
+    "additional_special_tokens": list,
+    "chat_template": (str, list, dict, NoneType),
+    "extra_special_tokens": (list, dict),
+    "model_max_length": (int, float, NoneType),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict, NoneType)),
+    **dict.fromkeys(("add_bos_token", "add_prefix_space", "clean_up_tokenization_spaces"), bool),
+}
 
 Message = Mapping[str, Any]  # {'role': str, 'content': str | list of parts}, as chat templates read
 
@@ -54,6 +68,7 @@ class Processor:
     eos_ids: tuple[int, ...]  # any of them ends a response
     pad_id: int
     end_of_turn: str  # what the template writes after an answer, one token, e.g. <|im_end|>
+    opens_thought: bool  # a prompt ends inside <think>, as that of a Thinking checkpoint does
 
     @property
     def pad_ids(self) -> tuple[int, ...]:
@@ -69,16 +84,17 @@ def load_processor(folder: str | Path) -> Processor:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     tokenizer = _load_tokenizer(folder)
-    template = _load_template(folder, tokenizer)
+    template = template_lib.load_template(folder, tokenizer)
     eos_ids = _load_eos_ids(folder, config, tokenizer)
     return Processor(
         tokenizer=tokenizer,
         chat_template=template,
-        pictures=load_picture_settings(folder),
+        pictures=load_picture_settings(folder, config),
         table_side=_load_table_side(folder, config),
         eos_ids=eos_ids,
         pad_id=_load_pad_id(folder, tokenizer),
         end_of_turn=_find_end_of_turn(tokenizer, template, eos_ids, folder),
+        opens_thought=template_lib.opens_thought(tokenizer, template),
         **{
             name: _load_token_id(folder, config, tokenizer, name, text)
             for name, text in (
@@ -101,13 +117,10 @@ def encode(
     where the rendered text has an image or video token that no picture of the messages stands for.
     """
     rendered, arrays = _without_pixels(messages)
-    text = processor.tokenizer.apply_chat_template(
-        rendered,
-        chat_template=processor.chat_template,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
+    text = template_lib.render(
+        processor.tokenizer, processor.chat_template, rendered, is_prompt=add_generation_prompt
     )
-    tokens = _tokenise(processor, str(text))
+    tokens = _tokenise(processor, text)
     if (tokens == processor.video_token_id).any():
         raise ValueError("messages: got a video token, want text and pictures only")
     where = np.flatnonzero(tokens == processor.image_token_id)
@@ -245,34 +258,59 @@ def _without_pixels(
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    for name, kind in TOKENIZER_FIELDS.items():
+        if name in settings:
+            field(settings, name, kind, path)
+    expect(settings, "split_special_tokens", [False], path)
+    added = _added_tokens(settings, path)
     if (folder / "tokenizer.json").exists() or not (folder / "vocab.json").exists():
         field(read_json(folder / "tokenizer.json"), "model", dict, folder / "tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers, written in Rust, raises no narrower one
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder}: tokenizer: got {type(error).__name__} ({said}) from tokenizer_config.json "
+            "and the files beside it, want those of a tokenizer"
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder}: tokenizer: got {type(tokenizer).__name__}, want a fast one")
+    for name, text in added.items():
+        found = tokenizer.convert_ids_to_tokens(int(name))
+        if found != text:
+            raise ValueError(
+                f"{path}: added_tokens_decoder: {name}: got {shown(text)}, want "
+                f"{shown(found)} as in the tokenizer's own file"
+            )
     # A saved file may ask for either, and then long prompts would lose tokens in silence.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
-def _load_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The chat template, from the first of the places in the order of transformers' processor."""
-    legacy, plain = folder / "chat_template.json", folder / "chat_template.jinja"
-    if legacy.exists():
-        return field(read_json(legacy), "chat_template", str, legacy)
-    if plain.exists():
-        return plain.read_text(encoding="utf-8")
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{folder}: chat template: got none, want chat_template.jinja, chat_template.json "
-            "or chat_template in tokenizer_config.json"
-        )
-    return template
+def _added_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The tokens of tokenizer_config.json by their ids, each of them and its switches checked."""
+    tokens = {}
+    for name, token in settings.get("added_tokens_decoder", {}).items():
+        source = f"{path}: added_tokens_decoder: {name}"
+        if not isinstance(token, dict) or not name.isdecimal() or int(name) > LARGEST:
+            raise ValueError(
+                f"{source}: got {shown(token)}, want an object with the token of an id"
+            )
+        for switch in ("lstrip", "normalized", "rstrip", "single_word", "special"):
+            if switch in token:
+                field(token, switch, bool, source)
+        tokens[name] = field(token, "content", str, source)
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(name, [])
+        for key, text in listed.items() if isinstance(listed, dict) else enumerate(listed):
+            if not isinstance(text, str | dict):
+                raise ValueError(f"{path}: {name}: {key}: got {shown(text)}, want a token")
+    return tokens
 
 
 def _load_eos_ids(
@@ -281,7 +319,7 @@ def _load_eos_ids(
     """Ids that end a response: the generation file's, else the config's, else the tokenizer's."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    text_config = config.get("text_config") or {}
+    text_config = optional(config, "text_config", dict, folder / "config.json") or {}
     for source in (generation, config, text_config):
         if source.get("eos_token_id") is not None:
             found = source["eos_token_id"]
@@ -289,9 +327,11 @@ def _load_eos_ids(
     else:
         found = tokenizer.eos_token_id
     listed = found if isinstance(found, list) else [found]
-    ids = tuple(i for i in listed if isinstance(i, int))
+    ids = tuple(i for i in listed if type(i) is int and 0 <= i < len(tokenizer))
     if not ids or len(ids) != len(listed):
-        raise ValueError(f"{path}: eos_token_id: got {found!r}, want a token id or a list of them")
+        raise ValueError(
+            f"{path}: eos_token_id: got {shown(found)}, want the id of a token or a list of them"
+        )
     return ids
 
 
@@ -310,8 +350,8 @@ def _find_end_of_turn(
     """The token that the template writes right after an assistant's answer."""
     answer = "An answer of the assistant"
     chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-    after = str(text).rpartition(answer)[2]
+    text = template_lib.render(tokenizer, template, chat, is_prompt=False)
+    after = text.rpartition(answer)[2][:80]
     ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
     if not ids or ids[0] not in eos_ids:
         raise ValueError(
@@ -323,9 +363,9 @@ def _find_end_of_turn(
 
 def _load_table_side(folder: Path, config: Mapping[str, Any]) -> int:
     path, name = folder / "config.json", "vision_config.num_position_embeddings"
-    rows = field(config, name, int, path)
-    side = math.isqrt(max(rows, 0))
-    if rows < 1 or side**2 != rows:
+    rows = whole(config, name, path)
+    side = math.isqrt(rows)
+    if side**2 != rows:
         raise ValueError(f"{path}: {name}: got {rows}, want a positive square")
     return side
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Benchmark, DataConfig
 from mgsd_jax.data.boards import MANIFEST, Board, read_json, read_levels, read_split
+from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.envs import ENVS, benchmarks
 from mgsd_jax.envs.splits import split_of
 
@@ -174,9 +175,5 @@ def read_picture(path: str, size: int) -> np.ndarray:
 
     Raises ValueError naming the file where it is no picture.
     """
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: got an unreadable picture ({error}), want a PNG") from None
-    return np.asarray(picture)
+    picture = open_picture(path, path).convert("RGB")
+    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))

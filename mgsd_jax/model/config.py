@@ -1,9 +1,12 @@
 """Frozen model configurations, read from and written to the Hugging Face `config.json` layout."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from mgsd_jax.fields import expect, field, optional, positive, shown, whole
+
+Config = TypeVar("Config")
 Json = Mapping[str, Any]
 
 
@@ -73,7 +76,7 @@ class TextConfig:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float
-    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    mrope_section: tuple[int, int, int] = (24, 20, 20)  # time, height, width
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 262_144
 
@@ -114,6 +117,13 @@ class ModelConfig:
                 f"each of the {self.text.num_hidden_layers} decoder layers"
             )
 
+        for key in _TOKEN_KEYS:
+            if getattr(self, key) >= self.text.vocab_size:
+                raise ValueError(
+                    f"{key}: got {getattr(self, key)}, want less than vocab_size, which is "
+                    f"{self.text.vocab_size}"
+                )
+
     @property
     def num_deepstack(self) -> int:
         """Decoder layers, counted from the first, that are followed by visual features."""
@@ -123,19 +133,25 @@ class ModelConfig:
     def from_hf(cls, config: Json, *, source: str = "config.json") -> "ModelConfig":
         """The configuration in `config`, a parsed `config.json` of transformers 4.57 or 5.
 
-        Keys that do not change the mathematics are ignored; values that would ask for mathematics
-        not written here (another activation, attention biases, scaled RoPE) raise ValueError, as do
-        missing keys.
+        Keys that do not change the mathematics are ignored. Raises ValueError naming `source` and
+        key where one is missing or of the wrong kind, and for values that ask for mathematics not
+        written here (another activation, attention biases, scaled RoPE, quantised weights).
         """
-        _expect(config, "model_type", "qwen3_vl", source)
+        expect(config, "model_type", ["qwen3_vl"], source)
         text, vision = (
-            _read(config, key, dict, source) for key in ("text_config", "vision_config")
+            field(config, key, dict, source) for key in ("text_config", "vision_config")
         )
-        return cls(
+        for part in (config, text, vision):
+            _refuse_quantised(part, source)
+        tied = field(config, "tie_word_embeddings", bool, source)
+        expect(text, "tie_word_embeddings", [tied], f"{source}: text_config")
+        return _made(
+            cls,
+            source,
             text=_text_from_hf(text, f"{source}: text_config"),
             vision=_vision_from_hf(vision, f"{source}: vision_config"),
-            tie_word_embeddings=_read(config, "tie_word_embeddings", bool, source),
-            **{key: _read(config, key, int, source) for key in _TOKEN_KEYS},
+            tie_word_embeddings=tied,
+            **{key: whole(config, key, source, low=0) for key in _TOKEN_KEYS},
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -222,62 +238,57 @@ def tiny(
 _TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def _read(config: Json, key: str, kind: type, source: str) -> Any:
-    if key not in config:
-        raise ValueError(f"{source}: got no {key!r}, want a value of type {kind.__name__}")
-    value = config[key]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{source}: {key}: got {value!r}, want a value of type {kind.__name__}")
-    return value
+MOST_LAYERS = 1000  # a tensor table is made of them before any file is looked at
 
 
-def _expect(config: Json, key: str, want: object, source: str) -> None:
-    """Raises where `key` is present with another value: the code has `want` built in."""
-    if key in config and config[key] != want:
-        raise ValueError(f"{source}: {key}: got {config[key]!r}, want {want!r}")
+def _made(make: Callable[..., Config], source: str, **values: Any) -> Config:
+    """`make(**values)`, with the `source` in front of what it says of values that do not fit."""
+    try:
+        return make(**values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
-def _fields(config: Json, names: tuple[str, ...], kind: type, source: str) -> dict[str, Any]:
-    return {name: _read(config, name, kind, source) for name in names}
+def _refuse_quantised(config: Json, source: str) -> None:
+    settings = optional(config, "quantization_config", dict, source)
+    if settings is not None:
+        method = settings.get("quant_method", "an unnamed method")
+        raise ValueError(
+            f"{source}: quantization_config: got weights quantised by {shown(method)}, want float "
+            "ones: take the release that is not quantised"
+        )
 
 
 def _text_from_hf(config: Json, source: str) -> TextConfig:
     for key, want in (("hidden_act", "silu"), ("attention_bias", False)):
-        _expect(config, key, want, source)
-    rope: dict[str, Any] = {}
-    if "rope_theta" in config:
-        rope["rope_theta"] = config["rope_theta"]
-    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 writes only the second
-        if config.get(key) is not None:
-            rope |= config[key]
-    for key in ("rope_type", "type"):
-        _expect(rope, key, "default", f"{source}: rope")
-    _expect(rope, "mrope_interleaved", True, f"{source}: rope")
-    section = _read(rope, "mrope_section", list, f"{source}: rope")
-    ints = (
+        expect(config, key, [want], source)
+    rope, rope_source = _rope(config, "default", source)
+    expect(rope, "mrope_interleaved", [True], rope_source)
+    sizes = (
         "vocab_size",
         "hidden_size",
         "intermediate_size",
-        "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
         "max_position_embeddings",
     )
-    return TextConfig(
-        **_fields(config, ints, int, source),
-        rms_norm_eps=_read(config, "rms_norm_eps", float, source),
-        rope_theta=_read(rope, "rope_theta", float, f"{source}: rope"),
-        mrope_section=(section[0], section[1], section[2]),
+    section = rope.get("mrope_section", list(TextConfig.mrope_section))
+    return _made(
+        TextConfig,
+        source,
+        **{key: whole(config, key, source) for key in sizes},
+        num_hidden_layers=whole(config, "num_hidden_layers", source, high=MOST_LAYERS),
+        rms_norm_eps=positive(config, "rms_norm_eps", source),
+        rope_theta=positive(rope, "rope_theta", rope_source),
+        mrope_section=_numbers({"mrope_section": section}, "mrope_section", rope_source),
     )
 
 
 def _vision_from_hf(config: Json, source: str) -> VisionConfig:
-    _expect(config, "hidden_act", "gelu_pytorch_tanh", source)
-    ints = (
-        "depth",
+    expect(config, "hidden_act", ["gelu_pytorch_tanh"], source)
+    expect(config, "in_channels", [3], source)
+    sizes = (
         "hidden_size",
         "intermediate_size",
         "num_heads",
@@ -288,12 +299,49 @@ def _vision_from_hf(config: Json, source: str) -> VisionConfig:
         "temporal_patch_size",
         "spatial_merge_size",
     )
-    rope: dict[str, Any] = {}
-    if config.get("rope_parameters") is not None:  # absent from 4.57 files: theta is then fixed
-        _expect(config["rope_parameters"], "rope_type", "axial", f"{source}: rope_parameters")
-        rope["rope_theta"] = _read(config["rope_parameters"], "rope_theta", float, source)
-    return VisionConfig(
-        **_fields(config, ints, int, source),
-        deepstack_visual_indexes=tuple(_read(config, "deepstack_visual_indexes", list, source)),
-        **rope,
+    rope, rope_source = _rope(config, "axial", source)
+    theta = (
+        {"rope_theta": positive(rope, "rope_theta", rope_source)} if "rope_theta" in rope else {}
     )
+    return _made(
+        VisionConfig,
+        source,
+        **{key: whole(config, key, source) for key in sizes},
+        depth=whole(config, "depth", source, high=MOST_LAYERS),
+        deepstack_visual_indexes=_numbers(config, "deepstack_visual_indexes", source),
+        **theta,
+    )
+
+
+def _rope(config: Json, kind: str, source: str) -> tuple[Json, str]:
+    """The RoPE settings as transformers reads them, and where they stand.
+
+    transformers 4.57 reads `rope_theta` and `rope_scaling`; 5 reads `rope_scaling`, or where that
+    is empty `rope_parameters`, and `rope_theta` where the one that it reads has none. Raises
+    ValueError where what is not read says something else: one of the versions would follow it.
+    """
+    objects = {
+        key: optional(config, key, dict, source) or {}
+        for key in ("rope_scaling", "rope_parameters")
+    }
+    for key, place in objects.items():
+        for name in ("rope_type", "type"):  # "default" stands for the model's own kind
+            expect(place, name, list(dict.fromkeys(("default", kind))), f"{source}: {key}")
+    objects["rope_theta"] = {key: config[key] for key in ("rope_theta",) if key in config}
+    used = "rope_scaling" if objects["rope_scaling"] else "rope_parameters"
+    rope = objects["rope_theta"] | objects[used]
+    for key, place in objects.items():
+        for name in place.keys() - {"rope_type", "type"}:
+            if name not in rope or rope[name] != place[name]:
+                raise ValueError(
+                    f"{source}: {key}: {name}: got {shown(place[name])}, want "
+                    f"{shown(rope[name]) if name in rope else 'it absent'} as in {used}"
+                )
+    return rope, f"{source}: {used}" if objects[used] else source
+
+
+def _numbers(config: Json, key: str, source: str) -> tuple[int, ...]:
+    values = field(config, key, list, source)
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{source}: {key}: got {shown(values)}, want a list of whole numbers >= 0")
+    return tuple(values)

@@ -58,19 +58,6 @@ def problem_list(what: str, problems: Sequence[str]) -> ValueError:
     return ValueError("\n  ".join([f"{what}, {len(problems)} {noun}:", *problems]))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; ValueError where it is missing, no JSON or no object."""
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, want a JSON file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got no valid JSON ({error}), want a JSON object") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got {type(value).__name__}, want a JSON object")
-    return value
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as indented JSON with a final newline."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mgsd_jax.fields import read_json
 from mgsd_jax.model import files
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.table import EMBEDDING, LM_HEAD, leaves
@@ -48,7 +49,7 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | Non
         problems.append(f"{folder}: got neither {SINGLE_FILE} nor {INDEX_FILE}, want one of them")
         return {}
     try:
-        index = files.read_json(folder / INDEX_FILE)
+        index = read_json(folder / INDEX_FILE)
     except ValueError as error:
         problems.append(str(error))
         return {}

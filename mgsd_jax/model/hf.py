@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgsd_jax import tree
+from mgsd_jax.fields import read_json
 from mgsd_jax.model import files
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.files import DTYPES, FloatType, TensorSpec
@@ -37,7 +38,7 @@ class Tensor(NamedTuple):
 def read_config(folder: str | Path) -> ModelConfig:
     """Return the `config.json` of a Hugging Face folder; ValueError where missing or malformed."""
     path = Path(folder) / "config.json"
-    return ModelConfig.from_hf(files.read_json(path), source=str(path))
+    return ModelConfig.from_hf(read_json(path), source=str(path))
 
 
 def load_params(

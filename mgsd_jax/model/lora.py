@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgsd_jax import tree
+from mgsd_jax.fields import read_json
 from mgsd_jax.model import files
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.files import DTYPES, FloatType, TensorSpec
@@ -220,7 +221,7 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Tree, LoraSpec]:
     must be adapted in all of its layers.
     """
     folder = Path(folder)
-    settings = files.read_json(folder / PEFT_CONFIG)
+    settings = read_json(folder / PEFT_CONFIG)
     _check_peft(settings, folder / PEFT_CONFIG)
     handle = files.open_tensors(folder / PEFT_WEIGHTS)
     unread = set(handle.keys())

@@ -1,0 +1,116 @@
+"""A checkpoint's chat template: where it stands, and conversations written by it."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from mgsd_jax.fields import field, read_json
+
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+MOST_CHARACTERS = 1_000_000  # of a template, and of a conversation that it writes
+HEADROOM = 2**29  # bytes that a template may take when it is tried
+
+
+def load_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template, from the first of the places in the order of transformers' processor.
+
+    Raises ValueError where there is none, or one that fails on a short conversation.
+    """
+    legacy, plain = folder / "chat_template.json", folder / "chat_template.jinja"
+    if legacy.exists():
+        template = field(read_json(legacy), "chat_template", str, legacy)
+    elif plain.exists():
+        try:
+            template = plain.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{plain}: got {error.reason}, want UTF-8") from None
+    else:
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{folder}: chat template: got none, want chat_template.jinja, chat_template.json "
+            "or chat_template in tokenizer_config.json"
+        )
+    picture = [{"type": "image"}, {"type": "text", "text": "A question"}]
+    with _limited_memory():
+        render(tokenizer, template, [{"role": "user", "content": picture}], is_prompt=True)
+    return template
+
+
+def render(
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    is_prompt: bool,
+) -> str:
+    """The conversation as text, as transformers writes it; a prompt ends where an answer begins.
+
+    Raises ValueError naming the checkpoint's folder for whatever a template may do wrong.
+    """
+    source = f"{tokenizer.name_or_path}: chat template"
+    if len(template) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{source}: got {len(template)} characters, want at most {MOST_CHARACTERS}"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(map(dict, messages)),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=is_prompt,
+        )
+    # A template runs expressions of its own: these are the errors that expressions end in.
+    except (
+        *(jinja2.TemplateError, SyntaxError, TypeError, ValueError, AttributeError, LookupError),
+        *(ArithmeticError, AssertionError, RecursionError, MemoryError),
+    ) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{source}: got {type(error).__name__} ({said}) on a conversation, want its text"
+        ) from None
+    if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{source}: got {len(text)} characters for a conversation, want at most "
+            f"{MOST_CHARACTERS}"
+        )
+    return text
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerFast, template: str) -> bool:
+    """Whether an answer begins inside a thought, as that of a Thinking checkpoint does."""
+    prompt = render(
+        tokenizer, template, [{"role": "user", "content": "A question"}], is_prompt=True
+    )
+    _, mark, after = prompt.rpartition(THOUGHT)
+    return bool(mark) and THOUGHT_END not in after
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Lets the process take HEADROOM more memory and then raises MemoryError, on Linux.
+
+    jinja2's sandbox bounds what a template may call, but not how long a string it may make: ten
+    billion characters are made before any length can be looked at. The limit is that of the whole
+    process, so a template is tried once, while nothing else is under way.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + HEADROOM
+    limits = [limit, *(old for old in (soft, hard) if old != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -5,11 +5,12 @@ Every error is a ValueError of one line: file, field, what was found, what was w
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
+
+from mgsd_jax.ranges import shown
 
 Kind = type | tuple[type, ...]
 LARGEST = 2**31 - 1  # more than any size that a model has
@@ -80,11 +81,6 @@ def expect(content: Mapping[str, Any], name: str, wanted: Sequence[object], sour
     ):
         listed = " or ".join(shown(want) for want in wanted)
         raise ValueError(f"{source}: {name}: got {shown(content[name])}, want {listed}")
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: cut where it is long or deep."""
-    return reprlib.repr(value)
 
 
 def _kind_name(kind: Kind) -> str:

@@ -25,6 +25,7 @@ from mgsd_jax.model.qwen3vl import init_params
 
 torch = pytest.importorskip("torch")
 import helpers_hf  # noqa: E402
+import safetensors.torch  # noqa: E402
 from transformers import Qwen3VLForConditionalGeneration  # noqa: E402
 
 CONFIGS = {
@@ -344,6 +345,100 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
         hf.load_params(tmp_path, config, dtype="float32")
     for part in ("norm.weight: got no", "[1, 2], want", "I32[64, 32]", "surprise: got a tensor"):
         assert part in str(caught.value)
+
+
+FOREIGN = {
+    "fp8": (lambda name: name + "_scale_inv", "weights quantised to FP8; take the release"),
+    "gptq": (lambda name: name.replace(".weight", ".qweight"), "quantised by AWQ or GPTQ"),
+    "bitsandbytes": (lambda name: name + ".absmax", "quantised by bitsandbytes"),
+    "bitsandbytes 4": (lambda name: name + ".quant_state.bitsandbytes__nf4", "by bitsandbytes"),
+    "compressed": (lambda name: name + "_packed", "weights of compressed-tensors"),
+    "peft": (lambda name: f"base_model.model.{name}", "its PEFT adapters around it; merge them"),
+    "peft inside": (lambda name: name.replace(".weight", ".base_layer.weight"), "PEFT adapters"),
+    "old decoder": (lambda name: name.replace("language_model.", ""), "older names of a decoder"),
+    "old tower": (lambda _: "visual.blocks.0.norm1.weight", "older names of a vision tower"),
+    "compiled": (lambda name: f"_orig_mod.{name}", "saved inside a wrapper"),
+    "experts": (lambda name: name.replace("gate_proj", "experts.0.gate_proj"), "mixture of exp"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_weights_of_another_kind_are_one_line(name: str, tmp_path: Path) -> None:
+    config = CONFIGS["tied"]
+    rename, wanted = FOREIGN[name]
+    is_whole = name in ("peft", "compiled")  # every tensor is renamed, else some kernels
+    hf.save_params(random_params(config), config, tmp_path)
+    loaded = load_file(tmp_path / hf.SINGLE_FILE)
+    for key in [key for key in loaded if is_whole or "gate_proj" in key]:
+        loaded[rename(key)] = loaded.pop(key)
+    save_file(loaded, tmp_path / hf.SINGLE_FILE)
+    with pytest.raises(ValueError, match=re.escape(wanted)) as caught:
+        hf.load_params(tmp_path, config, dtype="float32")
+    assert str(caught.value).startswith(f"{tmp_path}: got the tensor ")
+    assert "\n" not in str(caught.value)
+
+
+def test_fp8_without_scales_is_one_line(tmp_path: Path) -> None:
+    config = CONFIGS["tied"]
+    hf.save_params(random_params(config), config, tmp_path)
+    with safe_open(tmp_path / hf.SINGLE_FILE, framework="pt") as file:
+        loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    loaded[GATE] = loaded[GATE].to(torch.float8_e4m3fn)
+    safetensors.torch.save_file(loaded, tmp_path / hf.SINGLE_FILE)
+    with pytest.raises(ValueError, match=r"gate_proj.weight in FP8, want float weights; take"):
+        hf.load_params(tmp_path, config, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "adapter_model.safetensors"])
+def test_weights_in_other_files_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"\(but {name}, which is not read\), want one of them"):
+        hf.load_params(tmp_path, CONFIGS["tied"], dtype="float32")
+
+
+def test_problems_of_one_cause_are_cut_after_ten(tmp_path: Path) -> None:
+    config = CONFIGS["tied"]
+    hf.save_params(random_params(config), config, tmp_path)
+    loaded = load_file(tmp_path / hf.SINGLE_FILE)
+    layers = [key for key in loaded if ".layers." in key]
+    for key in layers:
+        del loaded[key]
+    loaded |= {f"extra.{i}": np.zeros(2, np.float32) for i in range(11)}
+    loaded["model.language_model.norm.weight"] = np.zeros(1, np.float32)
+    save_file(loaded, tmp_path / hf.SINGLE_FILE)
+    with pytest.raises(ValueError, match=f", {len(layers) + 12} problems:") as caught:
+        hf.load_params(tmp_path, config, dtype="float32")
+    lines = str(caught.value).splitlines()
+    assert [line.strip() for line in lines if "more like" in line] == [
+        f"... and {len(layers) - 10} more like the last one",
+        "... and 1 more like the last one",
+    ]
+    assert len(lines) == 1 + (10 + 1) + 1 + (10 + 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 1e39])
+def test_values_that_are_not_finite_are_refused_by_name(
+    value: float, dtype: str, tmp_path: Path
+) -> None:
+    config = CONFIGS["tied"]
+    hf.save_params(random_params(config), config, tmp_path, dtype="float32")
+    loaded = load_file(tmp_path / hf.SINGLE_FILE)
+    wide = loaded[GATE].astype(np.float64)  # 1e39 is finite in the file, but not as read
+    wide[-1, 3] = value
+    save_file(loaded | {GATE: wide}, tmp_path / hf.SINGLE_FILE)
+    with pytest.raises(ValueError, match=rf"^{GATE}: got NaN or infinite {dtype} values"):
+        hf.load_params(tmp_path, config, dtype=dtype)
+
+
+def test_the_largest_numbers_are_read(tmp_path: Path) -> None:
+    config = CONFIGS["tied"]
+    hf.save_params(random_params(config), config, tmp_path, dtype="float32")
+    loaded = load_file(tmp_path / hf.SINGLE_FILE)
+    loaded[GATE][0, :2] = [3.4e38, -3.4e38]
+    loaded[GATE][0, 2:4] = [1e-45, -0.0]
+    save_file(loaded, tmp_path / hf.SINGLE_FILE)
+    hf.load_params(tmp_path, config, dtype="float32")
 
 
 def test_another_config_is_a_list_of_mismatches(folder: Path) -> None:

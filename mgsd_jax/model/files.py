@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 READABLE = ("F32", "BF16", "F16", "F64")  # float8 would need scales that nothing here knows
 METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
+MOST = 10  # problems of one cause that an error lists
 SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -53,9 +55,19 @@ class TensorSpec:
 
 
 def problem_list(what: str, problems: Sequence[str]) -> ValueError:
-    """Return the one ValueError that lists every problem, a line each."""
+    """Return the one ValueError that lists the problems, a line each, MOST of each cause."""
+    causes: dict[str, list[str]] = {}
+    for problem in problems:
+        # what was found, without the names, shapes and numbers that differ
+        cause = " ".join(re.findall(r"\b[a-z]+\b", problem.partition("got ")[2]))
+        causes.setdefault(cause, []).append(problem)
     noun = "problem" if len(problems) == 1 else "problems"
-    return ValueError("\n  ".join([f"{what}, {len(problems)} {noun}:", *problems]))
+    lines = [f"{what}, {len(problems)} {noun}:"]
+    for listed in causes.values():
+        lines += listed[:MOST]
+        if len(listed) > MOST:
+            lines.append(f"... and {len(listed) - MOST} more like the last one")
+    return ValueError("\n  ".join(lines))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

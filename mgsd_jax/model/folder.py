@@ -1,5 +1,6 @@
 """The weight files of a Hugging Face folder, opened once every tensor in them is right."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,26 @@ from mgsd_jax.model.table import EMBEDDING, LM_HEAD, leaves
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_FILES = "model-*-of-*.safetensors"
+OTHER_FILES = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*", "adapter_model.*")
 Handles = dict[str, Any]  # tensor name -> open safetensors file
+
+_RENAME = "; rename them model.visual... and model.language_model...: nothing else differs"
+_UNQUANTISED = "; take the release that is not quantised"
+# What the name of one tensor gives away: of whatever fits, what it holds and what to do.
+FOREIGN = (
+    (r"\.(weight_scale_inv|weight_scale|input_scale)$", f"weights quantised to FP8{_UNQUANTISED}"),
+    (r"\.(qweight|qzeros|g_idx)$", f"weights quantised by AWQ or GPTQ{_UNQUANTISED}"),
+    (r"\.(absmax|quant_map|quant_state\.)", f"weights quantised by bitsandbytes{_UNQUANTISED}"),
+    (r"\.(weight_packed|weight_shape)$", f"weights of compressed-tensors{_UNQUANTISED}"),
+    (
+        r"^base_model\.model\.|\.base_layer\.|\.lora_[AB]\.",
+        "a model saved with its PEFT adapters around it; merge them (merge_and_unload) and save it",
+    ),
+    (r"^model\.(layers|embed_tokens|norm)\.", f"older names of a decoder{_RENAME}"),
+    (r"^visual\.", f"older names of a vision tower{_RENAME}"),
+    (r"\.experts\.|\.gate\.weight$", "a mixture of experts, which is another model"),
+    (r"^(module|_orig_mod)\.", "a model saved inside a wrapper; save the model that it wraps"),
+)
 
 
 def open_checked(folder: Path, config: ModelConfig) -> Handles:
@@ -35,10 +55,22 @@ def open_checked(folder: Path, config: ModelConfig) -> Handles:
             problems.append(f"{file}: {name}: got no such tensor, want it as {INDEX_FILE} says")
             found[name] = None
         found |= dict.fromkeys(there & named if named is not None else there, handle)
+    _refuse_foreign(folder, found)
     problems += _tensor_problems(found, config)
     if problems:
         raise files.problem_list(f"weights in {folder} do not fit the config", problems)
     return found
+
+
+def _refuse_foreign(folder: Path, found: dict[str, Any]) -> None:
+    """Raises one line for weights of another kind, in place of one for each of their tensors."""
+    for pattern, kind in FOREIGN:
+        name = next((name for name in sorted(found) if re.search(pattern, name)), None)
+        if name is not None:
+            raise ValueError(f"{folder}: got the tensor {name}, which is of {kind}")
+    for name, handle in found.items():
+        if handle is not None and handle.get_slice(name).get_dtype().startswith("F8"):
+            raise ValueError(f"{folder}: got {name} in FP8, want float weights{_UNQUANTISED}")
 
 
 def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | None]:
@@ -46,7 +78,11 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | Non
     if (folder / SINGLE_FILE).is_file():
         return {SINGLE_FILE: None}
     if not (folder / INDEX_FILE).is_file():
-        problems.append(f"{folder}: got neither {SINGLE_FILE} nor {INDEX_FILE}, want one of them")
+        others = sorted(file.name for other in OTHER_FILES for file in folder.glob(other))
+        beside = f" (but {', '.join(others[:3])}, which is not read)" if others else ""
+        problems.append(
+            f"{folder}: got neither {SINGLE_FILE} nor {INDEX_FILE}{beside}, want one of them"
+        )
         return {}
     try:
         index = read_json(folder / INDEX_FILE)

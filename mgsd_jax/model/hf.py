@@ -58,7 +58,7 @@ def load_params(
     A tied model's `lm_head.weight` may be there if it equals the embedding.
 
     Raises one ValueError that lists every missing, unknown, mis-shaped or wrongly typed tensor
-    and every missing or corrupt file.
+    and every missing or corrupt file, or names the first tensor with a value that is not finite.
     """
     kind = DTYPES[files.float_type(dtype)]
     handles = open_checked(Path(folder), config)
@@ -145,25 +145,36 @@ def _read(
 
     def fill(row: int) -> None:
         part = handles[names[row]].get_slice(names[row])
-        _fill_block(out[row], part, leaf.layout, tuple(slice(*bound) for bound in inner))
+        index = tuple(slice(*bound) for bound in inner)
+        _fill_block(out[row], part, leaf.layout, index, names[row])
 
     list(pool.map(fill, range(len(names))))  # list: an exception in a thread is raised here
     return out if leaf.is_stacked else out[0]
 
 
-def _fill_block(out: np.ndarray, part: Any, layout: Layout, index: tuple[slice, ...]) -> None:
-    """Copy the values at our `index` of one tensor into `out`, in our layout, strip by strip."""
+def _fill_block(
+    out: np.ndarray, part: Any, layout: Layout, index: tuple[slice, ...], name: str
+) -> None:
+    """Copy the values at our `index` of one tensor into `out`, in our layout, strip by strip.
+
+    Raises ValueError with its `name` where any of them is not finite as a number of `out`'s type.
+    """
     # the first axis of the tensor in the file is the last of ours, unless nothing is transposed
     rows, rest = (index[0], index[1:]) if layout == "same" else (index[-1], index[:-1])
     # numpy copies bfloat16 element by element under the interpreter's lock, but integers not
     bits = np.dtype(f"u{out.itemsize}")
+    # NaN and infinities have all bits of the exponent set; shifted by one, the sign is gone
+    not_finite = np.array(np.inf, out.dtype).view(bits) << 1
     for start in range(rows.start, rows.stop, STRIP):
         stop = min(start + STRIP, rows.stop)
         if layout == "conv":  # [Dv, c, t, p, p]: its channels flatten in the order of the patches
             strip = part[start:stop].reshape(stop - start, -1)[:, rest[0]]
         else:
             strip = part[(slice(start, stop), *rest)]
-        strip = strip.astype(out.dtype, copy=False).view(bits)
+        with np.errstate(over="ignore"):  # what is too large is told below
+            strip = strip.astype(out.dtype, copy=False).view(bits)
+        if (strip << 1).max(initial=0) >= not_finite:
+            raise ValueError(f"{name}: got NaN or infinite {out.dtype} values, want finite ones")
         ours = slice(start - rows.start, stop - rows.start)
         if layout == "same":
             out[ours].view(bits)[...] = strip

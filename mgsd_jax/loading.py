@@ -74,6 +74,12 @@ def load(
         remat=config.model.remat,
         kernel=kernel_for(mesh),
     )
+    largest = max(processor.tokenizer.get_vocab().values())
+    if largest >= model_config.text.vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer: got ids up to {largest}, want them below the vocab_size of "
+            f"config.json, {model_config.text.vocab_size}"
+        )
 
     def read(path: str, leaf: jax.Array) -> jax.Array:
         return sharding.cast_leaf(path, jnp.asarray(leaf), model.dtype) if is_frozen else leaf
@@ -104,6 +110,7 @@ def load_student(
     if settings.lora.rank:
         adapters, weights = _adapters_of(epath.Path(weights), settings.lora, weights, config)
     student = load(weights, config, workdir, mesh, is_frozen=settings.lora.rank > 0)
+    _check_trainable(student)
     trained, frozen = trainable.split(
         student.params, settings.optim, settings.lora, jax.random.key(config.seed), adapters
     )
@@ -126,7 +133,8 @@ def load_teacher(
     """The frozen teacher, beside the student as `load_student` returns it.
 
     Its `params` are empty where the student holds them: the teacher is the average of the student
-    (`teacher_decay`), or the student without its adapters.
+    (`teacher_decay`), or the student without its adapters. Raises ValueError for one that would
+    read the student's tokens as other text.
     """
     teacher = paths.absolute(config_lib.resolve(settings.teacher, config, workdir))
     if settings.lora.rank and student.base == str(teacher) and not settings.teacher_decay:
@@ -134,7 +142,34 @@ def load_teacher(
         return student
     if settings.teacher_decay:
         return student
-    return load(settings.teacher, config, workdir, mesh, is_frozen=True)
+    loaded = load(settings.teacher, config, workdir, mesh, is_frozen=True)
+    _check_trainable(loaded)
+    _check_vocabulary(student, loaded)
+    return loaded
+
+
+def _check_trainable(loaded: Loaded) -> None:
+    """Raises ValueError for a Thinking checkpoint: what is learned would never be an answer."""
+    if loaded.processor.opens_thought:
+        raise ValueError(
+            f"{loaded.folder}: chat template: got prompts that end inside <think>, want ones where "
+            "an answer begins: training would put the answer inside a thought that never closes; "
+            "train the Instruct release (evaluating this one works)"
+        )
+
+
+def _check_vocabulary(student: Loaded, teacher: Loaded) -> None:
+    """Raises ValueError where the teacher would read the student's tokens as other text."""
+    ours, theirs = (x.processor.tokenizer.get_vocab() for x in (student, teacher))
+    different = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])
+    sizes = [x.model.config.text.vocab_size for x in (student, teacher)]
+    if different or sizes[0] != sizes[1]:
+        example = f", such as {different[0][0]!r} of id {different[0][1]}" if different else ""
+        raise ValueError(
+            f"{teacher.folder}: tokenizer: got vocab_size {sizes[1]} and {len(different)} tokens "
+            f"that only it or only the student's has{example}, want the vocabulary of "
+            f"{student.folder}, vocab_size {sizes[0]}: the two are compared token by token"
+        )
 
 
 def _adapters_of(

@@ -303,6 +303,21 @@ def test_thinking_prefix_is_part_of_the_prompt(tmp_path: Path):
     assert decode(processor, example.tokens[:length]).endswith("assistant\n<think>\n")
 
 
+@pytest.mark.parametrize(
+    ("start", "is_open"),
+    [
+        ("assistant\\n", False),
+        ("assistant\\n<think>\\n", True),
+        ("assistant\\n<think>\\n\\n</think>\\n\\n", False),
+        ("assistant\\n<think></think><think>", True),
+    ],
+)
+def test_a_prompt_that_ends_inside_a_thought_is_known(tmp_path: Path, start: str, is_open: bool):
+    template = CHAT_TEMPLATE.replace("assistant\\n'", f"{start}'")
+    write_processor_folder(tmp_path, chat_template=template)
+    assert load_processor(tmp_path).opens_thought == is_open
+
+
 def test_decode_drops_special_and_unknown_tokens(processor: Processor):
     tokens = encode_answer(processor, "up, down")
     beyond = len(processor.tokenizer) + 100

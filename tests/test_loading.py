@@ -1,0 +1,88 @@
+"""Models that load for some uses and not for others."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+from helpers_model import random_params
+from helpers_tiny import tiny_config
+from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
+
+from mgsd_jax import loading
+from mgsd_jax.config import Config
+from mgsd_jax.model import hf
+from mgsd_jax.model.config import tiny
+
+THINKING = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
+
+
+def write_model(folder: Path, vocab_size: int = 512, **options: Any) -> str:
+    """A tiny model with random weights and all side files; its path."""
+    ids = write_processor_folder(folder, patch_size=4, **options)
+    tokens = ("image_pad", "video_pad", "vision_start", "vision_end")
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = dataclasses.replace(
+        tiny(vocab_size=vocab_size),
+        **{name: ids[f"<|{token}|>"] for name, token in zip(names, tokens, strict=True)},
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    hf.save_params(random_params(config), config, folder)
+    return str(folder)
+
+
+def load_student(config: Config, workdir: Path, path: str) -> loading.Loaded:
+    settings = dataclasses.replace(config.distillation, student=path)
+    folder = epath.Path(workdir) / "distillation"
+    return loading.load_student(settings, config, str(workdir), folder, None, metric="x")[0]
+
+
+def load_teacher(config: Config, path: str, student: loading.Loaded) -> loading.Loaded:
+    settings = dataclasses.replace(config.distillation, teacher=path)
+    return loading.load_teacher(settings, config, "", None, student)
+
+
+def test_a_thinking_checkpoint_can_be_read_and_not_trained(tmp_path: Path) -> None:
+    student = write_model(tmp_path / "student")
+    thinking = write_model(tmp_path / "thinking", chat_template=THINKING)
+    config = tiny_config(tmp_path)
+    assert loading.load(thinking, config, "").processor.opens_thought
+    line = rf"^{thinking}: chat template: got prompts that end inside <think>, want .*Instruct"
+    with pytest.raises(ValueError, match=line):
+        load_student(config, tmp_path, thinking)
+    loaded = load_student(config, tmp_path, student)
+    with pytest.raises(ValueError, match=line):
+        load_teacher(config, thinking, loaded)
+
+
+def test_a_teacher_reads_the_students_tokens(tmp_path: Path) -> None:
+    student = write_model(tmp_path / "student")
+    other = write_model(tmp_path / "other")
+    larger = write_model(tmp_path / "larger", vocab_size=544)
+    # As many tokens, two of them in each other's place.
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    config = tiny_config(tmp_path)
+    loaded = loading.load(student, config, "")
+    assert load_teacher(config, student, loaded).folder == student
+    want = (
+        rf"^{other}: tokenizer: got vocab_size 512 and 4 tokens .* such as '[ab]' of id \d+, want"
+    )
+    with pytest.raises(ValueError, match=want):
+        load_teacher(config, other, loaded)
+    with pytest.raises(ValueError, match=r"got vocab_size 544 and 0 tokens .* vocab_size 512"):
+        load_teacher(config, larger, loaded)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    more = {"additional_special_tokens": [f"<|{i}|>" for i in range(100)]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    with pytest.raises(ValueError, match=r"tokenizer: got ids up to 5\d\d, want them below"):
+        loading.load(folder, tiny_config(tmp_path), "")

@@ -179,8 +179,9 @@ def constant_text() -> list[str]:
         pieces.update(dict.fromkeys(prompts_lib.passages(task).values()))
         state = env.generate(rng, max(4, env.MIN_LEVEL))
         for i, question in enumerate(env.questions(state), 1):
-            pieces[f"{i}. {question.text}\n"] = None
-            pieces[f"{i}. {question.text}"] = None
+            asked = prompts_lib.ask(i, question)
+            pieces[asked + "\n"] = None
+            pieces[asked] = None
     return list(pieces)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mgsd_jax.config import TeacherContext
 from mgsd_jax.envs import ENVS, responses
-from mgsd_jax.envs.base import Plan
+from mgsd_jax.envs.base import ANSWER_FORMS, Plan, Question
 
 Message = dict[str, Any]
 LETTERS = {"up": "U", "down": "D", "left": "L", "right": "R", "pick": "PICK", "drop": "DROP"}
@@ -191,10 +191,15 @@ def grounding(
 ) -> tuple[list[Message], str]:
     """Messages that ask every question about the picture, and the numbered answers."""
     questions = ENVS[task].questions(state)
-    asked = "\n".join(f"{i}. {q.text}" for i, q in enumerate(questions, 1))
+    asked = "\n".join(ask(i, question) for i, question in enumerate(questions, 1))
     answer = "\n".join(_numbered(i, q.answer) for i, q in enumerate(questions, 1))
     text = prompts.grounding[task].replace("<questions>", asked)
     return [{"role": "user", "content": _with_picture(text, picture)}], answer
+
+
+def ask(number: int, question: Question) -> str:
+    """The numbered line of a question, which ends with the form of its answer."""
+    return f"{number}. {question.text} {ANSWER_FORMS[question.kind]}"
 
 
 def ask_cells(task: str) -> str:

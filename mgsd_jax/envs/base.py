@@ -21,6 +21,7 @@ Fact = tuple[Any, ...]  # ('size', 4), ('hole', (2, 2)), ('open', (0, 0), 'right
 State = TypeVar("State")
 Successors = Sequence[Mapping[str, int]]
 Bucket = Literal["easy", "medium", "hard"]
+QuestionKind = Literal["size", "coord", "cells", "directions", "open_directions"]
 
 DELTAS: Mapping[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -73,7 +74,7 @@ class Question:
     name: str
     text: str
     answer: str
-    kind: Literal["size", "coord", "cells", "directions", "open_directions"]
+    kind: QuestionKind
     facts: frozenset[Fact]
 
 
@@ -310,6 +311,15 @@ def outcome(paths: Paths, result: Run) -> Outcome:
 # Words.
 
 ASK_SIZE = "What is the map size (rows x columns)?"
+
+# How an answer to a question of each kind is to be written: the form of `Question.answer`.
+ANSWER_FORMS: Mapping[QuestionKind, str] = {
+    "size": "Write it like 4x4.",
+    "coord": "Write one cell.",
+    "cells": "Write the cells with spaces between them, or none.",
+    "directions": "Write those among up, down, left, right with commas, or none.",
+    "open_directions": "Write a line for each cell, like (0,0): down, right.",
+}
 
 
 def show_cell(cell: Cell) -> str:

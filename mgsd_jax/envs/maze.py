@@ -332,7 +332,7 @@ def questions(state: MazeState) -> tuple[Question, ...]:
         ),
         Question(
             "open_directions",
-            "Which directions are open from each cell? One line a cell.",
+            "Which directions are open from each cell?",
             "\n".join(state_lines(state)[4:]),
             "open_directions",
             open_facts,

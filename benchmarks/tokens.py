@@ -1,0 +1,76 @@
+"""The longest prompts, records and answers of the recipes' levels, in a checkpoint's own tokens.
+
+    python benchmarks/tokens.py --folder models/Qwen3-VL-4B-Instruct
+
+Needs the folder's tokenizer and settings, no weights. Prints one JSON line: tokens by level and
+kind (a prompt of a mode, a teacher's by context, a grounding record, a right response), and the
+largest bucket of configs/qwen3vl.py that has to hold each of them.
+"""
+
+import argparse
+import json
+import pathlib
+import runpy
+from collections.abc import Iterator
+from typing import get_args
+
+import numpy as np
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import evaluate
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.processor import load_processor
+from mgsd_jax.data.sources import Encoder, StreamedBoards
+from mgsd_jax.prompts import BUILT_IN
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def lengths(encoder: Encoder, board: Board, rng: np.random.Generator) -> Iterator[tuple[str, int]]:
+    """(kind, tokens) of everything that is made of a board."""
+    for mode in get_args(config_lib.Mode):
+        yield mode, len(evaluate.encode_prompt(encoder, board, mode).tokens)
+    for context in get_args(config_lib.TeacherContext):
+        yield context, len(encoder.teacher(board, context).tokens)
+    for kind in get_args(config_lib.Record):
+        yield kind, len(encoder.record(board, kind, rng)[0].tokens)
+    yield "response", len(encoder.reference(board, rng))
+
+
+def rooms(config: config_lib.Config) -> dict[str, int]:
+    """The most tokens that a recipe has room for, by kind."""
+    data = config.data
+    prompt, teacher, record = map(
+        max, (data.prompt_buckets, data.teacher_buckets, data.sequence_buckets)
+    )
+    return {
+        **dict.fromkeys(get_args(config_lib.Mode), prompt),
+        **dict.fromkeys(("text", *get_args(config_lib.TeacherContext)), teacher),
+        **dict.fromkeys(get_args(config_lib.Record), record),
+        "response": config.distillation.sampling.max_new_tokens,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--boards", type=int, default=30, help="of each level")
+    arguments = parser.parse_args()
+    config = runpy.run_path(str(ROOT / "configs" / "qwen3vl.py"))["get_config"]()
+    encoder = Encoder(load_processor(arguments.folder), BUILT_IN, config.data)
+    longest: dict[str, dict[str, int]] = {}
+    for levels in config.data.boards:
+        for level in levels.levels:
+            name, rng = f"{levels.task} {level}", np.random.default_rng(0)
+            drawn = StreamedBoards(
+                ((levels.task, level),), "train", 0, frozenset(), arguments.boards
+            )
+            for index in range(arguments.boards):
+                for kind, count in lengths(encoder, drawn[index], rng):
+                    kinds = longest.setdefault(name, {})
+                    kinds[kind] = max(kinds.get(kind, 0), count)
+    print(json.dumps({"room": rooms(config), "longest": longest}))
+
+
+if __name__ == "__main__":
+    main()

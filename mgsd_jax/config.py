@@ -20,6 +20,9 @@ Record = Literal["questions", "cells", "plan_from_text", "plan_from_picture"]
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
+# What a request to an endpoint may say of sampling; servers differ in what they take.
+Parameter = Literal["max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed"]
+SENT: tuple[Parameter, ...] = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 Benchmark = Literal[
     "frozenlake_vsp",
     "frozenlake_visualplanning",
@@ -238,7 +241,9 @@ class EvaluateConfig:
     endpoint_key: Annotated[str, Items(1), FREE] = "OPENAI_API_KEY"
     endpoint_workers: Annotated[int, Between(1, 1024), FREE] = 8  # requests at once
     endpoint_retries: Annotated[int, Between(0, 1000), FREE] = 3
-    # How long a request may take.
+    # What a request says of sampling.
+    endpoint_parameters: Annotated[tuple[Parameter, ...], Items()] = SENT
+    # How long a request may take, its retries included.
     endpoint_seconds: Annotated[float, Between(0, 10**6, above=True), FREE] = 120.0
 
 

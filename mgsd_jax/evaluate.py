@@ -4,8 +4,8 @@ A row is one answered prompt, JSON on one line of `rows.jsonl`; `summary.json` i
 rows alone (summary.py). Axes: B batch, R response tokens.
 """
 
+import asyncio
 import collections
-import concurrent.futures
 import dataclasses
 import json
 import time
@@ -252,10 +252,8 @@ def _askers(
     settings = config.evaluate
     if not settings.endpoint:
         return settings.models, lambda source: _local_asker(source, config, workdir, boards)
-    client = endpoint.connect(settings)
-    served = endpoint.served_models(client, settings)
-    models = [(name, name) for name in served]
-    return models, lambda name: _endpoint_asker(client, name, config, boards)
+    models = [(name, name) for name in endpoint.served_models(settings)]
+    return models, lambda name: _endpoint_asker(name, config, boards)
 
 
 def _local_asker(source: str, config: Config, workdir: str, boards: Sequence[Board]) -> Asker:
@@ -283,37 +281,50 @@ def _local_asker(source: str, config: Config, workdir: str, boards: Sequence[Boa
     return asker
 
 
-def _endpoint_asker(client: Any, name: str, config: Config, boards: Sequence[Board]) -> Asker:
+def _endpoint_asker(name: str, config: Config, boards: Sequence[Board]) -> Asker:
     settings = config.evaluate
     prompts = prompts_lib.load(config.data.prompts)
 
     def asker(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[Row]]:
         shown = shown_boards(boards, mode)
+        client = endpoint.connect(settings)
+        slots = asyncio.Semaphore(settings.endpoint_workers)
+        answered: asyncio.Queue[asyncio.Task[Row]] = asyncio.Queue()
 
-        def answer(place: int) -> Row:
-            messages = ask(prompts, lambda board: show(config.data, board), shown[place], mode)
+        async def answer(place: int) -> Row:
             # Every row and try has its own noise, the same when it is asked again.
             seed = int(np.random.SeedSequence([config.seed, place, attempt]).generate_state(1)[0])
-            got = endpoint.ask(client, settings, name, messages, seed >> 1)
+            async with slots:
+                messages = ask(prompts, lambda b: show(config.data, b), shown[place], mode)
+                got = await endpoint.ask(client, settings, name, messages, seed >> 1)
             row = score_row(boards[place], mode, got.text)
             row |= {"truncated": got.truncated, "response_tokens": got.tokens}
             return row if got.error is None else row | {"error": got.error}
 
+        async def close() -> None:
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await client.close()
+
         failed = 0
-        pool = concurrent.futures.ThreadPoolExecutor(settings.endpoint_workers)
-        waiting = [pool.submit(answer, place) for place in places]
-        try:
-            for future in concurrent.futures.as_completed(waiting):
-                row = future.result()
-                yield [row]
-                failed = failed + 1 if "error" in row else 0
-                if failed >= _PATIENCE:
-                    raise ValueError(
-                        f"{settings.endpoint}: got {failed} failed requests in a row (the "
-                        f"last: {row['error']}), want answers; run again to go on from here"
-                    )
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # requests under way are not waited for
+        with asyncio.Runner() as runner:
+            waiting = [runner.get_loop().create_task(answer(place)) for place in places]
+            for task in waiting:
+                task.add_done_callback(answered.put_nowait)
+            try:
+                for _ in waiting:
+                    row = runner.run(answered.get()).result()
+                    yield [row]
+                    failed = failed + 1 if "error" in row else 0
+                    if failed >= _PATIENCE:
+                        raise ValueError(
+                            f"{settings.endpoint}: got {failed} failed requests in a row (the "
+                            f"last: {row['error']}), want answers; once that is mended, run again "
+                            "to go on from here"
+                        )
+            finally:
+                for task in waiting:
+                    task.cancel()
+                runner.run(close())
 
     return asker
 

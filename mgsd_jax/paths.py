@@ -33,19 +33,25 @@ def local(path: epath.PathLike, name: str) -> pathlib.Path:
 def write_whole(path: epath.PathLike, content: str | bytes, *, sync: bool = True) -> None:
     """Writes a file such that a reader, or a kill, sees the old or the new one whole.
 
-    Without `sync`, which takes milliseconds, a machine that loses power may lose the file.
+    Without `sync`, which takes milliseconds, a machine that loses power may lose the file. A device
+    or a pipe, such as /dev/stdout, is written to as it is: nothing must take its place.
     """
     content = content.encode() if isinstance(content, str) else content
-    if is_remote(path):
-        epath.Path(path).write_bytes(content)
+    target = epath.Path(path) if is_remote(path) else pathlib.Path(path)
+    if is_remote(path) or (target.exists() and not target.is_file()):
+        target.write_bytes(content)
         return
-    partial = pathlib.Path(path).with_name(pathlib.Path(path).name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = pathlib.Path(path).with_name(target.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

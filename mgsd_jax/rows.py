@@ -2,8 +2,9 @@
 
 An evaluation folder holds `boards.jsonl`, a line for each board that is asked (task, level, index,
 case, task_text), and `rows.jsonl`, a line for each answer, appended. A kill may cut the last line
-short: it is dropped, and its answer is asked for again. A failed request leaves a row with `error`;
-the row of a later try stands after it and counts in its place. Where files cannot be appended to
+short: it is dropped, and its answer is asked for again. A failed request leaves a row with `error`,
+and a row of another program without a response is one; the row of a later try stands after it and
+counts in its place. Where files cannot be appended to
 (`gs://`), a batch of rows is a file `rows-N.jsonl` of its own until the evaluation is complete.
 """
 
@@ -27,6 +28,7 @@ Key = tuple[str, str, str, int, int, int]  # model, mode, task, level, index, at
 ROWS_FILE = "rows.jsonl"
 BOARDS_FILE = "boards.jsonl"
 PARTS = "rows-*.jsonl"
+_BOARD_KEYS = {"task": str, "level": int, "index": int}
 
 
 def key_of(row: Row) -> Key:
@@ -167,9 +169,7 @@ def _read_boards(path: epath.Path) -> dict[tuple[str, int, int], str]:
         return {}
     boards: dict[tuple[str, int, int], str] = {}
     for number, line in _read_lines(path):
-        missing = {"task", "level", "index", "task_text"} - line.keys()
-        if missing:
-            raise ValueError(f"{path}, line {number}: got no {sorted(missing)}, want a board")
+        _want(line, {**_BOARD_KEYS, "task_text": str}, f"{path}, line {number}")
         boards[line["task"], line["level"], line["index"]] = line["task_text"]
     return boards
 
@@ -196,10 +196,23 @@ def _add_board(row: Row, boards: dict[tuple[str, int, int], str], where: str) ->
 
 def _checked_key(row: Row, where: str) -> Key:
     row.setdefault("attempt", 0)  # evaluations of an older version had one answer a board
-    missing = [k for k in ("model", "mode", "task", "level", "index") if k not in row]
-    if missing:
-        raise ValueError(f"{where}: got keys {sorted(row)}, want {missing} as well")
+    _want(row, {"model": str, "mode": str, **_BOARD_KEYS, "attempt": int}, where)
+    response = row.get("response", "")
+    if response is None:
+        row.update(response="", error=row.get("error") or "no response")
+    elif not isinstance(response, str):
+        raise ValueError(f"{where}: response: got {str(response)[:60]!r}, want text or null")
     return key_of(row)
+
+
+def _want(record: Row, kinds: dict[str, type], where: str) -> None:
+    missing = [key for key in kinds if key not in record]
+    if missing:
+        raise ValueError(f"{where}: got keys {sorted(record)}, want {missing} as well")
+    for key, kind in kinds.items():
+        if not isinstance(record[key], kind):
+            got = str(record[key])[:60]
+            raise ValueError(f"{where}: {key}: got {got!r}, want it as {kind.__name__}")
 
 
 def _read_lines(path: epath.Path) -> Iterable[tuple[int, Row]]:
@@ -213,7 +226,7 @@ def _read_lines(path: epath.Path) -> Iterable[tuple[int, Row]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:  # broken JSON and broken UTF-8
+        except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, nested too deep
             raise ValueError(f"{where}: got {line[:80]!r}, want JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: got {line[:80]!r}, want a JSON object")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax import evaluate, measures, rows
+from mgsd_jax import config as config_lib
+from mgsd_jax import evaluate, measures, rows, summary
 from mgsd_jax.config import Config, Mode
 from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
@@ -170,6 +171,44 @@ def test_rows_of_an_older_version_are_read(tmp_path: pathlib.Path) -> None:
     assert rows.read_rows(tmp_path) == [row | {"attempt": 0}]
 
 
+def test_a_row_without_a_response_failed_and_is_asked_again(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(monkeypatch)
+    config = make_config(models=(("base", "there"),), modes=("picture",))
+    evaluate.run(config, str(tmp_path))
+    folder = tmp_path / "evaluate"
+    first, second = lines(folder)
+    text = json.dumps(first | {"response": None}) + "\n" + json.dumps(second) + "\n"
+    (folder / "rows.jsonl").write_text(text)
+    found = rows.read_rows(folder)
+    assert found[0]["response"] == "" and found[0]["error"] == "no response"
+    assert summary.summarize(found)["models"]["base"]["picture"]["errors"]["request_failed"] == 1
+    model.asked.clear()
+    evaluate.run(config, str(tmp_path))
+    assert model.asked == [("picture", 0, 0)]
+    assert not any("error" in row for row in rows.read_rows(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"models": (("a", "x"), ("b", "y"), ("a", "z"))}, "models: got 'a' twice"),
+        ({"models": (("", "x"),)}, "models: got the name ''"),
+        ({"models": ((" ", "x"),)}, "models: got the name ' '"),
+        ({"models": (("a", "x"), ("a ", "y"))}, "models: got the name 'a '"),
+        ({"modes": ("text", "picture", "text")}, "modes: got 'text' twice"),
+        ({"endpoint_models": ("m", "m")}, "endpoint_models: got 'm' twice"),
+        ({"endpoint_models": ("",)}, "endpoint_models: got the name ''"),
+        ({"benchmarks": (("frozenlake_vsp", "a"), ("frozenlake_vsp", "b"))}, "benchmarks: got"),
+    ],
+)
+def test_two_of_a_name_and_none_are_refused(settings: dict[str, Any], message: str) -> None:
+    """Their rows would be taken for each other's: the second one's were dropped."""
+    with pytest.raises(ValueError, match=rf"evaluate\.{message}"):
+        config_lib.check(make_config(**settings))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -177,6 +216,15 @@ def test_rows_of_an_older_version_are_read(tmp_path: pathlib.Path) -> None:
         ("\n[1]\n", r"rows.jsonl, line 2: got .*want a JSON object"),
         ("\xff\n", r"rows.jsonl, line 1: got .*want JSON"),
         ('{"model": "a"}\n', r"line 1: got keys .*want \['mode', 'task', 'level', 'index'\]"),
+        ("[" * 100_000 + "\n", r"line 1: got .*want JSON"),
+        (
+            '{"model": "a", "mode": "text", "task": "maze", "level": [], "index": 0}\n',
+            r"line 1: level: got '\[\]', want it as int",
+        ),
+        (
+            '{"model": "a", "mode": "text", "task": "maze", "level": 3, "index":0, "response":5}\n',
+            r"line 1: response: got '5', want text or null",
+        ),
         (
             '{"model": "a", "mode": "text", "task": "maze", "level": 3, "index": 9}\n',
             r"line 1: got a row about \('maze', 3, 9\), want it in boards.jsonl",

@@ -1,5 +1,7 @@
 """The score stage: every row, every mismatch, the exit code."""
 
+import errno
+import io
 import json
 import pathlib
 from typing import Any
@@ -133,6 +135,16 @@ def test_blank_lines_are_no_rows_but_count_as_lines(
             '{"rules": "standard", "task_text": "", "response": "", "expected": 1}',
             "line 2: expected: got 1, want a JSON object",
         ),
+        (
+            '{"rules": "standard", "task_text": "", "response": [{"image": 1}]}',
+            r"line 2: response: got \[",
+        ),
+        (
+            '{"rules": "standard", "task_text":"", "response": "", "expected": {"exception": ""}}',
+            "line 2: expected: got .*want a message",
+        ),
+        ("[" * 100_000, "line 2: got .*want JSON"),
+        ("9" * 5_000, "line 2: got .*want JSON"),
         ('{"rules": "mine", "task_text": "", "response": ""}', "line 2: rules: got 'mine', want"),
     ],
 )
@@ -141,6 +153,80 @@ def test_a_malformed_row_is_named(tmp_path: pathlib.Path, line: str, message: st
     path.write_text(json.dumps(sample_rows()[0]) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=f"rows.jsonl, {message}"):
         score.run(str(path))
+
+
+@pytest.mark.parametrize("rules", ["standard", "upstream_reward", "upstream_eval"])
+@pytest.mark.parametrize("response", [None, []])
+def test_a_null_response_is_no_plan_and_counted(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], rules: str, response: Any
+) -> None:
+    state = ENVS["maze"].generate(np.random.default_rng(0), 3)
+    text = ENVS["maze"].to_text(state, split="test", index=0, seed=0)
+    row = {"rules": rules, "task_text": text, "response": response}
+    output = tmp_path / "out.jsonl"
+    assert score.run(write(tmp_path / "rows.jsonl", [row, row]), str(output)) == 0
+    null = response is None
+    assert stdout(capsys) == [
+        *(["2 rows have no response (null), which is no plan"] if null else []),
+        "2 rows, 0 mismatches",
+    ]
+    for scored in map(json.loads, output.read_text().splitlines()):
+        assert scored["score"]["success"] in (False, 0.0) and scored["response"] == response
+        assert not any(scored["score"].get(key) for key in ("parsed", "parse_success", "legal"))
+
+
+def test_parts_of_a_response_are_scored_as_one_text(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = next(row for row in sample_rows() if "<answer>" in row["response"])
+    text = row["response"]
+    row["response"] = [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:]}]
+    assert score.run(write(tmp_path / "rows.jsonl", [row])) == 0
+    assert stdout(capsys) == ["1 rows, 0 mismatches"]
+
+
+def test_lone_surrogates_go_through(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON can hold half of a character; UTF-8 cannot, nor can a plain terminal an arrow."""
+    row = sample_rows()[0]
+    wrong = {"response": "\ud83d \u2192 <answer>", "expected": {"\udc00": "\u2192"}}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, **wrong}) + "\n" + json.dumps(row) + "\n")
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(score.sys, "stdout", screen)
+    output = tmp_path / "out.jsonl"
+    assert score.run(str(path), str(output)) == 1
+    assert screen.buffer.getvalue().decode().splitlines()[-1] == "2 rows, 1 mismatches"  # type: ignore[attr-defined]
+    first, second = (json.loads(line) for line in output.read_bytes().decode().splitlines())
+    assert (first["response"], first["match"]) == (wrong["response"], False)
+    assert (second["response"], second["match"]) == (row["response"], True)
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", sample_rows()[:2])
+    (tmp_path / "file").write_text("")
+    for bad, why in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "file" / "out.jsonl", "(file exists|not a directory)"),
+        (tmp_path / ("x" * 300), "file name too long"),
+        ("", "is a directory"),
+    ):
+        with pytest.raises(ValueError, match=rf"^--output .*: got {why}, want a file that can"):
+            score.run(rows, str(bad))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "rows.jsonl"]
+
+
+def test_a_full_disk_is_named_and_a_device_stays_one(tmp_path: pathlib.Path) -> None:
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    rows = write(tmp_path / "rows.jsonl", sample_rows()[:2])
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as raised:
+        score.run(rows, "/dev/full")
+    assert raised.value.errno == errno.ENOSPC
+    assert score.run(rows, "/dev/null") == 0
+    for device in ("/dev/full", "/dev/null"):
+        assert pathlib.Path(device).is_char_device()
 
 
 def test_bad_utf8_is_named(tmp_path: pathlib.Path) -> None:
@@ -152,6 +238,10 @@ def test_bad_utf8_is_named(tmp_path: pathlib.Path) -> None:
 def test_an_absent_input_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jsonl: got no such file"):
         score.run(str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match=r"got is a directory, want JSON lines"):
+        score.run(str(tmp_path))
+    with pytest.raises(ValueError, match=r"got file name too long, want JSON lines"):
+        score.run("x" * 300)
 
 
 def test_rows_under_the_standard_rules_say_how_well_the_state_was_read(

@@ -6,6 +6,8 @@
 # A run is detached and holds a lock, so that there is one a host. Its log is
 # WORKDIR/logs/HOST.log; for a workdir in a bucket it is copied there every minute and at the end.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=launch/check.sh
+source "$ROOT/launch/check.sh"
 
 STATE=$HOME/.mgsd_jax # lock, pid, command, log, code of the last run
 VENV=${VENV:-$ROOT/.venv}
@@ -29,6 +31,8 @@ take_lock() {
 }
 
 install() {
+  [ $# -le 1 ] || fail "install: got $# arguments, want the extras with commas between them"
+  want_word install "${1:-}" '([a-z]+(,[a-z]+)*)?' 'extras such as tpu,gcs'
   # TPU images may have an older Python than we need: uv fetches one without root.
   if ! find_python >/dev/null 2>&1; then
     python3 -m pip install --quiet --user uv
@@ -53,7 +57,7 @@ value_of() { # flag arguments...
 }
 
 run() {
-  local stages='' restarts=0 workdir folder log copy_to='' command
+  local stages='' restarts=0 workdir folder log copy_to='' command variable
   while [ $# -gt 0 ]; do
     case $1 in
       --stages=*) stages=${1#*=} ;;
@@ -66,10 +70,14 @@ run() {
     esac
     shift
   done
+  [ -z "$stages" ] || want_stages "$stages"
+  want_number --restarts "$restarts"
+  want_number RESTART_SECONDS "${RESTART_SECONDS:-10}"
   [ -x "$VENV/bin/python" ] || fail "$VENV/bin/python: got no such program, want setup first"
   workdir=$(value_of --workdir "$@")
   [ -n "$workdir" ] || fail "run: got no --workdir, want it"
   command="stages=$stages restarts=$restarts $*"
+  for variable in "${!JAX_@}"; do command+=" $variable=${!variable}"; done
   if ! take_lock; then
     [ "$(cat "$STATE/command")" != "$command" ] ||
       { say "runs already, log $(cat "$STATE/log")"; return; }
@@ -147,6 +155,7 @@ logs() {
     esac
     shift
   done
+  want_number --lines "$lines"
   [ -f "$STATE/log" ] || { say "no run has been started here"; return; }
   log=$(cat "$STATE/log")
   if ! take_lock; then
@@ -163,11 +172,14 @@ logs() {
 
 stop() {
   local seconds=300 pid waited=0
-  case ${1:-} in
-    --seconds=*) seconds=${1#*=} ;;
-    '') ;;
-    *) fail "stop: got $1, want --seconds=" ;;
-  esac
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --seconds=*) seconds=${1#*=} ;;
+      *) fail "stop: got $1, want --seconds=" ;;
+    esac
+    shift
+  done
+  want_number --seconds "$seconds"
   if take_lock; then
     say "nothing runs"
     return
@@ -188,6 +200,7 @@ stop() {
 }
 
 idle() {
+  [ $# -eq 0 ] || fail "idle: got $*, want nothing after it"
   take_lock || fail "got a run under way, want it stopped first (bash launch/tpu.sh stop)"
 }
 

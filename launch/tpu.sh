@@ -7,6 +7,8 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 FOLDER=mgsd_jax # of the code in the home folder of every host
+# shellcheck source=launch/check.sh
+source "$ROOT/launch/check.sh"
 
 usage() {
   cat <<'HELP'
@@ -18,7 +20,8 @@ commands
   setup    send this checkout, without what git ignores, to every host and install it
   ssh      run the command that follows -- on every host, in the folder of the code; its Python
            and what was installed with it come first on the PATH
-  run      start the program on every host, detached; what follows -- goes to mgsd_jax.main
+  run      start the program on every host, detached; what follows -- goes to mgsd_jax.main, and
+           JAX_* variables of this environment to the environment there
   logs     show the end of every host's log, and whether it still runs
   stop     ask every host's run to save and leave; after --seconds it is killed
   delete   give the slice back, with its disks
@@ -81,6 +84,7 @@ parse() {
   while [ $# -gt 0 ]; do
     flag=$1
     shift
+    GIVEN+=("${flag%%=*}")
     case $flag in
       --spot | --reserved) CAPACITY+=("$flag") ; continue ;;
       --wait) WAIT=yes ; continue ;;
@@ -88,7 +92,7 @@ parse() {
       --dry-run) DRY_RUN=yes ; continue ;;
       --)
         ARGUMENTS=("$@")
-        return
+        break
         ;;
       --*=*)
         value=${flag#*=}
@@ -101,6 +105,7 @@ parse() {
         ;;
       *) fail "got $flag, want an option; arguments of the program go after --" ;;
     esac
+    [ -n "$value" ] || fail "$flag: got nothing, want a value"
     case $flag in
       --name) NAME=$value ;;
       --project) PROJECT=$value ;;
@@ -123,11 +128,36 @@ want() { # flag variable value
   [ -n "$3" ] || fail "$1: got nothing, want it, or $2 in the environment"
 }
 
-want_number() { # flag value least
-  case $2 in
-    '' | *[!0-9]*) fail "$1: got '$2', want a whole number" ;;
-  esac
-  [ "$2" -ge "$3" ] || fail "$1: got $2, want at least $3"
+# Holds every setting and option against what it has to look like, whatever the command does with
+# it, and refuses options that it would do nothing with.
+check() {
+  local flag
+  for flag in ${GIVEN[@]+"${GIVEN[@]}"}; do
+    case "$COMMAND $flag" in
+      "create --spot" | "create --reserved" | "create --wait") ;;
+      "run --stages" | "run --restarts" | "run --" | "ssh --" | "ssh --worker") ;;
+      "logs --worker" | "logs --lines" | "logs --follow" | "stop --seconds") ;;
+      *" --name" | *" --project" | *" --zone" | *" --slices" | *" --dry-run") ;;
+      *" --type" | *" --runtime" | *" --network") ;;
+      *) fail "$COMMAND: got $flag, which it has no use for, want what 'bash launch/tpu.sh help' lists for it" ;;
+    esac
+  done
+  want --name TPU_NAME "$NAME"
+  want --project TPU_PROJECT "$PROJECT"
+  want --zone TPU_ZONE "$ZONE"
+  want_word --name "$NAME" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' 'small letters, digits and hyphens, a letter first'
+  want_word --project "$PROJECT" '([a-z0-9.-]+:)?[a-z0-9]([-a-z0-9]*[a-z0-9])?' 'the ID of a project'
+  want_word --zone "$ZONE" '[a-z]+(-[a-z0-9]+)+' 'a zone such as us-west4-a'
+  want_word --type "$TYPE" '(v[0-9][a-z0-9]*-[0-9]+)?' 'an accelerator type such as v5litepod-16'
+  want_word --runtime "$RUNTIME" '([a-z0-9][-a-z0-9._]*)?' 'a VM image such as v2-alpha-tpuv6e'
+  want_word --network "$NETWORK" '([a-z]([-a-z0-9/.:]*[a-z0-9])?)?' 'the name of a VPC network'
+  want_word --worker "$WORKER" 'all|0|[1-9][0-9]{0,8}' "'all' or the number of a host, from 0"
+  [ -z "$STAGES" ] || want_stages "$STAGES"
+  want_number --slices "$SLICES" 1
+  want_number --restarts "$RESTARTS"
+  want_number --lines "$LINES_SHOWN"
+  want_number --seconds "$SECONDS_TO_STOP"
+  want_number TPU_POLL_SECONDS "$POLL_SECONDS"
 }
 
 runtime_of() { # accelerator type
@@ -157,7 +187,7 @@ state() {
     '--format=value(state.state)' 2>"$errors"); then
     rm -f "$errors"
     echo "${answer:-UNKNOWN}"
-  elif grep -q -i -E 'NOT_FOUND|not found' "$errors"; then
+  elif grep -q -E '^ERROR: \(gcloud[^)]*\) NOT_FOUND:' "$errors"; then # the status, not the words
     rm -f "$errors"
     echo ABSENT
   else
@@ -268,11 +298,29 @@ start() {
   [ -n "$has_stage" ] || fail "run: got no --stage after -- and no --stages, want one of them"
   [ -n "$has_config" ] || fail "run: got no --config after --, want it"
   [ -n "$has_workdir" ] || fail "run: got no --workdir after --, want it (gs://... on several hosts)"
-  want_number --restarts "$RESTARTS" 0
+  hand_over
   want_active
-  on_hosts all "cd $FOLDER && bash launch/host.sh run --restarts=$RESTARTS$(
+  on_hosts all "cd $FOLDER && ${HANDED}bash launch/host.sh run --restarts=$RESTARTS$(
     [ -z "$STAGES" ] || printf ' --stages=%s' "$(quote "$STAGES")"
   ) -- $(quote_all "${ARGUMENTS[@]}")"
+}
+
+# Sets HANDED to the JAX_* variables of this environment, as words before a command of the hosts.
+hand_over() {
+  local name words=()
+  for name in "${!JAX_@}"; do
+    case $name=${!name} in
+      JAX_PROCESS_ID=*)
+        fail "$name: got ${!name} in the environment, want it unset: every host gets the same variables"
+        ;;
+      JAX_PLATFORMS=*tpu* | JAX_PLATFORMS=) ;;
+      JAX_PLATFORMS=*)
+        fail "$name: got $(shown "${!name}") in the environment, want it unset or tpu: the hosts get it"
+        ;;
+    esac
+    words+=("$name=${!name}")
+  done
+  if [ ${#words[@]} -gt 0 ]; then HANDED="$(quote_all env "${words[@]}") "; fi
 }
 
 on_every_host() {
@@ -283,14 +331,12 @@ $(quote_all "${ARGUMENTS[@]}")"
 }
 
 logs() {
-  want_number --lines "$LINES_SHOWN" 0
   if [ -n "$FOLLOW" ] && [ "$WORKER" = all ]; then WORKER=0; fi
   want_active
   on_hosts "$WORKER" "cd $FOLDER && bash launch/host.sh logs --lines=$LINES_SHOWN${FOLLOW:+ --follow}"
 }
 
 stop() {
-  want_number --seconds "$SECONDS_TO_STOP" 0
   want_active
   on_hosts all "cd $FOLDER && bash launch/host.sh stop --seconds=$SECONDS_TO_STOP"
 }
@@ -315,7 +361,7 @@ RUNTIME=${TPU_RUNTIME:-}
 NETWORK=${TPU_NETWORK:-}
 POLL_SECONDS=${TPU_POLL_SECONDS:-30}
 STAGES='' RESTARTS=0 WORKER=all LINES_SHOWN=20 SECONDS_TO_STOP=300 WAIT='' FOLLOW='' DRY_RUN=''
-CAPACITY=() ARGUMENTS=() FOUND=''
+CAPACITY=() ARGUMENTS=() GIVEN=() FOUND='' HANDED=''
 
 case $COMMAND in
   help | --help | -h)
@@ -326,10 +372,7 @@ case $COMMAND in
   *) fail "got command '$COMMAND', want create, status, setup, ssh, run, logs, stop or delete" ;;
 esac
 parse "$@"
-want --name TPU_NAME "$NAME"
-want --project TPU_PROJECT "$PROJECT"
-want --zone TPU_ZONE "$ZONE"
-want_number --slices "$SLICES" 1
+check
 PLACE=("--project=$PROJECT" "--zone=$ZONE")
 if [ -z "$DRY_RUN" ] && ! command -v gcloud >/dev/null; then
   fail "gcloud: got no such program, want the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"

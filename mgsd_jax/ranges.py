@@ -50,9 +50,12 @@ class Items:
 
     def wanted(self, value: str | tuple[Any, ...]) -> str:
         """As `Between.wanted`."""
+        if isinstance(value, str):
+            is_text = len(value) >= self.least and value == value.strip()
+            return "" if is_text else "some text, without spaces around it"
         if len(value) < self.least:
-            return "some text" if isinstance(value, str) else f"{self.least} or more"
-        if isinstance(value, str) or self.repeated:
+            return f"{self.least} or more"
+        if self.repeated:
             return ""
         names = [item[0] if isinstance(item, tuple) else item for item in value]
         twice = [name for i, name in enumerate(names) if name in names[:i]]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,9 @@ def homes(node, worker):
 worker = next((w.partition("=")[2] for w in arguments if w.startswith("--worker=")), "")
 if "describe" in words:
     if (cloud / "broken").exists():
-        sys.exit("ERROR: (gcloud) PERMISSION_DENIED: no access")
+        sys.exit((cloud / "broken").read_text())
     if not state.exists():
-        sys.exit("ERROR: (gcloud) NOT_FOUND: Resource 'x' was not found")
+        sys.exit("ERROR: (gcloud.alpha.describe) NOT_FOUND: Resource 'x' was not found")
     left = state.read_text().split()
     print(left[0])
     state.write_text(" ".join(left[1:] or left))
@@ -64,7 +65,9 @@ elif "ssh" in words:
     codes = []
     for home in homes(node, worker):
         home.mkdir(exist_ok=True)
-        env = os.environ | {{"HOME": str(home)}}
+        # A host has an environment of its own.
+        env = {{key: value for key, value in os.environ.items() if not key.startswith("JAX_")}}
+        env |= {{"HOME": str(home)}}
         codes.append(subprocess.run(["bash", "-c", command], cwd=home, env=env).returncode)
     sys.exit(max(codes))
 elif "storage" in words:
@@ -76,6 +79,7 @@ PYTHON = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
 
 arguments = sys.argv[1:]
+print("port", os.environ.get("JAX_COORDINATOR_PORT"))
 print("program", *arguments, flush=True)
 do = next((w.partition("=")[2] for w in arguments if w.startswith("--do=")), "")
 if do == "wait":
@@ -111,7 +115,7 @@ class Cloud:
         (venv / "python").write_text(PYTHON)
         (venv / "python").chmod(0o755)
         (folder / "venv" / ".installed-tpu,gcs").write_text("")
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("TPU_")}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_"))}
         self.env = kept | {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "FAKE_CLOUD": str(folder),
@@ -378,11 +382,146 @@ def test_what_is_missing_or_wrong_is_said(
     assert message in cloud.tpu(*arguments, code=2, **env)
 
 
-def test_an_answer_that_is_no_answer_is_not_taken_for_an_absent_slice(cloud: Cloud) -> None:
-    (cloud.folder / "broken").write_text("")
-    for command in ("create", "delete", "setup"):
-        said = cloud.tpu(command, code=2)
-        assert "PERMISSION_DENIED" in said and "could not say" in said
+@pytest.mark.parametrize(
+    ("command", "variable", "value"),
+    [
+        (command, flag, value)
+        for command, flag, values in [
+            (
+                "ssh",
+                "--slices",
+                ("08", "007", "00", "0", "-1", "1.5", "1e3", "0x2", "9" * 20, " 1"),
+            ),
+            ("ssh", "--worker", ("*", "01", "-1", "0,1", "ALL", "0 1", "1;ls", "9" * 10)),
+            ("run", "--restarts", ("08", "-1", "ten", "9" * 20, "a[$(touch x)]")),
+            ("run", "--stages", (",", "a,,b", "a,", "a b", "*", "a;b", "A")),
+            ("logs", "--lines", ("08", "-5", "+5", "5k", "9" * 20)),
+            ("stop", "--seconds", ("08", "1.5", "inf", "9" * 20)),
+            ("create", "TPU_POLL_SECONDS", ("08", "-1", "1.5", "1m")),
+            ("create", "--type", ("*", "v5p", "v5p-", "v5p-16 ", "V5P-16", "v5p-16;ls")),
+            ("create", "--runtime", ("*", "a b", "-x", "$HOME")),
+            ("create", "--network", ("*", "a b", "-x", "a;b")),
+            (
+                "delete",
+                "--name",
+                ("*", "a b", "-a", "a-", "A", "1a", "a_b", "a/b", "a" * 64, "\u00e4"),
+            ),
+            ("delete", "--name", ("a\nb", "a\n", "..", "~", "$(touch x)")),
+            ("delete", "--project", ("*", "a b", "-a", "a/b", "a\n", "a;b")),
+            ("delete", "--zone", ("*", "us", "us west", "us-west4-", "US-WEST4-A", "us-west4-a\n")),
+        ]
+        for value in values
+    ],
+)
+def test_every_number_and_name_is_looked_at(
+    cloud: Cloud, command: str, variable: str, value: str
+) -> None:
+    """One line with the flag and what was found, exit code 2, and nothing asked of the cloud."""
+    cloud.ready()
+    words = ["--", "--stage=report", "--config=c", "--workdir=w"] if command in "run ssh" else []
+    flags = [f"{variable}={value}"] if variable.startswith("--") else []
+    env: dict[str, Any] = {} if flags else {variable: value}
+    said = cloud.tpu(command, *flags, *words, code=2, **env)
+    assert said.startswith(f"tpu: {variable}: got ") and said.count("\n") == 1 and "want" in said
+    assert cloud.calls() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["run", f"--{flag}", "--"] for flag in ("restarts=08", "restarts=", "stages=a,,b")),
+        *(["logs", f"--lines={value}"] for value in ("08", "-1", "x", "")),
+        *(["stop", f"--seconds={value}"] for value in ("08", "-1", "x", "")),
+        ["stop", "--seconds=1", "now"],
+        ["install", "tpu gcs"],
+        ["install", "tpu", "gcs"],
+        ["idle", "now"],
+    ],
+)
+def test_a_host_looks_at_its_arguments_itself(cloud: Cloud, arguments: list[str]) -> None:
+    home, _ = cloud.ready()
+    done = subprocess.run(
+        ["bash", str(home / "mgsd_jax" / "launch" / "host.sh"), *arguments],
+        env=cloud.env | {"HOME": str(home)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    assert done.returncode == 2 and done.stdout.count("\n") == 1, done.stdout
+    assert ": got " in done.stdout and "want" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("delete", "--worker=1"),
+        ("stop", "--worker=1"),
+        ("run", "--worker=1"),
+        ("stop", "--wait"),
+        ("status", "--seconds=5"),
+        ("ssh", "--lines=5"),
+        ("create", "--restarts=1"),
+        ("stop", "--"),
+        ("delete", "--spot"),
+    ],
+)
+def test_an_option_that_a_command_has_no_use_for_is_refused(
+    cloud: Cloud, command: str, option: str
+) -> None:
+    """`delete --worker=1` would delete the other hosts too."""
+    cloud.ready()
+    said = cloud.tpu(command, option, code=2)
+    assert f"{command}: got {option.partition('=')[0]}, which it has no use for" in said
+    assert cloud.calls() == []
+
+
+def test_jax_variables_go_to_the_hosts(cloud: Cloud) -> None:
+    homes = cloud.ready()
+    program = ["--", "--stage=report", "--config=c.py", "--workdir=w"]
+    given = {"JAX_COORDINATOR_PORT": "8476", "JAX_TRACEBACK_FILTERING": "o'f f"}
+    said = cloud.tpu("run", *program, **given)
+    assert "JAX_COORDINATOR_PORT=8476" in said, "the command shows what is handed over"
+    for home in homes:
+        log = home / "mgsd_jax" / "w" / "logs" / f"{home.name}.log"
+        wait_for(lambda log=log: log.exists() and "ended with code 0" in log.read_text())
+        assert "port 8476\n" in log.read_text()
+        command = (home / ".mgsd_jax" / "command").read_text()
+        assert "JAX_COORDINATOR_PORT=8476 JAX_TRACEBACK_FILTERING=o'f f\n" in command
+    assert "env" not in cloud.tpu("run", "--dry-run", *program)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("JAX_PROCESS_ID", "0"), ("JAX_PLATFORMS", "cpu")])
+def test_a_jax_variable_that_no_host_should_get_is_refused(
+    cloud: Cloud, variable: str, value: str
+) -> None:
+    cloud.ready()
+    program = ["--", "--stage=report", "--config=c.py", "--workdir=w"]
+    env: dict[str, Any] = {variable: value}
+    assert f"{variable}: got " in cloud.tpu("run", *program, code=2, **env)
+    assert cloud.calls() == []
+    cloud.tpu("status", **env)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "ERROR: (gcloud.alpha.describe) PERMISSION_DENIED: no access",
+        "ERROR: (gcloud.alpha.describe) PERMISSION_DENIED: Project 'p' not found or deleted",
+        "ERROR: (gcloud.alpha.describe) INVALID_ARGUMENT: zone NOT_FOUND: x was not found",
+        "ERROR: gcloud crashed (ModuleNotFoundError): NOT_FOUND",
+        "gcloud: credentials not found",
+        "WARNING: NOT_FOUND: an update was not found\nERROR: (gcloud.x) UNAVAILABLE: try again",
+        "",
+    ],
+)
+@pytest.mark.parametrize("command", ["create", "delete", "setup"])
+def test_only_the_status_not_found_is_an_absent_slice(
+    cloud: Cloud, command: str, message: str
+) -> None:
+    (cloud.folder / "broken").write_text(message)
+    said = cloud.tpu(command, code=2)
+    assert message in said and "could not say" in said
     assert all("describe" in call for call in cloud.calls())
 
 

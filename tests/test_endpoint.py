@@ -519,5 +519,5 @@ def test_settings_of_the_endpoint_are_settings() -> None:
     assert config_lib.override(config, ["evaluate.endpoint_models=a"]).evaluate.endpoint_models == (
         "a",
     )
-    with pytest.raises(ValueError, match=r"evaluate.tries: got 2 at temperature 0.0"):
+    with pytest.raises(ValueError, match=r"evaluate.tries: got 2 at temperature 0, want 1"):
         make_config("http://x", "evaluate.tries=2")

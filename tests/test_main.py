@@ -252,8 +252,11 @@ def test_the_quickstart_ends_at_ctrl_c_however_its_stage_does(
 ) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    text = f"#!/bin/bash\ntrap 'exit {code}' INT\necho begins\nsleep 60 &\nwait\n"
-    python.write_text(text)
+    python.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\n"
+        f"signal.signal(signal.SIGINT, lambda *_: sys.exit({code}))\n"
+        "print('begins', flush=True)\ntime.sleep(60)\n"
+    )
     python.chmod(0o755)
     (tmp_path / "venv" / ".installed").write_text("")
     running = subprocess.Popen(

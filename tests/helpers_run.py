@@ -56,7 +56,7 @@ def start(
 ) -> list[subprocess.Popen[bytes]]:
     """The processes of a stage, each with its own virtual devices; they write `log.{process}`.
 
-    Programs are compiled once: all runs of a base share the folder that they are kept in.
+    Programs are compiled once: they are kept where all tests keep theirs (conftest.py).
     """
     workdir.mkdir(parents=True, exist_ok=True)
     arguments = [f"--stage={stage}", f"--config={base.config}", f"--workdir={workdir}"]
@@ -67,7 +67,7 @@ def start(
         **{k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))},
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(base.folder / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

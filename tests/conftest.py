@@ -1,0 +1,13 @@
+"""What all tests share: compiled programs are kept, for every process of a run and for the next.
+
+Set before jax is imported; child processes inherit it. A cache of another place is left as it is.
+"""
+
+import os
+import pathlib
+
+_KEPT = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_KEPT))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -75,7 +75,7 @@ def write_run(study: pathlib.Path, name: str, seed: int, right: int, boards: int
         rows.append(row(i, "perception", i < right))
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     texts = [
-        {"task": "maze", "level": 3, "index": i, "task_text": "", "case": str(i)}
+        {"task": "maze", "level": 3, "index": i, "task_text": f"board {i}", "case": str(i)}
         for i in range(boards)
     ]
     (folder / "boards.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))

@@ -17,12 +17,17 @@ def skip_without_devices() -> None:
         pytest.skip("runs in the test with eight devices")
 
 
+def flags(count: int) -> str:
+    """XLA_FLAGS for a process of so many devices, beside those that this one was given."""
+    given = os.environ.get("XLA_FLAGS", "")
+    return f"{given} --xla_force_host_platform_device_count={count}".strip()
+
+
 def run_again(file: str, *options: str) -> None:
     """Runs the tests of `file` with eight devices; in that process it skips the calling test."""
     if jax.device_count() == COUNT:
         pytest.skip("this is the run with eight devices")
-    flags = f"--xla_force_host_platform_device_count={COUNT}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(COUNT)}
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file]
     done = subprocess.run(
         run, env=env, cwd=Path(file).parent.parent, capture_output=True, text=True, check=False

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ print("equal on", jax.device_count())
 
 def test_splash_equals_xla_over_a_mesh() -> None:
     """Rows over data x fsdp, heads over tensor, on the eight virtual devices of a process."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": helpers_devices.flags(8)}
     run = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES],
         env=os.environ | flags | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},

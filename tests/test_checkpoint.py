@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.struct
+import helpers_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -650,7 +651,7 @@ def test_restores_onto_another_sharding(tmp_path: pathlib.Path) -> None:
                         assert got[n].dtype == host[n].dtype and got[n].sharding == other[n]
             checkpoint.close(checkpointer)
     """
-    run_python(code, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    run_python(code, tmp_path, XLA_FLAGS=helpers_devices.flags(8))
 
 
 @pytest.mark.slow

@@ -497,7 +497,7 @@ def test_two_processes_share_one_model(saved: Path, tmp_path: Path) -> None:
     tests = Path(__file__).parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": helpers_devices.flags(2),
         "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
     }
     out = tmp_path / "out"

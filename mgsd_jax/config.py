@@ -263,6 +263,8 @@ class ExportConfig:
     folder: Path = "{workdir}/export"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_shard_gb: Positive = 5.0
+    adapters: bool = False  # write the adapters alone, as a PEFT folder
+    check: bool = False  # in place of writing: hold the folder against transformers (needs torch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,31 @@
 """A trained model as a Hugging Face folder, and its adapters alone as a PEFT folder."""
 
+import dataclasses
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import loading, paths
+from mgsd_jax import loading, parity, paths
 from mgsd_jax.config import Config
+from mgsd_jax.data.tokenizer import for_all_readers
+from mgsd_jax.fields import read_json
 from mgsd_jax.model import files, hf, lora
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.files import FloatType
 from mgsd_jax.model.table import Tree
 
-# Tokenizer, processor and generation files as transformers 4.57 and 5 name them: copied as they
-# are. At least one file of every set in WANTED must be there for a reader to work.
+TOKENIZER = "tokenizer_config.json"
+# Tokenizer, processor and generation files as transformers 4.57 and 5 name them, which are copied.
+# At least one file of every set in WANTED must be there for a reader to work.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER,
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
@@ -33,84 +38,114 @@ SIDE_FILES = (
 )
 RECORD = "export.json"  # what the export was made from
 WANTED = (
-    ("generation_config.json",),
     ("tokenizer.json", "vocab.json"),
-    ("tokenizer_config.json",),
+    (TOKENIZER,),
     ("preprocessor_config.json", "processor_config.json"),
 )
 
 
 def run(config: Config, workdir: str) -> None:
-    """Writes the model at `config.export.source` to `config.export.folder`.
+    """Writes the model at `config.export.source`, or its adapters, to `config.export.folder`.
 
-    An earlier export of the same source is replaced; any other folder there is refused.
+    An earlier export of the same source is replaced; any other folder there is refused. With
+    `config.export.check` nothing is written: the folder is held against transformers.
     """
     settings = config.export
-    loaded = loading.load(settings.source, config, workdir)
     folder = paths.local(config_lib.resolve(settings.folder, config, workdir), "export.folder")
-    record = {"source": config_lib.resolve(settings.source, config, workdir)}
-    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text()) == record:
-        shutil.rmtree(folder)
-    export_folder(
-        loaded.params,
+    if settings.check:
+        parity.check(folder, config.data)
+        return
+    source = config_lib.resolve(settings.source, config, workdir)
+    is_own = (folder / RECORD).is_file() and _made_from(folder) == source
+    if not is_own:
+        files.check_free(folder)
+    with files.new_folder(folder, replaces=is_own) as partial:
+        write = _write_adapters if settings.adapters else _write_model
+        measured = write(config, workdir, partial)
+        files.write_json(partial / parity.FILE, measured)
+        files.write_json(partial / RECORD, {"source": source})
+    logging.info("%s: exported from %s", folder, source)
+
+
+def _made_from(folder: Path) -> object:
+    return read_json(folder / RECORD).get("source")
+
+
+def _write_model(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
+    """Writes the whole model; returns its parity file's content."""
+    settings = config.export
+    loaded = loading.load(settings.source, config, workdir)
+    dtype = jnp.dtype(settings.dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
+    loaded = dataclasses.replace(loaded, params={})  # held once
+    size = settings.max_shard_gb * 1e9
+    write_folder(
+        params,
         loaded.model.config,
         loaded.folder,
         folder,
         dtype=settings.dtype,
-        max_shard_bytes=settings.max_shard_gb * 1e9,
+        max_shard_bytes=size,
     )
-    files.write_json(folder / RECORD, record)
-    logging.info("%s: exported from %s", folder, record["source"])
+    return parity.measure(loaded.model, {"params": params}, loaded.processor, config.data)
 
 
-def export_folder(
+def _write_adapters(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
+    """Writes the adapters alone; returns the parity file's content of base and adapters."""
+    adapters, spec, base = loading.load_adapters(config.export.source, config, workdir)
+    loaded = loading.load(base, config, workdir)
+    lora.save_peft(adapters, spec, loaded.model.config, folder, base_model=base)
+    variables = {"params": loaded.params, "adapters": adapters}
+    return parity.measure(loaded.model, variables, loaded.processor, config.data)
+
+
+def write_folder(
     params: Tree,
     config: ModelConfig,
     source_folder: str | Path,
-    out_folder: str | Path,
+    folder: Path,
     *,
     dtype: FloatType = "bfloat16",
     max_shard_bytes: float = 5e9,
-    adapters: Tree | None = None,
 ) -> None:
-    """Write a new folder that transformers, vLLM and SGLang load, all of it or nothing.
+    """Write a model into a folder as transformers, vLLM and SGLang load it.
 
-    `adapters` are merged into the weights. Tokenizer, processor and generation files come from
-    `source_folder`. All processes take part, the first one writes.
+    Tokenizer, processor and generation files come from `source_folder`, and so do settings of its
+    config.json that we do not read. All processes take part, the first one writes.
 
-    Raises ValueError where the source lacks such a file (all of them listed), the folder is there
-    already or the parameters do not fit the config; OSError naming the file where the disk is
-    full.
+    Raises ValueError where the source lacks such a file (all of them listed) or the parameters do
+    not fit the config; OSError naming the file where the disk is full.
     """
-    source, out = Path(source_folder), Path(out_folder)
-    side_files = _side_files(source)
-    if adapters is not None:
-        params = lora.merge(params, adapters)
+    side_files = _side_files(Path(source_folder))
+    hf.save_params(params, config, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
     if jax.process_index() != 0:
-        hf.save_params(params, config, out, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
-    with files.new_folder(out) as partial:
-        hf.save_params(params, config, partial, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        for file in side_files:
-            files.write_bytes(partial / file.name, file.read_bytes())
-        files.write_json(partial / "config.json", config.to_hf() | {"dtype": dtype})
+    for name, content in side_files.items():
+        files.write_bytes(folder / name, content)
+    settings = read_json(Path(source_folder) / "config.json")
+    files.write_json(folder / "config.json", _hf_config(settings, config, dtype))
 
 
-def export_adapters(
-    adapters: Tree,
-    spec: lora.LoraSpec,
-    config: ModelConfig,
-    source_folder: str | Path,
-    out_folder: str | Path,
-) -> None:
-    """Write the adapters alone as a new PEFT folder on top of the model in `source_folder`."""
-    lora.save_peft(adapters, spec, config, out_folder, base_model=str(source_folder))
+def _hf_config(source: dict[str, Any], config: ModelConfig, dtype: FloatType) -> dict[str, Any]:
+    """The source's config.json (its eos_token_id and the like) with our part of it written anew."""
+    written = source | config.to_hf()
+    for section in ("text_config", "vision_config"):
+        written[section] = source.get(section, {}) | written[section]
+    for part in (written, written["text_config"], written["vision_config"]):
+        part.pop("torch_dtype", None)  # the same under its older name
+        part["dtype"] = dtype
+    return written
 
 
-def _side_files(source: Path) -> list[Path]:
-    there = [source / name for name in SIDE_FILES if (source / name).is_file()]
-    names = {file.name for file in there}
-    problems = [f"got no {' or '.join(any_of)}" for any_of in WANTED if not names & set(any_of)]
+def _side_files(source: Path) -> dict[str, bytes]:
+    there = {n: (source / n).read_bytes() for n in SIDE_FILES if (source / n).is_file()}
+    problems = [
+        f"got no {' or '.join(any_of)}" for any_of in WANTED if not there.keys() & set(any_of)
+    ]
     if problems:
         raise files.problem_list(f"{source}: want the side files of a model", problems)
+    settings = read_json(source / TOKENIZER)
+    readable = for_all_readers(settings)
+    if readable != settings:
+        there[TOKENIZER] = (json.dumps(readable, indent=2, ensure_ascii=False) + "\n").encode()
     return there

@@ -216,26 +216,59 @@ def load_params(
         return hf.load_params(
             str(root), model_config, dtype=dtype, shardings=shardings, finish=finish
         )
-    source = json.loads(source_file.read_text())
-    adapters_spec = LoraConfig(**source["lora"])
+    source, trained = _read_stage(root, config, mesh)
+    if source["complete"]:
+        return tree.map_named(finish, trained["params"])
+    base = functools.partial(
+        load_params, epath.Path(source["weights"]), model_config, config, workdir, mesh
+    )
+    if source["lora"]["rank"]:
+        merged = lora.merger(lora.with_scale(trained["adapters"], _spec(source)))
+        return base(lambda path, leaf: finish(path, merged(path, leaf)))
+    names = {name for name, _ in tree.named_leaves(trained["params"])}
+    _, rest = tree.partition(base(finish), lambda name, _: name in names)
+    return tree.combine(tree.map_named(finish, trained["params"]), rest)
+
+
+def load_adapters(path: str, config: Config, workdir: str) -> tuple[Params, lora.LoraSpec, str]:
+    """The adapters of a stage and of those before it as one; the Hugging Face folder they adapt.
+
+    Raises ValueError where a stage of them trained parameters.
+    """
+    root = epath.Path(config_lib.resolve(path, config, workdir))
+    parts, specs = [], []
+    while (root / "model" / "source.json").is_file():
+        source, trained = _read_stage(root, config, None)
+        if not source["lora"]["rank"]:
+            raise ValueError(
+                f"{root}: got a stage that trained parameters, want adapters; "
+                "export the whole model (export.adapters=false)"
+            )
+        specs.append(_spec(source))
+        parts.append(lora.with_scale(trained["adapters"], specs[-1]))
+        root = epath.Path(source["weights"])
+    if not parts:
+        raise ValueError(f"{root}: got no model/source.json, want a stage that trained adapters")
+    return (*lora.join(parts, specs[0]), str(root))
+
+
+def _read_stage(
+    root: epath.Path, config: Config, mesh: Mesh | None
+) -> tuple[dict[str, Any], Params]:
+    """The `source.json` of a stage folder, and what the stage trained."""
+    source = json.loads((root / "model" / "source.json").read_text())
     trained = checkpoint.load_params(
         root / "checkpoints",
         None if mesh is None else functools.partial(_placed, mesh=mesh),
         which=config.checkpoint.use,
         metric=source["metric"],
     )
-    if source["complete"]:
-        return tree.map_named(finish, trained["params"])
-    base = functools.partial(
-        load_params, epath.Path(source["weights"]), model_config, config, workdir, mesh
-    )
-    if adapters_spec.rank:
-        spec = lora.LoraSpec(adapters_spec.rank, adapters_spec.alpha, adapters_spec.targets)
-        merged = lora.merger(lora.with_scale(trained["adapters"], spec))
-        return base(lambda path, leaf: finish(path, merged(path, leaf)))
-    names = {name for name, _ in tree.named_leaves(trained["params"])}
-    _, rest = tree.partition(base(finish), lambda name, _: name in names)
-    return tree.combine(tree.map_named(finish, trained["params"]), rest)
+    return source, trained
+
+
+def _spec(source: dict[str, Any]) -> lora.LoraSpec:
+    settings = LoraConfig(**source["lora"])
+    return lora.LoraSpec(settings.rank, settings.alpha, settings.targets)
 
 
 def _placed(shapes: Params, mesh: Mesh) -> Params:

@@ -25,6 +25,7 @@ from mgsd_jax.config import Config, NanoConfig
 from mgsd_jax.data import batching, sources
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Processor, load_processor
+from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model import hf
 from mgsd_jax.model.config import ModelConfig
@@ -234,6 +235,9 @@ def write_tokenizer(folder: pathlib.Path, nano: NanoConfig) -> PreTrainedTokeniz
         },
     )
     tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    readable = for_all_readers(json.loads(settings.read_text()))
+    settings.write_text(json.dumps(readable, indent=2) + "\n")
     side = nano.patch * 2
     picture = {
         "size": {"shortest_edge": 4 * side * side, "longest_edge": 64 * 64 * side},
@@ -289,6 +293,7 @@ def hf_config(nano: NanoConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str,
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
         "eos_token_id": ids("<|im_end|>"),
+        "bos_token_id": ids("<|endoftext|>"),
         "pad_token_id": ids("<|endoftext|>"),
     }
     vision = {

@@ -1,8 +1,10 @@
-"""Exported folders: complete, read alike by old and new readers, merged, all or nothing."""
+"""Exported folders: complete, read alike by old and new readers, all or nothing, checked."""
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,28 @@ import jax
 import numpy as np
 import pytest
 from helpers_model import Row, random_params
+from helpers_tiny import tiny_config
+from safetensors.numpy import load_file, save_file
 
-from mgsd_jax import export, tree
+from mgsd_jax import checkpoint, export, loading, nano, parity, tree
+from mgsd_jax.config import Config, ExportConfig, NanoConfig
 from mgsd_jax.data.processor import encode, load_processor
+from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model import files, hf, lora
 from mgsd_jax.model.config import ModelConfig, tiny
+from mgsd_jax.model.qwen3vl import Qwen3VL
 
 CONFIG = tiny()
-SPEC = lora.LoraSpec(2, 4.0, r"language/.*/(q|v|down)_proj")
+SIDE: dict[str, Any] = {
+    "transformers_version": "4.57.0",
+    "dtype": "float16",
+    "text_config": {"eos_token_id": 5, "bos_token_id": 3, "torch_dtype": "float16"},
+}
 
 
 @pytest.fixture(scope="module")
 def params() -> dict:
     return random_params(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def adapters(params: dict) -> dict:
-    fresh = lora.init_adapters(params, SPEC, jax.random.key(0))
-    return tree.map_named(lambda path, leaf: leaf + 0.1 * path.endswith("/b"), fresh)
 
 
 @pytest.fixture
@@ -38,7 +43,8 @@ def source(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in export.SIDE_FILES:
         (folder / name).write_text(f'{{"file": "{name}"}}')
-    for name in ("config.json", "model.safetensors", "training_args.bin", "README.md"):
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_hf() | SIDE))
+    for name in ("model.safetensors", "training_args.bin", "README.md"):
         (folder / name).write_text("not to be copied")
     return folder
 
@@ -53,7 +59,7 @@ def test_folder_holds_weights_config_and_side_files(
     limit: float, params: dict, source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
-    export.export_folder(params, CONFIG, source, out, dtype="float32", max_shard_bytes=limit)
+    export.write_folder(params, CONFIG, source, out, dtype="float32", max_shard_bytes=limit)
     names = {file.name for file in out.iterdir()}
     weights = {name for name in names if name.startswith("model")}
     assert names - weights == {"config.json", *export.SIDE_FILES}
@@ -62,16 +68,14 @@ def test_folder_holds_weights_config_and_side_files(
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert hf.read_config(out) == CONFIG
     assert_same_tree(hf.load_params(out, CONFIG, dtype="float32"), params)
-    assert list(out.parent.iterdir()) == [out]
 
 
 def test_old_and_new_readers_of_the_config_agree(
     params: dict, source: Path, tmp_path: Path
 ) -> None:
-    export.export_folder(params, CONFIG, source, tmp_path / "out")
+    export.write_folder(params, CONFIG, source, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     text = written["text_config"]
-    assert written["dtype"] == "bfloat16"
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == CONFIG.text.rope_theta
     for rope in (text["rope_scaling"], text["rope_parameters"]):
         assert rope["mrope_section"] == list(CONFIG.text.mrope_section)
@@ -83,93 +87,209 @@ def test_old_and_new_readers_of_the_config_agree(
         assert ModelConfig.from_hf(reader, source="test") == CONFIG
 
 
-def test_adapters_are_merged(params: dict, adapters: dict, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    export.export_folder(params, CONFIG, source, out, dtype="float32", adapters=adapters)
-    merged = hf.load_params(out, CONFIG, dtype="float32")
-    assert_same_tree(merged, lora.merge(params, adapters))
-    path = "language/layers/mlp/down_proj/kernel"
-    assert np.abs(tree.get(merged, path) - tree.get(params, path)).max() > 1e-3
+def test_settings_that_we_do_not_read_are_kept(params: dict, source: Path, tmp_path: Path) -> None:
+    export.write_folder(params, CONFIG, source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    text = written["text_config"]
+    assert (text["eos_token_id"], text["bos_token_id"]) == (5, 3)
+    assert written["transformers_version"] == "4.57.0"
+    for part in (written, text, written["vision_config"]):
+        assert part["dtype"] == "bfloat16"
+        assert "torch_dtype" not in part
 
 
-def test_adapters_alone(params: dict, adapters: dict, source: Path, tmp_path: Path) -> None:
-    export.export_adapters(adapters, SPEC, CONFIG, source, tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        lora.PEFT_CONFIG,
-        lora.PEFT_WEIGHTS,
-    }
-    back, _ = lora.load_peft(tmp_path / "out", CONFIG)
-    assert_same_tree(back, adapters)
-    settings = json.loads((tmp_path / "out" / lora.PEFT_CONFIG).read_text())
-    assert settings["base_model_name_or_path"] == str(source)
+V5 = {"tokenizer_class": "TokenizersBackend", "eos_token": "<e>", "image_token": "<i>"}
+FAST = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": "<e>",
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+QWEN = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        # as transformers 5 saves a tokenizer without a class of its own: 4.57 knows no such class
+        (
+            V5 | {"extra_special_tokens": []},
+            FAST | {"extra_special_tokens": {"image_token": "<i>"}},
+        ),
+        # Qwen's own, saved by 5: 4.57 asks the list for its keys
+        (
+            QWEN | {"extra_special_tokens": ["<a>"]},
+            QWEN | {"extra_special_tokens": {}, "additional_special_tokens": ["<a>"]},
+        ),
+        ({"extra_special_tokens": None}, {"extra_special_tokens": {}}),
+        # what 4.57 saved
+        *(
+            (same, same)
+            for same in (
+                QWEN | {"additional_special_tokens": ["<a>"]},
+                {"extra_special_tokens": {"image_token": "<i>"}, "video_token": "<v>"},
+            )
+        ),
+    ],
+)
+def test_tokenizer_settings_that_both_readers_take(settings: dict, wanted: dict) -> None:
+    assert for_all_readers(settings) == wanted
+    assert for_all_readers(wanted) == wanted
 
 
 def test_missing_side_files_are_all_listed(params: dict, source: Path, tmp_path: Path) -> None:
     for name in export.SIDE_FILES:
         (source / name).unlink()
-    with pytest.raises(ValueError, match="4 problems") as caught:
-        export.export_folder(params, CONFIG, source, tmp_path / "out")
+    with pytest.raises(ValueError, match="3 problems") as caught:
+        export.write_folder(params, CONFIG, source, tmp_path / "out")
     for part in (
         str(source),
-        "got no generation_config.json",
         "got no tokenizer.json or vocab.json",
+        "got no tokenizer_config.json",
         "got no preprocessor_config.json or processor_config.json",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_is_left_alone(params: dict, source: Path, tmp_path: Path) -> None:
+def test_generation_settings_may_be_absent(params: dict, source: Path, tmp_path: Path) -> None:
+    (source / "generation_config.json").unlink()
+    export.write_folder(params, CONFIG, source, tmp_path / "out")
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+# The stage: all of a folder or nothing of it
+
+
+@pytest.fixture
+def config(params: dict, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """An export of `source` to `out`, without a model that has to be compiled."""
+    small: Any = loading.Loaded(Qwen3VL(CONFIG), params, None, str(source), "")  # type: ignore[arg-type]
+    monkeypatch.setattr(loading, "load", lambda *_: small)
+    monkeypatch.setattr(parity, "measure", lambda *_: {"prompts": []})
+    settings = ExportConfig(source=str(source), folder=str(tmp_path / "out"))
+    return dataclasses.replace(tiny_config(tmp_path), export=settings)
+
+
+WHOLE = {"model.safetensors", "config.json", parity.FILE, export.RECORD, *export.SIDE_FILES}
+
+
+def test_an_earlier_export_of_the_same_source_alone_is_replaced(
+    config: Config, source: Path, tmp_path: Path
+) -> None:
     before = {file.name: file.read_bytes() for file in source.iterdir()}
+    inside = dataclasses.replace(
+        config, export=dataclasses.replace(config.export, folder=str(source))
+    )
     with pytest.raises(ValueError, match=r"source: got an existing .* want an absent or empty one"):
-        export.export_folder(params, CONFIG, source, source)
+        export.run(inside, str(tmp_path))
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
-    (tmp_path / "empty").mkdir()
-    export.export_folder(params, CONFIG, source, tmp_path / "empty")
-    assert hf.read_config(tmp_path / "empty") == CONFIG
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        export.run(config, str(tmp_path))
+        assert {file.name for file in (tmp_path / "out").iterdir()} == WHOLE
+        assert json.loads((tmp_path / "out" / export.RECORD).read_text()) == {"source": str(source)}
+        (tmp_path / "out" / "stale").touch()
+    other = dataclasses.replace(config, export=dataclasses.replace(config.export, source="other"))
+    with pytest.raises(ValueError, match="out: got an existing"):
+        export.run(other, str(tmp_path))
 
 
-class CrashError(Exception):
-    """Stands for whatever ends a process in the middle of writing."""
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    def crash(*args: object, **kwargs: object) -> None:
-        raise CrashError
+class Killer:
+    """Ends the program before the n-th change to files below a folder, and at all after it.
 
-    monkeypatch.setattr(owner, name, crash)
+    An audit hook sees every way of changing a file, but cannot be taken away: it is told to rest.
+    """
+
+    EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
+
+    def __init__(self) -> None:
+        self.root, self.left = "", -1
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.root or event not in (*self.EVENTS, "open"):
+            return
+        is_writing = event != "open" or (isinstance(args[1], str) and not args[1].startswith("r"))
+        is_relative = event in ("os.remove", "os.rmdir") and args[1] >= 0  # rmtree, by descriptor
+        if is_writing and (is_relative or str(args[0]).startswith(self.root)):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+    def run(self, function: Callable[[], None], root: Path, operations: int) -> bool:
+        """Whether the function came to its end within so many operations."""
+        self.root, self.left = str(root), operations
+        try:
+            function()
+        except Killed:
+            return False
+        finally:
+            self.root = ""
+        return True
+
+
+@pytest.fixture(scope="module")
+def killer() -> Killer:
+    return Killer()
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["first export", "earlier one there"])
+def test_a_kill_at_any_operation_leaves_a_state_to_go_on_from(
+    is_there: bool, config: Config, killer: Killer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    workdir = set(tmp_path.iterdir())
+
+    def run() -> None:
+        export.run(config, str(tmp_path))
+
+    states = set()
+    for operations in range(200):
+        if is_there:
+            run()
+            (out / "stale").touch()
+        done = killer.run(run, tmp_path, operations)
+        left = sorted(f"{file.name}" for file in tmp_path.iterdir() if file not in workdir)
+        states.add(tuple(left))
+        # What bears the name of the export is whole, old or new.
+        assert not out.exists() or {file.name for file in out.iterdir()} - {"stale"} == WHOLE
+        run()
+        assert {file.name for file in out.iterdir()} == WHOLE
+        assert set(tmp_path.iterdir()) == workdir | {out}
+        if done:
+            break
+        shutil.rmtree(out)
+    assert done
+    assert operations > 15
+    assert len(states) == (4 if is_there else 3)
 
 
 @pytest.mark.parametrize("name", ["write_tensors", "write_bytes", "write_json"])
 def test_a_crash_leaves_nothing(
-    name: str, params: dict, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(tmp_path.iterdir())
-    with monkeypatch.context() as patch:
-        crash_at(patch, files, name)
-        with pytest.raises(CrashError):
-            export.export_folder(params, CONFIG, source, tmp_path / "out")
+
+    def crash(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a crash")
+
+    monkeypatch.setattr(files, name, crash)
+    with pytest.raises(RuntimeError):
+        export.run(config, str(tmp_path))
     assert set(tmp_path.iterdir()) == before
 
 
-def test_left_overs_of_a_killed_process_are_cleared(
-    params: dict, source: Path, tmp_path: Path
-) -> None:
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "model-00009-of-00009.safetensors").write_text("half")
-    export.export_folder(params, CONFIG, source, tmp_path / "out")
-    assert not partial.exists()
-    assert "model-00009-of-00009.safetensors" not in {f.name for f in (tmp_path / "out").iterdir()}
-
-
 def test_a_full_disk_is_told(
-    params: dict, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OSError, match="no space left for"):
-        export.export_folder(params, CONFIG, source, tmp_path / "out")
+        export.run(config, str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -179,9 +299,6 @@ def test_a_full_disk_is_told(
 @pytest.fixture(scope="module")
 def nano_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano model with a tokenizer and a processor, as `--stage=init` writes it."""
-    nano = pytest.importorskip("mgsd_jax.nano")
-    from mgsd_jax.config import NanoConfig
-
     folder = tmp_path_factory.mktemp("nano")
     settings = NanoConfig(str(folder), width=32, layers=3, mlp=48, vision_width=48, vision_mlp=48)
     tokenizer = nano.write_tokenizer(folder, settings)
@@ -201,7 +318,7 @@ def test_transformers_reads_the_whole_folder(dtype: Any, nano_folder: Path, tmp_
     config = hf.read_config(nano_folder)
     params = hf.load_params(nano_folder, config, dtype=dtype)
     out = tmp_path / "out"
-    export.export_folder(params, config, nano_folder, out, dtype=dtype, max_shard_bytes=100_000)
+    export.write_folder(params, config, nano_folder, out, dtype=dtype, max_shard_bytes=100_000)
     load: Callable = Qwen3VLForConditionalGeneration.from_pretrained
     exported, info = load(out, output_loading_info=True, dtype="auto")
     assert not any(info.values()), info
@@ -224,3 +341,110 @@ def test_transformers_reads_the_whole_folder(dtype: Any, nano_folder: Path, tmp_
     theirs, before = (AutoTokenizer.from_pretrained(folder) for folder in (out, nano_folder))
     assert theirs.get_vocab() == before.get_vocab()
     assert theirs.chat_template == before.chat_template
+
+
+# The parity file
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Exports of a nano model: the whole of it in bfloat16, and adapters of two stages on it."""
+
+    config: Config
+    whole: Path
+    adapters: Path
+
+    def check(self, folder: Path) -> None:
+        settings = ExportConfig(folder=str(folder), check=True)
+        export.run(dataclasses.replace(self.config, export=settings), "unused")
+
+
+@pytest.fixture(scope="module")
+def exported(nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config(workdir)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, path=str(nano_folder))
+    )
+    loaded = loading.load("{model}", config, str(workdir))
+    specs = [lora.LoraSpec(2, 5.0, "q_proj"), lora.LoraSpec(3, 4.0, "(q|down)_proj")]
+    trained = {}
+    for i, (name, spec) in enumerate(zip(("grounding", "distillation"), specs, strict=True)):
+        fresh = lora.init_adapters(loaded.params, spec, jax.random.key(i))
+        draw = np.random.default_rng(i).standard_normal
+        trained[name] = tree.map_named(
+            lambda path, leaf, draw=draw: 0.1 * draw(leaf.shape).astype(np.float32),
+            lora.trainable(fresh),
+        )
+        loading.write_source(
+            loading.epath.Path(workdir) / name,
+            loaded,
+            weights=str(workdir / "grounding" if i else nano_folder),
+            lora_config=loading.LoraConfig(spec.rank, spec.alpha, spec.targets),
+            is_complete=False,
+            metric="",
+        )
+    read = checkpoint.load_params
+    checkpoint.load_params = lambda folder, *_, **__: {"adapters": trained[folder.parent.name]}
+    for name, source, adapters in (("whole", "{model}", False), ("adapters", "distillation", True)):
+        settings = ExportConfig(
+            source=source.replace("dist", f"{workdir}/dist"),
+            folder=str(workdir / name),
+            adapters=adapters,
+        )
+        export.run(dataclasses.replace(config, export=settings), str(workdir))
+    checkpoint.load_params = read
+    yield Exported(config, workdir / "whole", workdir / "adapters")
+
+
+def test_parity_file_is_small_and_names_tokens_and_logits(exported: Exported) -> None:
+    file = exported.whole / parity.FILE
+    assert file.stat().st_size < 100_000
+    prompts = json.loads(file.read_text())["prompts"]
+    assert len(prompts) == 20
+    assert sum('"image"' in json.dumps(prompt["messages"]) for prompt in prompts) == 15
+    for prompt in prompts:
+        assert 1 <= len(prompt["tokens"]) == len(prompt["logits"]) <= 8
+    assert len({json.dumps(prompt["logits"]) for prompt in prompts}) > 10
+
+
+@pytest.mark.parametrize("name", ["whole", "adapters"])
+def test_an_export_is_held_against_transformers(
+    name: str, exported: Exported, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    folder = tmp_path / name
+    shutil.copytree(getattr(exported, name), folder)
+    exported.check(folder)
+    # other weights are noticed
+    weights = next(folder.glob("*model.safetensors"))
+    tensors = load_file(weights)
+    key = next(k for k in sorted(tensors) if "q_proj" in k and "lora_A" not in k)
+    save_file(tensors | {key: tensors[key][::-1].copy()}, weights, files.METADATA)
+    with pytest.raises(ValueError, match=f"{name}: largest difference of a logit from transform"):
+        exported.check(folder)
+
+
+def test_what_a_check_needs_is_said(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"parity.json: got no such file, want it; run --stage"):
+        exported.check(tmp_path)
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"export.check: got no torch, want it: .* pip install"):
+        exported.check(exported.whole)
+
+
+def test_adapters_of_a_chain_are_one_peft_folder(exported: Exported) -> None:
+    settings = json.loads((exported.adapters / lora.PEFT_CONFIG).read_text())
+    assert settings["base_model_name_or_path"] == exported.config.model.path
+    assert (settings["r"], settings["lora_alpha"]) == (5, pytest.approx(20 / 3))
+    names = {file.name for file in exported.adapters.iterdir()}
+    assert names == {lora.PEFT_CONFIG, lora.PEFT_WEIGHTS, parity.FILE, export.RECORD}
+
+
+def test_a_model_without_adapters_has_none_to_export(exported: Exported, tmp_path: Path) -> None:
+    settings = ExportConfig(source="{model}", folder=str(tmp_path / "out"), adapters=True)
+    with pytest.raises(ValueError, match=r"got no model/source.json, want a stage that trained"):
+        export.run(dataclasses.replace(exported.config, export=settings), str(tmp_path))

@@ -18,7 +18,7 @@ RANKS = {
     "main": 9,
     "preflight": 8,
     **dict.fromkeys(("grounding", "distillation", "export", "generate", "score", "nano"), 7),
-    **dict.fromkeys(("evaluate", "report"), 6),
+    **dict.fromkeys(("evaluate", "report", "parity"), 6),
     **dict.fromkeys(("loading", "stage"), 5),
     **dict.fromkeys(("losses", "sampler", "optimizer", "checkpoint", "trainable"), 4),
     **dict.fromkeys(("rows", "endpoint", "monitor"), 4),

@@ -422,9 +422,3 @@ def test_peft_file_missing_or_broken(name: str, peft_folder: Path) -> None:
     (peft_folder / name).unlink()
     with pytest.raises(ValueError, match=f"{name}: got no such file"):
         lora.load_peft(peft_folder, CONFIG)
-
-
-def test_peft_folder_is_not_overwritten(params: dict, peft_folder: Path) -> None:
-    spec = spec_of("decoder")
-    with pytest.raises(ValueError, match="got an existing file or folder"):
-        lora.save_peft(random_adapters(params, spec), spec, CONFIG, peft_folder, base_model="x")

@@ -31,6 +31,15 @@ def test_the_tokenizer_is_the_one_of_the_present_prompts(tmp_path: pathlib.Path)
         json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE)
     )
     assert written == shipped
+    # what transformers 4.57 needs and 5 reads as well
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings == json.loads((BASE / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["extra_special_tokens"]["image_token"] == "<|image_pad|>"
+    text, tokens = (
+        json.loads((BASE / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert text["text_config"]["eos_token_id"] == tokens["eos_token_id"][0]
 
 
 @pytest.mark.parametrize(("task", "level"), [("frozenlake", 4), ("maze", 4), ("minibehaviour", 5)])

@@ -148,20 +148,32 @@ def scratch_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_free(folder: Path) -> None:
+    """Raise ValueError where something is at `folder` that is no empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: got an existing file or folder, want an absent or empty one")
+
+
 @contextlib.contextmanager
-def new_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
+def new_folder(folder: Path, *, nbytes: int = 0, replaces: bool = False) -> Iterator[Path]:
     """Yield a folder to fill that becomes `folder` in one rename once the block has ended well.
 
-    A crash leaves at most a `.<name>.partial` beside it, which the next call clears away.
+    With `replaces`, what was there goes away after that. A crash leaves at most `.<name>.partial`
+    and `.<name>.replaced` beside it, which the next call clears away.
     Raises ValueError where `folder` is there and not empty, OSError where its disk has less than
     `nbytes` free.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: got an existing file or folder, want an absent or empty one")
+    if not replaces:
+        check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    old = folder.parent / f".{folder.name}.replaced"
     with scratch_folder(folder.parent / f".{folder.name}.partial", nbytes=nbytes) as partial:
         yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
         partial.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _file_parts(

@@ -174,7 +174,7 @@ def save_peft(
     base_model: str,
     dtype: FloatType = "float32",
 ) -> None:
-    """Write the adapters as a new folder that PEFT, vLLM and SGLang load, all of it or nothing.
+    """Write the adapters into `folder`, made if absent, as PEFT, vLLM and SGLang load them.
 
     `base_model` is what the folder names as the model that it adapts. Adapters are fetched whole:
     they are small. Every process takes part where they are sharded, the first one writes.
@@ -207,9 +207,10 @@ def save_peft(
         "use_rslora": False,
         "target_modules": _target_modules(modules, config),
     }
-    with files.new_folder(Path(folder), nbytes=sum(tensor.nbytes for tensor in specs)) as partial:
-        files.write_tensors(partial / PEFT_WEIGHTS, specs, values, files.METADATA)
-        files.write_json(partial / PEFT_CONFIG, settings)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(folder / PEFT_WEIGHTS, specs, values, files.METADATA)
+    files.write_json(folder / PEFT_CONFIG, settings)
 
 
 def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Tree, LoraSpec]:

@@ -242,6 +242,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_stages_run_by_the_command_line(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "run/evaluate/rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(0 < row["response_tokens"] <= 8 for row in rows)
+    assert any(row["response"] for row in rows)
     assert (run / "run/report/index.html").is_file()
     for name in ("grounding", "distillation"):
         (step,) = (run / "run" / name / "metrics.jsonl").read_text().splitlines()
@@ -260,7 +261,7 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
         copied = folder / file.name
         if file.name != "config.json" and copied.exists():
             assert copied.read_bytes() == file.read_bytes(), file.name
-    model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    model: Any = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(load_processor(folder), BUILT_IN, config.data)
     rows = [json.loads(line) for line in (run / "run/evaluate/rows.jsonl").read_text().splitlines()]

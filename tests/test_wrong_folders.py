@@ -342,7 +342,8 @@ def test_rope_is_read_as_transformers_reads_it(folder: Path, name: str) -> None:
         whole = content[part] | changes
         content[part] = {k: v for k, v in whole.items() if v is not None}
     write(folder / "config.json", content)
-    ours, theirs = hf.read_config(folder), Qwen3VLConfig(**content)
-    assert ours.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
-    assert list(ours.text.mrope_section) == theirs.text_config.rope_parameters["mrope_section"]
-    assert ours.vision.rope_theta == theirs.vision_config.rope_parameters["rope_theta"]
+    ours, theirs = hf.read_config(folder), Qwen3VLConfig(**content).to_dict()
+    text, vision = (theirs[part]["rope_parameters"] for part in ("text_config", "vision_config"))
+    assert ours.text.rope_theta == text["rope_theta"]
+    assert list(ours.text.mrope_section) == text["mrope_section"]
+    assert ours.vision.rope_theta == vision["rope_theta"]

@@ -259,7 +259,10 @@ def check_config(
             shown = ["nothing" if value is absent else repr(value) for value in (got, want)]
             differing.append(f"{field}: got {shown[0]}, want {shown[1]}")
     if differing:
-        raise ValueError(f"{path} is of a run with another config: {'; '.join(differing)}")
+        raise ValueError(
+            f"{path} is of a run with another config: {'; '.join(differing)}; set that back, "
+            f"remove {folder} to start anew, or take another folder"
+        )
 
 
 def _scan(folder: epath.Path) -> dict[str, str]:

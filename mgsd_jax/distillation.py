@@ -5,7 +5,7 @@ Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import sources
+from mgsd_jax.data.boards import Board
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -213,14 +214,28 @@ def run(config: Config, workdir: str) -> None:
     folder = epath.Path(workdir) / "distillation"
     training = stage.boards(config, workdir, "train")
     held_out = monitor.spread(stage.boards(config, workdir, "val"), settings.eval_boards)
-    stage.claim(folder, config, ("model", "data", "distillation", "seed"))
+    loading.check_finished(settings.student, config, workdir)
+    loading.check_finished(settings.teacher, config, workdir)
+    sections = ("model", "data", "distillation", "checkpoint", "seed")
+    with stage.claimed(folder, config, sections) as claim:
+        _train(config, workdir, claim, training, held_out)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    claim: stage.Claim,
+    training: Sequence[Board],
+    held_out: Sequence[Board],
+) -> None:
+    settings = config.distillation
     mesh = sharding.open_mesh(config.mesh)
     prompts_a_step = settings.batch_size * settings.rollouts
     sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
 
     # The student, the part of it that learns, and the frozen teacher.
     student, trained, frozen = loading.load_student(
-        settings, config, workdir, folder, mesh, metric="val/success"
+        settings, config, workdir, claim.folder, claim.notes, mesh, metric="val/success"
     )
     teacher = loading.load_teacher(settings, config, workdir, mesh, student)
 
@@ -261,7 +276,7 @@ def run(config: Config, workdir: str) -> None:
     state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
 
     with stage.opened(
-        folder, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
+        claim, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
     ) as session:
         state = session.state
         for step in range(session.start, settings.steps):

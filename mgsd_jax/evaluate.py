@@ -7,6 +7,7 @@ rows alone (summary.py). Axes: B batch, R response tokens.
 import asyncio
 import collections
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -165,18 +166,34 @@ def run(config: Config, workdir: str) -> None:
     Rows are on disk before the next batch is asked. What is answered already is not asked again;
     failed requests are. Raises ValueError for boards, models or an endpoint that cannot be used.
     """
-    settings = config.evaluate
-    folder = epath.Path(config_lib.resolve(settings.folder, config, workdir))
+    folder = epath.Path(config_lib.resolve(config.evaluate.folder, config, workdir))
     boards, cases = _test_boards(config, workdir)
     models, make_asker = _askers(config, workdir, boards)
-    _claim(folder, config)
-    is_main = jax.process_index() == 0
-    if is_main and settings.benchmarks and not settings.endpoint:
+    if jax.process_index() == 0 and config.evaluate.benchmarks and not config.evaluate.endpoint:
         for name, source in models:
             source = config_lib.resolve(source, config, workdir)
             testsets.warn_of_seen(name, source, boards)
+    sections = ("data", "evaluate", "checkpoint", "seed")
+    with stage.claimed(folder, config, sections) as claim:
+        _answer(config, claim, boards, cases, models, make_asker)
+
+
+def _answer(
+    config: Config,
+    claim: stage.Claim,
+    boards: Sequence[Board],
+    cases: Sequence[str],
+    models: Sequence[tuple[str, str]],
+    make_asker: Callable[[str], Asker],
+) -> None:
+    """Asks what is not answered yet, and sums up."""
+    settings, folder = config.evaluate, claim.folder
+    is_main = jax.process_index() == 0
     if is_main:
-        rows_lib.write_boards(folder, boards, cases)
+        write_boards = functools.partial(rows_lib.write_boards, folder, boards, cases)
+        if (folder / rows_lib.BOARDS_FILE).exists():
+            write_boards()  # refuses those of another evaluation
+        claim.notes.append(write_boards)
         rows_lib.mend(folder)
     there = rows_lib.read_rows(folder)
     answered = {rows_lib.key_of(row) for row in there if "error" not in row}
@@ -197,6 +214,7 @@ def run(config: Config, workdir: str) -> None:
     total = len(jobs) * len(boards)
     done = total - sum(len(places) for *_, places in jobs)
     progress = metrics.open_progress(total, is_main=is_main, every=1, unit="row")
+    new: list[Row] = []
     for name, source in models:
         todo = [job[1:] for job in jobs if job[0] == name and job[-1]]
         if not todo:
@@ -207,13 +225,20 @@ def run(config: Config, workdir: str) -> None:
             started = time.perf_counter()
             for rows in asker(mode, attempt, places):
                 if is_main:
-                    named = [{"model": name, "attempt": attempt, **row} for row in rows]
-                    rows_lib.append(folder, named)
+                    new += [{"model": name, "attempt": attempt, **row} for row in rows]
+                    # Failed requests alone are asked again anyway, and make no claim.
+                    if not claim.notes or any("error" not in row for row in new):
+                        claim.record()
+                        rows_lib.append(folder, new)
+                        new = []
                 done += len(rows)
                 progress.update(done, (time.perf_counter() - started) / len(rows))
                 started = time.perf_counter()
     progress.close()
     if is_main:
+        if new:
+            claim.record()
+            rows_lib.append(folder, new)
         _summarize(folder)
 
 
@@ -230,19 +255,6 @@ def _test_boards(config: Config, workdir: str) -> tuple[list[Board], list[str]]:
         return testsets.read_testsets(named)
     boards = [board._replace(picture_path=None) for board in stage.boards(config, workdir, "test")]
     return boards, [testsets.case_name(board) for board in boards]
-
-
-def _claim(folder: epath.Path, config: Config) -> None:
-    """Refuses a folder of other settings; how hard an endpoint is pressed is no setting."""
-    pressed = ("endpoint_key", "endpoint_workers", "endpoint_retries", "endpoint_seconds")
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(EvaluateConfig)
-        if field.name in pressed
-    }
-    settings = dataclasses.replace(config.evaluate, **defaults)
-    claimed = dataclasses.replace(config, evaluate=settings)
-    stage.claim(folder, claimed, ("data", "evaluate", "seed"))
 
 
 def _askers(

@@ -5,7 +5,7 @@ Axes: B batch, T tokens, D width.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from mgsd_jax import (
 from mgsd_jax.config import Config, GroundingConfig
 from mgsd_jax.data import sources
 from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.data.boards import Board
 from mgsd_jax.metrics import Mean
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
@@ -97,13 +98,26 @@ def run(config: Config, workdir: str) -> None:
     folder = epath.Path(workdir) / "grounding"
     training = stage.boards(config, workdir, "train")
     validation_boards = stage.boards(config, workdir, "val")
-    stage.claim(folder, config, ("model", "data", "grounding", "seed"))
+    loading.check_finished(settings.student, config, workdir)
+    sections = ("model", "data", "grounding", "checkpoint", "seed")
+    with stage.claimed(folder, config, sections) as claim:
+        _train(config, workdir, claim, training, validation_boards)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    claim: stage.Claim,
+    training: Sequence[Board],
+    validation_boards: Sequence[Board],
+) -> None:
+    settings = config.grounding
     mesh = sharding.open_mesh(config.mesh)
     sharding.check_batch(mesh, "grounding.batch_size", settings.batch_size, settings.microbatches)
 
     # The model, and which part of it learns.
     student, trained, frozen = loading.load_student(
-        settings, config, workdir, folder, mesh, metric="val/loss"
+        settings, config, workdir, claim.folder, claim.notes, mesh, metric="val/loss"
     )
 
     # Records from the training boards, and fixed ones from the validation boards.
@@ -126,7 +140,7 @@ def run(config: Config, workdir: str) -> None:
     state = optimizer.init(trained, tx, mesh)
 
     with stage.opened(
-        folder, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
+        claim, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
     ) as session:
         state = session.state
         for step in range(session.start, settings.steps):

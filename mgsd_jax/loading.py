@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from mgsd_jax import checkpoint, paths, sharding, trainable, tree
+from mgsd_jax import checkpoint, checkpoint_files, metrics, paths, sharding, trainable, tree
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig
 from mgsd_jax.data.processor import Processor, load_processor
@@ -27,6 +27,7 @@ from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
 
 Params = dict[str, Any]
+_STAGES = ("grounding", "distillation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,11 @@ def load(
     """
     root = epath.Path(config_lib.resolve(path, config, workdir))
     folder = root / "model" if (root / "model" / "source.json").is_file() else root
+    problem = _unfinished(root)
+    if problem and folder == root:
+        raise ValueError(problem)
+    if problem:
+        logging.warning("%s", problem)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{root}: got no config.json and no model/source.json, "
@@ -94,6 +100,7 @@ def load_student(
     config: Config,
     workdir: str,
     folder: epath.Path,
+    notes: list[Callable[[], None]],
     mesh: Mesh | None,
     *,
     metric: str,
@@ -102,8 +109,8 @@ def load_student(
 
     What learns has `config.model.param_dtype`, the rest what the model reads. Adapters of the size
     that the stage before has trained are that stage's, which learn on; the frozen rest is then the
-    model that they were made for. The stage's `folder` notes where the weights come from, and by
-    which `metric` a checkpoint is the best.
+    model that they were made for. To `notes` comes what the stage's `folder` will say: where the
+    weights come from, and by which `metric` a checkpoint is the best.
     """
     weights = config_lib.resolve(settings.student, config, workdir)
     adapters = None
@@ -116,13 +123,16 @@ def load_student(
     )
     student = dataclasses.replace(student, params={})  # they live on in these two alone
     trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
-    write_source(
-        folder,
-        student,
-        weights=weights,
-        lora_config=settings.lora,
-        is_complete=not frozen,
-        metric=metric,
+    notes.append(
+        functools.partial(
+            write_source,
+            folder,
+            student,
+            weights=weights,
+            lora_config=settings.lora,
+            is_complete=not frozen,
+            metric=metric,
+        )
     )
     return student, trained, frozen
 
@@ -187,6 +197,32 @@ def _adapters_of(
     )
     logging.info("%s: its adapters learn on, above %s", root, source["weights"])
     return trained["adapters"], source["weights"]
+
+
+def check_finished(path: str, config: Config, workdir: str) -> None:
+    """Raises ValueError where `path`, as `load` takes it, is of a stage that has not finished."""
+    problem = _unfinished(epath.Path(config_lib.resolve(path, config, workdir)))
+    if problem:
+        raise ValueError(problem)
+
+
+def _unfinished(root: epath.Path) -> str:
+    """What a stage whose folder this is has yet to do; '' for a finished one, and for a model's."""
+    is_stage = (root / "model" / "source.json").is_file()
+    if not is_stage and (root.name not in _STAGES or any(root.glob("*.safetensors*"))):
+        return ""
+    settings = root / metrics.CONFIG_FILE
+    if is_stage and not settings.is_file():
+        return ""  # made by hand
+    stages = json.loads(settings.read_text()) if is_stage else {root.name: {}}
+    name = next((name for name in _STAGES if name in stages), root.name)
+    found = checkpoint_files.scan(root / "checkpoints")
+    last = max((int(n) for n, p in found.items() if p != checkpoint_files.HALF_WRITTEN), default=0)
+    steps = stages.get(name, {}).get("steps")
+    if steps is not None and last >= steps:
+        return ""
+    done = "" if steps is None else f" (step {last} of {steps})"
+    return f"{root}: {name} has not finished{done}; run --stage={name} first"
 
 
 def load_params(

@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import jax
 from absl import logging
 from etils import epath
 
-from mgsd_jax import checkpoint, guards, metrics, processes
+from mgsd_jax import checkpoint, guards, locks, metrics, processes, ranges
 from mgsd_jax import config as config_lib
 from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.batch import Inputs
@@ -70,15 +71,47 @@ def is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def claim(folder: epath.PathLike, config: Config, sections: Sequence[str]) -> None:
-    """Makes `folder` this run's: refuses one that another config has used.
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A folder that this run alone may write to; it becomes this config's with the first step."""
 
-    `sections` are the parts of the config that the stage depends on. Raises ValueError that lists
-    the differing fields.
+    folder: epath.Path
+    notes: list[Callable[[], None]]  # what is written then
+
+    def record(self) -> None:
+        """Writes the notes, once. A run that fails before leaves the folder to any other."""
+        while self.notes:
+            self.notes.pop(0)()
+
+
+@contextlib.contextmanager
+def claimed(folder: epath.PathLike, config: Config, sections: Sequence[str]) -> Iterator[Claim]:
+    """Holds `folder` for this run, of however many processes.
+
+    `sections` are the parts of the config that the stage depends on. Raises ValueError that names
+    the run that holds the folder, or lists the fields in which another config has used it; fields
+    that change no result may differ.
     """
     values = {name: value for name, value in config_lib.to_dict(config).items() if name in sections}
-    checkpoint.check_config(folder, values, defaults=config_lib.defaults(Config))
-    metrics.write_run_info(folder, values, is_main=jax.process_index() == 0)
+    is_main = jax.process_index() == 0
+    with contextlib.ExitStack() as lock:
+        problem = ""
+        if is_main:
+            try:
+                lock.enter_context(locks.held(folder))
+                checkpoint.check_config(
+                    folder,
+                    values,
+                    ignore=tuple(ranges.free(Config)),
+                    defaults=config_lib.defaults(Config),
+                )
+            except ValueError as error:
+                problem = str(error)
+        problem = processes.gather(problem)[0]
+        if problem:
+            raise ValueError(problem)
+        record = functools.partial(metrics.write_run_info, folder, values, is_main=is_main)
+        yield Claim(epath.Path(folder), [record])
 
 
 def speed(flops: float, tokens: int, seconds: float) -> dict[str, float]:
@@ -102,6 +135,7 @@ class Standing:
 class Session:
     """An opened training run: where it stands, and what every step reports to."""
 
+    claim: Claim
     state: TrainState
     start: int
     steps: int
@@ -123,6 +157,10 @@ class Session:
         saved, and where `guards.skipped_in_a_row` updates in a row were not finite.
         """
         values, is_asked = self._tell(measured)
+        is_last = step == self.steps
+        is_good = values["skipped_update"] == 0
+        if is_good or is_last:
+            self.claim.record()
         now = time.perf_counter()
         seconds = now - self.standing.ended
         self.standing.ended = now
@@ -130,8 +168,6 @@ class Session:
         self.writer.write(step, values)
         self.progress.update(step, seconds, values["loss"])
         self._warn(step, values)
-        is_last = step == self.steps
-        is_good = values["skipped_update"] == 0
         if is_good:
             self.standing.good_step = step
         elif not is_last:
@@ -241,7 +277,7 @@ def _listen(reader: int, asking: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def opened(
-    folder: epath.Path,
+    claim: Claim,
     config: Config,
     state: TrainState,
     loader: Loader[Any],
@@ -250,12 +286,12 @@ def opened(
     best_mode: Literal["max", "min"],
     steps: int,
 ) -> Iterator[Session]:
-    """A session that continues from the last readable checkpoint of `folder`, if there is one.
+    """A session that continues from the last readable checkpoint of a folder, if there is one.
 
     `metric` is the validation metric that the best checkpoint is kept by. On leaving, a save under
     way is waited for.
     """
-    is_main = jax.process_index() == 0
+    is_main, folder = jax.process_index() == 0, claim.folder
     with contextlib.ExitStack() as resources:
         stop = resources.enter_context(asked_to_stop())
         checkpointer = checkpoint.open_checkpointer(
@@ -277,6 +313,7 @@ def opened(
         progress = metrics.open_progress(steps, start=start, is_main=is_main)
         resources.callback(progress.close)
         session = Session(
+            claim,
             state,
             start,
             steps,

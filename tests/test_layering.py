@@ -26,7 +26,7 @@ RANKS = {
     **dict.fromkeys(("checkpoint_files", "checkpoint_state", "processes"), 3),
     "summary": 3,
     **dict.fromkeys(("prompts", "measures", "token_stats", "guards"), 2),
-    **dict.fromkeys(("envs", "metrics"), 1),
+    **dict.fromkeys(("envs", "metrics", "locks"), 1),
     **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes", "chips", "fields"), 0),
     "ranges": -1,
 }

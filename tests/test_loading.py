@@ -1,4 +1,4 @@
-"""Models that load for some uses and not for others."""
+"""Models that load for some uses and not for others, and stages that have not finished."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from helpers_model import random_params
 from helpers_tiny import tiny_config
 from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
 
-from mgsd_jax import loading
+from mgsd_jax import distillation, loading, stage
 from mgsd_jax.config import Config
 from mgsd_jax.model import hf
 from mgsd_jax.model.config import tiny
@@ -36,7 +36,7 @@ def write_model(folder: Path, vocab_size: int = 512, **options: Any) -> str:
 def load_student(config: Config, workdir: Path, path: str) -> loading.Loaded:
     settings = dataclasses.replace(config.distillation, student=path)
     folder = epath.Path(workdir) / "distillation"
-    return loading.load_student(settings, config, str(workdir), folder, None, metric="x")[0]
+    return loading.load_student(settings, config, str(workdir), folder, [], None, metric="x")[0]
 
 
 def load_teacher(config: Config, path: str, student: loading.Loaded) -> loading.Loaded:
@@ -86,3 +86,50 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
     with pytest.raises(ValueError, match=r"tokenizer: got ids up to 5\d\d, want them below"):
         loading.load(folder, tiny_config(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("steps", "saved", "said"),
+    [
+        (None, (), "grounding has not finished; run --stage=grounding first"),
+        (4, (), r"grounding has not finished \(step 0 of 4\); run --stage=grounding first"),
+        (4, (2, 3), r"grounding has not finished \(step 3 of 4\); run --stage=grounding first"),
+        (4, (2, 4), None),
+    ],
+)
+def test_a_stage_is_finished_when_its_last_step_is_saved(
+    tmp_path: Path, steps: int | None, saved: tuple[int, ...], said: str | None
+) -> None:
+    """Half-written steps are none."""
+    config, folder = tiny_config(tmp_path), tmp_path / "grounding"
+    if steps is not None:
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "source.json").touch()
+        (folder / "config.json").write_text(json.dumps({"grounding": {"steps": steps}}))
+    for step in saved:
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    (folder / "checkpoints" / "4.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    if said is None:
+        loading.check_finished("{workdir}/grounding", config, str(tmp_path))
+        return
+    with pytest.raises(ValueError, match=f"{folder}: {said}"):
+        loading.check_finished("{workdir}/grounding", config, str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["{model}", "{workdir}/exported", "{workdir}/grounding"])
+def test_a_folder_of_weights_is_no_stage(tmp_path: Path, path: str) -> None:
+    """Also one of a stage's name, and one that is not there: loading it says what it lacks."""
+    for name in ("init", "exported", "grounding"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    loading.check_finished(path, tiny_config(tmp_path), str(tmp_path))
+
+
+def test_distillation_without_grounding_says_so_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "boards", lambda *_: [])
+    monkeypatch.setattr(distillation.monitor, "spread", lambda *_: [])
+    with pytest.raises(ValueError, match="grounding has not finished; run --stage=grounding first"):
+        distillation.run(tiny_config(tmp_path), str(tmp_path))
+    assert not (epath.Path(tmp_path) / "distillation").exists()

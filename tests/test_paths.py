@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from helpers_tiny import tiny_config
 from orbax.checkpoint._src.path import gcs_utils
 
-from mgsd_jax import checkpoint, generate, loading, metrics, nano, optimizer, paths, stage
+from mgsd_jax import checkpoint, generate, loading, locks, metrics, nano, optimizer, paths, stage
 from mgsd_jax.config import override
 from mgsd_jax.data.boards import FolderBoards, read_split
 
@@ -90,20 +90,23 @@ class Batches:
 
 
 def test_a_stage_keeps_everything_in_the_bucket_and_goes_on_from_there(
-    bucket: pathlib.Path, tmp_path: pathlib.Path
+    bucket: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Config, metrics, events and checkpoints; a second session starts after the last save."""
     config = override(tiny_config(tmp_path), ["checkpoint.keep_last=1"])
     folder = epath.Path("gs://b/run/grounding")
-    stage.claim(folder, config, ("grounding",))
+    monkeypatch.setattr(locks, "SETTLE", 0.01)
+    with stage.claimed(folder, config, ("grounding",)) as claim:
+        claim.record()
     with pytest.raises(ValueError, match=r"gs://b/run/grounding/config.json is of .*lr: got 5.0"):
         other = override(config, ["grounding.optim.lr=5.0"])
-        stage.claim(folder, other, ("grounding",))
+        with stage.claimed(folder, other, ("grounding",)):
+            pass
     tx = optax.sgd(1.0)
     state = optimizer.init({"a": jnp.zeros(2)}, tx)
     loader: Any = Batches()
     for start, stop in ((0, 3), (2, 4)):
-        opened = stage.opened(folder, config, state, loader, metric="m", best_mode="max", steps=4)
+        opened = stage.opened(claim, config, state, loader, metric="m", best_mode="max", steps=4)
         with opened as session:
             assert session.start == start
             here = session.state

@@ -1,5 +1,6 @@
 """Rows on disk: cut anywhere and resumed, no row is lost and none counts twice."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -8,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import evaluate, measures, rows, summary
+from mgsd_jax import evaluate, measures, rows, stage, summary
 from mgsd_jax.config import Config, Mode
 from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
@@ -83,7 +85,9 @@ def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
     config, folder = make_config(models=(("base", "there"),)), tmp_path / "evaluate"
     # What takes long and does not bear on it.
     monkeypatch.setattr(evaluate, "_summarize", lambda _: None)
-    monkeypatch.setattr(evaluate, "_claim", lambda *_: folder.mkdir(exist_ok=True))
+    unclaimed = stage.Claim(epath.Path(folder), [])
+    folder.mkdir()
+    monkeypatch.setattr(stage, "claimed", lambda *_: contextlib.nullcontext(unclaimed))
     monkeypatch.setattr(rows.os, "fsync", lambda _: None)
     text = {board: rows.board_text(board) for board in BOARDS}
     monkeypatch.setattr(rows, "board_text", text.__getitem__)
@@ -150,6 +154,40 @@ def test_failed_requests_count_as_failures_and_are_asked_again(
     assert summary["models"]["base"]["picture"]["errors"]["request_failed"] == 0
     evaluate.run(config, str(tmp_path))
     assert len(model.asked) == 4, "nothing is left to ask"
+
+
+def test_an_evaluation_that_fails_first_leaves_its_folder_to_any_other(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that does not load, and an endpoint that never answers, claim nothing."""
+    model, folder = Model(monkeypatch), tmp_path / "evaluate"
+
+    def absent(*_: Any) -> Any:
+        raise ValueError("there: got no config.json")
+
+    monkeypatch.setattr(evaluate, "_local_asker", absent)
+    with pytest.raises(ValueError, match="got no config"):
+        evaluate.run(make_config(), str(tmp_path))
+    assert not list(folder.iterdir())
+
+    def down(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
+        model.failing = True
+        yield [model.answer(mode, attempt, 0)]
+        raise ValueError("got failed requests in a row")
+
+    monkeypatch.setattr(evaluate, "_local_asker", lambda *_: down)
+    with pytest.raises(ValueError, match="in a row"):
+        evaluate.run(make_config(), str(tmp_path))
+    assert not list(folder.iterdir())
+
+    model.failing = False
+    monkeypatch.setattr(evaluate, "_local_asker", lambda *_: model.ask)
+    other = make_config(models=(("base", "elsewhere"),))
+    evaluate.run(other, str(tmp_path))
+    free = {"batch_size": 7, "endpoint_workers": 3, "endpoint_seconds": 1.0}
+    evaluate.run(make_config(models=(("base", "elsewhere"),), **free), str(tmp_path))
+    with pytest.raises(ValueError, match=r"models: got .*; set that back, remove .*/evaluate to s"):
+        evaluate.run(make_config(), str(tmp_path))
 
 
 def test_every_try_is_asked_once_and_under_its_own_number(

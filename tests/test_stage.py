@@ -1,13 +1,14 @@
 """The end of a step: what is saved, what is warned of, and how a run is stopped."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ import numpy as np
 import optax
 import pytest
 from absl import logging
+from etils import epath
 from helpers_tiny import tiny_config
 
 from mgsd_jax import checkpoint, metrics, optimizer, stage
-from mgsd_jax.config import Config
+from mgsd_jax.config import Config, override
 
 
 class Counter:
@@ -47,12 +49,14 @@ def run(
     losses: dict[int, float],
     signal_at: int = 0,
     number: int = signal.SIGTERM,
+    notes: Sequence[Callable[[], None]] = (),
 ) -> optimizer.TrainState:
     """A stage of 12 steps that subtracts the step from a weight; losses are 1 but for `losses`."""
     tx = optax.sgd(1.0)
     state = optimizer.init({"a": jnp.zeros(2)}, tx)
     loader: Any = Counter()
-    opened = stage.opened(folder, config, state, loader, metric="m", best_mode="max", steps=12)
+    claim = stage.Claim(epath.Path(folder), [*notes])
+    opened = stage.opened(claim, config, state, loader, metric="m", best_mode="max", steps=12)
     with opened as session:
         state = session.state
         for step in range(session.start + 1, 13):
@@ -195,7 +199,13 @@ def test_a_threshold_is_warned_of_when_it_is_passed(
     with (
         caplog.at_level("WARNING", logger="absl"),
         stage.opened(
-            tmp_path, config, state, loader, metric="m", best_mode="max", steps=12
+            stage.Claim(epath.Path(tmp_path), []),
+            config,
+            state,
+            loader,
+            metric="m",
+            best_mode="max",
+            steps=12,
         ) as session,
     ):
         for step in range(1, 13):
@@ -204,3 +214,86 @@ def test_a_threshold_is_warned_of_when_it_is_passed(
             session.finish_step(step, session.state, measured)
     said = [message for message in caplog.messages if "rollout/truncated is 0.5" in message]
     assert [message.partition(":")[0] for message in said] == ["step 2", "step 5"]
+
+
+SECTIONS = ("model", "data", "grounding", "checkpoint", "seed")
+
+
+def claim(folder: pathlib.Path, config: Config, *changes: str) -> None:
+    """A run that takes a step."""
+    with stage.claimed(folder, override(config, changes), SECTIONS) as claim:
+        claim.record()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_the_folder_to_any_other(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    wrong = override(config, ["model.path=/absent"])
+    with (
+        pytest.raises(ValueError, match="got no config"),
+        stage.claimed(tmp_path, wrong, SECTIONS) as failed,
+    ):
+        failed.notes.append(lambda: pytest.fail("nothing is noted"))
+        raise ValueError("/absent: got no config.json")
+    assert not list(tmp_path.iterdir())
+    claim(tmp_path, config)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["config.json", "runs.jsonl"]
+
+
+def test_a_folder_is_claimed_by_what_changes_results_alone(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    claim(tmp_path, config)
+    # The advice of other errors, memory that ran out, another machine.
+    free = (
+        *("data.prompt_buckets=(44, 60)", "data.patch_buckets=(36, 64)", "data.workers=3"),
+        *("data.teacher_buckets=(60,)", "data.sequence_buckets=(120,)", "model.remat=full"),
+        *("grounding.microbatches=2", "grounding.token_chunk=7", "grounding.eval_every=3"),
+        *("checkpoint.every=7", "checkpoint.keep_last=9", "checkpoint.keep_best=0"),
+    )
+    claim(tmp_path, config, *free, "mesh.tensor=2", "guards.skipped_in_a_row=5")
+    claim(tmp_path, config, "evaluate.batch_size=9", "distillation.steps=3")  # not read here
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    for change in ("grounding.batch_size=8", "grounding.steps=5", "seed=3", "checkpoint.use=best"):
+        name = change.partition("=")[0]
+        with pytest.raises(ValueError) as raised:
+            claim(tmp_path, config, *free, change)
+        line = str(raised.value)
+        assert f"{name}: got " in line and "\n" not in line and "buckets" not in line
+        assert f"set that back, remove {tmp_path} to start anew, or take another" in line
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_folder_of_an_older_version_that_noted_every_field_is_read(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    claim(tmp_path, config)
+    noted = json.loads((tmp_path / "config.json").read_text())
+    del noted["checkpoint"], noted["data"]["sprites"]
+    (tmp_path / "config.json").write_text(json.dumps(noted))
+    claim(tmp_path, config, "data.workers=2")
+
+
+def test_two_runs_of_one_folder_are_one_too_many(tmp_path: pathlib.Path, config: Config) -> None:
+    with (
+        stage.claimed(tmp_path, config, SECTIONS),
+        pytest.raises(ValueError, match=rf"{tmp_path}: got a run of process {os.getpid()} on "),
+        stage.claimed(tmp_path, config, SECTIONS),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("losses", "first"), [({}, 1), ({1: np.nan, 2: np.inf}, 3)])
+def test_the_claim_comes_with_the_first_update_that_is_finite(
+    tmp_path: pathlib.Path, config: Config, losses: dict[int, float], first: int
+) -> None:
+    def note() -> None:
+        noted.append(len(metrics.read_metrics(tmp_path / "metrics.jsonl")) + 1)
+
+    noted: list[int] = []
+    run(tmp_path, config, losses, notes=[note])
+    assert noted == [first]
+    noted.clear()
+    with pytest.raises(stage.Stopped):
+        run(tmp_path / "never", config, dict.fromkeys(range(1, 13), np.nan), notes=[note])
+    assert noted == []

@@ -53,7 +53,12 @@ def die_in_a_save() -> None:
 def run(config: Config, workdir: str) -> None:
     """A stage as main calls it."""
     folder = epath.Path(workdir) / "grounding"
-    stage.claim(folder, config, ("grounding", "seed"))
+    with stage.claimed(folder, config, ("grounding", "seed")) as claim:
+        train(config, claim)
+
+
+def train(config: Config, claim: stage.Claim) -> None:
+    """Its steps."""
     mesh = sharding.open_mesh(config.mesh)
     params, loader = {"norm": {"scale": jnp.zeros(8)}}, Batches()
     if mesh is not None:
@@ -68,7 +73,7 @@ def run(config: Config, workdir: str) -> None:
 
     data: Any = loader
     failing, step_of, words = os.environ.get("TOY", "-1:0:").split(":")
-    opened = stage.opened(folder, config, state, data, metric="m", best_mode="min", steps=STEPS)
+    opened = stage.opened(claim, config, state, data, metric="m", best_mode="min", steps=STEPS)
     with opened as session:
         state = session.state
         for step in range(session.start + 1, STEPS + 1):

@@ -1,8 +1,8 @@
 """Metrics of a run: weighted means, phase timers, the writer, the progress bar, the run's record.
 
-A run directory holds `config.json` (the config), `runs.jsonl` (one line for each start: commit
-and versions), `metrics.jsonl` (one line for each write) and `tensorboard/` (event files). Where it
-is remote (gs://), the last two are kept here and copied there by `Writer.flush`.
+A run directory holds `config.json` (the config), `runs.jsonl` (one line for each start that took a
+step: commit and versions), `metrics.jsonl` (one line for each write) and `tensorboard/` (event
+files). Where it is remote (gs://), the last two are kept here and copied there by `Writer.flush`.
 Needs the packages `tensorboardX` (event files without TensorFlow) and `tqdm`.
 """
 

@@ -27,6 +27,7 @@ _FLAGS = ("--coordinator", "--processes", "--process")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # How the messages of the runtime begin; ours name a field or a file.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+_NUMBER = re.compile("[0-9]{1,6}")
 Settings = tuple[str | None, int | None, int | None]  # coordinator, processes, process
 
 
@@ -48,12 +49,14 @@ def settings(given: Settings, environ: Mapping[str, str]) -> Settings:
         got = [f"{n} {v}" for n, v in zip(names, values, strict=True) if v is not None]
         raise ValueError(f"got {' and '.join(got)} but no {', no '.join(missing)}; want all three")
     for i in (1, 2):
-        if not str(values[i]).isdigit():
+        if not _NUMBER.fullmatch(str(values[i])):
             raise ValueError(f"{names[i]}: got {values[i]!r}, want a whole number")
     coordinator, count, index = str(values[0]), int(values[1]), int(values[2])
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not _NUMBER.fullmatch(port) or not 0 < int(port) < 1 << 16:
         raise ValueError(f"{names[0]}: got {coordinator!r}, want host:port of process 0")
+    if count < 1:
+        raise ValueError(f"{names[1]}: got {count}, want at least 1")
     if index >= count:
         raise ValueError(f"{names[2]}: got {index} of {count} processes, want 0 to {count - 1}")
     return coordinator, count, index
@@ -81,6 +84,13 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> bool:
         if coordinator is None and "coordinator_address" in str(error):
             return False
         raise
+    except jax.errors.JaxRuntimeError as error:
+        if "RPC server" not in str(error):
+            raise
+        raise ValueError(
+            f"{coordinator}: got a port that cannot be opened here, want a free one of this host "
+            "(another run may have it)"
+        ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     return jax.process_count() > 1
 

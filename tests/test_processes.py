@@ -57,6 +57,13 @@ def test_flags_come_before_the_environment_and_nothing_means_ask_the_cluster() -
         (("a:b", 2, 0), {}, "--coordinator: got 'a:b', want host:port"),
         (("a:1", 2, 2), {}, "--process: got 2 of 2 processes, want 0 to 1"),
         (("a:1", 2, -1), {}, "--process: got -1, want a whole number"),
+        (("a:1", 0, 0), {}, "--processes: got 0, want at least 1"),
+        (("a:0", 2, 0), {}, "--coordinator: got 'a:0', want host:port"),
+        (("a:65536", 2, 0), {}, "--coordinator: got 'a:65536', want host:port"),
+        (("a:²", 2, 0), {}, "--coordinator: got 'a:²', want host:port"),
+        ((":1", 2, 0), {}, "--coordinator: got ':1', want host:port"),
+        (NONE, {ADDRESS: "a:1", COUNT: "²", INDEX: "0"}, f"{COUNT}: got '²', want a whole"),
+        (NONE, {ADDRESS: "a:1", COUNT: "9" * 5000, INDEX: "0"}, f"{COUNT}: got '999"),
     ],
 )
 def test_settings_half_given_or_senseless_are_refused(
@@ -65,6 +72,17 @@ def test_settings_half_given_or_senseless_are_refused(
     with pytest.raises(ValueError) as raised:
         processes.settings(given, environ)
     assert message in str(raised.value)
+
+
+def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are those of JAX 0.10 where the port is taken."""
+
+    def taken(*_: Any, **__: Any) -> None:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", taken)
+    with pytest.raises(ValueError, match="localhost:1: got a port that cannot be opened here"):
+        processes.join("localhost:1", 2, 0)
 
 
 def test_means_of_all_processes_are_added_by_name() -> None:

@@ -181,15 +181,15 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     A last line without its newline (the process was killed while writing) is left out; any other
     line that is not a record raises ValueError naming file and line.
     """
-    *lines, _ = epath.Path(path).read_text(encoding="utf-8").split("\n")
+    *lines, _ = epath.Path(path).read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             step = record["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: got {line!r}, want a record") from error
-        if not isinstance(step, int):
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: got {line[:80]!r}, want a record") from error
+        if not isinstance(step, int) or isinstance(step, bool):
             raise ValueError(f"{path}, line {number}: got step {step!r}, want an integer")
         records.append({name: _from_json(value) for name, value in record.items()})
     return records
@@ -319,13 +319,13 @@ def _from_json(value: Any) -> Any:
 def _drop_lines_after(path: epath.Path, step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")
     records = read_metrics(path)
+    lines = path.read_bytes().split(b"\n")
     kept = [line for line, record in zip(lines, records, strict=False) if record["step"] <= step]
     dropped = len(records) - len(kept)
     if dropped or lines[-1]:
         logging.info("%s: dropped %d records after step %d", path, dropped, step)
-        paths.write_whole(path, "".join(line + "\n" for line in kept))
+        paths.write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
 def _git_commit() -> tuple[str | None, bool | None]:

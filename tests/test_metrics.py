@@ -137,12 +137,20 @@ def test_a_kill_while_dropping_leaves_the_old_file(
     assert steps_of(tmp_path) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("line", ["{'step': 1}", '{"loss": 1}', "[1]", '{"step": "2"}', ""])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{'step': 1}", '{"loss": 1}', "[1]", '{"step": "2"}', "", '{"step": true}', "\xff"),
+        *("[" * 100_000, '{"step": ' + "9" * 5000 + "}"),
+    ],
+)
 def test_a_damaged_line_is_an_error_with_file_and_number(tmp_path: pathlib.Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        metrics.read_metrics(path)
+    path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'.encode("latin-1"))
+    for read in (metrics.read_metrics, lambda _: metrics.open_writer(tmp_path, is_main=True)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2") as raised:
+            read(path)
+        assert len(str(raised.value)) < 300 and "\n" not in str(raised.value)
 
 
 def test_only_the_main_process_writes(tmp_path: pathlib.Path) -> None:

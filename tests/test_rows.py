@@ -258,6 +258,8 @@ def test_two_of_a_name_and_none_are_refused(settings: dict[str, Any], message: s
         ("{]\n", r"rows.jsonl, line 1: got .*want JSON"),
         ("\n[1]\n", r"rows.jsonl, line 2: got .*want a JSON object"),
         ("\xff\n", r"rows.jsonl, line 1: got .*want JSON"),
+        ("[" * 100_000 + "\n", r"rows.jsonl, line 1: got .*want JSON"),
+        ("9" * 5000 + "\n", r"rows.jsonl, line 1: got .*want JSON"),
         ('{"model": "a"}\n', r"line 1: got keys .*want \['mode', 'task', 'level', 'index'\]"),
         ("[" * 100_000 + "\n", r"line 1: got .*want JSON"),
         (

@@ -23,8 +23,8 @@ from etils import epath
 
 from mgsd_jax import checkpoint_files as files
 from mgsd_jax import checkpoint_state as states
+from mgsd_jax import fields, paths, processes, tree
 from mgsd_jax import metrics as metrics_lib
-from mgsd_jax import paths, processes, tree
 
 PyTree = Any
 Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
@@ -247,7 +247,7 @@ def check_config(
         return
     ours = dict(tree.named_leaves(_to_json(config, "config")))
     unknown = {k: v for k, v in tree.named_leaves(dict(defaults or {})) if k in ours}
-    theirs = unknown | dict(tree.named_leaves(json.loads(path.read_text())))
+    theirs = unknown | dict(tree.named_leaves(fields.read_json(path)))
     absent = object()
     differing = []
     for name in sorted(theirs.keys() | ours.keys()):

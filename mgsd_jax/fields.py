@@ -1,4 +1,4 @@
-"""JSON settings of a model's folder, read whole and field by field, with checks.
+"""JSON settings of the folders of models and runs, read whole and field by field, with checks.
 
 Every error is a ValueError of one line: file, field, what was found, what was wanted.
 """
@@ -10,13 +10,15 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from etils import epath
+
 from mgsd_jax.ranges import shown
 
 Kind = type | tuple[type, ...]
 LARGEST = 2**31 - 1  # more than any size that a model has
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError where it is missing, broken or no object."""
     if not path.is_file():
         raise ValueError(f"{path}: got no such file, want a JSON object")

@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import paths
+from mgsd_jax import fields, paths
 from mgsd_jax.config import Config, DataConfig
 from mgsd_jax.data.boards import (
     FOLDERS,
@@ -29,7 +29,6 @@ from mgsd_jax.data.boards import (
     Group,
     board_paths,
     content_hash,
-    read_json,
     read_manifest,
 )
 from mgsd_jax.envs import ENVS
@@ -123,12 +122,16 @@ def is_complete(root: epath.Path, settings: Mapping[str, Any]) -> bool:
     """
     for name in (MANIFEST, SETTINGS):
         if (root / name).is_file():
-            held = read_manifest(root)["settings"] if name == MANIFEST else read_json(root / name)
+            held = (
+                read_manifest(root)["settings"]
+                if name == MANIFEST
+                else fields.read_json(root / name)
+            )
             differing = _differences(held, settings)
             if differing:
                 raise ValueError(
                     f"{root}: got a folder of other boards ({'; '.join(differing)}), "
-                    "want the same settings or an empty folder"
+                    "want the same settings, or this folder removed, or another in data.folder"
                 )
             return name == MANIFEST
     if root.exists() and any(root.iterdir()):

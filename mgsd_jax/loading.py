@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from mgsd_jax import checkpoint, checkpoint_files, metrics, paths, sharding, trainable, tree
+from mgsd_jax import checkpoint, checkpoint_files, fields, metrics, paths, sharding, trainable, tree
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig
 from mgsd_jax.data.processor import Processor, load_processor
@@ -189,8 +189,8 @@ def _adapters_of(
     file = root / "model" / "source.json"
     if not file.is_file():
         return None, weights
-    source = json.loads(file.read_text())
-    if source["lora"] != dataclasses.asdict(wanted):
+    source = _read_source(file)
+    if source["lora"] != wanted:
         return None, weights
     trained: Params = checkpoint.load_params(
         root / "checkpoints", which=config.checkpoint.use, metric=source["metric"]
@@ -214,11 +214,11 @@ def _unfinished(root: epath.Path) -> str:
     settings = root / metrics.CONFIG_FILE
     if is_stage and not settings.is_file():
         return ""  # made by hand
-    stages = json.loads(settings.read_text()) if is_stage else {root.name: {}}
+    stages = fields.read_json(settings) if is_stage else {root.name: {}}
     name = next((name for name in _STAGES if name in stages), root.name)
     found = checkpoint_files.scan(root / "checkpoints")
     last = max((int(n) for n, p in found.items() if p != checkpoint_files.HALF_WRITTEN), default=0)
-    steps = stages.get(name, {}).get("steps")
+    steps = fields.whole(stages, f"{name}.steps", settings) if is_stage else None
     if steps is not None and last >= steps:
         return ""
     done = "" if steps is None else f" (step {last} of {steps})"
@@ -258,7 +258,7 @@ def load_params(
     base = functools.partial(
         load_params, epath.Path(source["weights"]), model_config, config, workdir, mesh
     )
-    if source["lora"]["rank"]:
+    if source["lora"].rank:
         merged = lora.merger(lora.with_scale(trained["adapters"], _spec(source)))
         return base(lambda path, leaf: finish(path, merged(path, leaf)))
     names = {name for name, _ in tree.named_leaves(trained["params"])}
@@ -275,7 +275,7 @@ def load_adapters(path: str, config: Config, workdir: str) -> tuple[Params, lora
     parts, specs = [], []
     while (root / "model" / "source.json").is_file():
         source, trained = _read_stage(root, config, None)
-        if not source["lora"]["rank"]:
+        if not source["lora"].rank:
             raise ValueError(
                 f"{root}: got a stage that trained parameters, want adapters; "
                 "export the whole model (export.adapters=false)"
@@ -292,7 +292,7 @@ def _read_stage(
     root: epath.Path, config: Config, mesh: Mesh | None
 ) -> tuple[dict[str, Any], Params]:
     """The `source.json` of a stage folder, and what the stage trained."""
-    source = json.loads((root / "model" / "source.json").read_text())
+    source = _read_source(root / "model" / "source.json")
     trained = checkpoint.load_params(
         root / "checkpoints",
         None if mesh is None else functools.partial(_placed, mesh=mesh),
@@ -303,8 +303,16 @@ def _read_stage(
 
 
 def _spec(source: dict[str, Any]) -> lora.LoraSpec:
-    settings = LoraConfig(**source["lora"])
+    settings: LoraConfig = source["lora"]
     return lora.LoraSpec(settings.rank, settings.alpha, settings.targets)
+
+
+def _read_source(file: epath.Path) -> dict[str, Any]:
+    """What `write_source` wrote, `lora` as a LoraConfig. Raises ValueError naming the field."""
+    source = fields.read_json(file)
+    kinds = {"weights": str, "lora": dict, "complete": bool, "metric": str}
+    source = {name: fields.field(source, name, kind, file) for name, kind in kinds.items()}
+    return source | {"lora": config_lib.coerce(source["lora"], LoraConfig, f"{file}: lora")}
 
 
 def _placed(shapes: Params, mesh: Mesh) -> Params:

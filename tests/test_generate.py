@@ -247,7 +247,7 @@ def test_what_is_no_manifest_is_named(written: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json: got no boards of split 'val'"):
         boards_lib.read_split(written / "few", "val")
     (written / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json: got no JSON"):
+    with pytest.raises(ValueError, match=r"manifest\.json: got no valid JSON"):
         boards_lib.read_split(written, "train")
     (written / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest\.json: got no such file"):

@@ -9,12 +9,12 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 from etils import epath
 
+from mgsd_jax import fields
 from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.splits import SPLITS, Split
@@ -111,8 +111,8 @@ def read_manifest(root: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(root) / MANIFEST
     if not path.exists():
         raise ValueError(f"{path}: got no such file, want one; run --stage=generate first")
-    manifest, settings = read_json(path), read_json(path.parent / SETTINGS)
-    if not isinstance(manifest, dict) or manifest.get("settings") != settings:
+    manifest, settings = fields.read_json(path), fields.read_json(path.parent / SETTINGS)
+    if manifest.get("settings") != settings:
         raise ValueError(
             f"{path}: got settings other than in {SETTINGS}, want the same; {_RESTORE}"
         )
@@ -200,14 +200,3 @@ def board_paths(folder: epath.Path, index: int) -> tuple[epath.Path, epath.Path]
 
 def content_hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def read_json(path: epath.Path) -> Any:
-    if not path.exists():
-        raise ValueError(f"{path}: got no such file, want what --stage=generate wrote")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: got no JSON ({error}), want what --stage=generate wrote"
-        ) from None

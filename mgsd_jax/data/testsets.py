@@ -11,10 +11,11 @@ from PIL import Image
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Benchmark, DataConfig
-from mgsd_jax.data.boards import MANIFEST, Board, read_json, read_levels, read_split
+from mgsd_jax.data.boards import MANIFEST, Board, read_levels, read_split
 from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.envs import ENVS, benchmarks
 from mgsd_jax.envs.splits import split_of
+from mgsd_jax.fields import field, read_json
 
 _DIFFTHINKER_SOURCE = "github.com/lcqysl/DiffThinker"
 _VSP_SOURCE = (
@@ -136,7 +137,7 @@ def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> 
     root, seen = epath.Path(source), set[str]()
     while (root / "model" / "source.json").is_file():
         file = root / "config.json"
-        data = config_lib.coerce(read_json(file)["data"], DataConfig, f"{file}: data")
+        data = config_lib.coerce(read_json(file).get("data"), DataConfig, f"{file}: data")
         folder = data.folder.replace("{workdir}", str(root.parent))
         if data.source == "stream":
             seen |= _drawable(data, str(root.parent), boards)
@@ -146,7 +147,8 @@ def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> 
             seen |= {ENVS[board.task].key(board.state) for board in found}
         else:
             logging.warning("%s: got no boards in %s, so it may have seen the test's", name, folder)
-        root = epath.Path(read_json(root / "model" / "source.json")["weights"])
+        file = root / "model" / "source.json"
+        root = epath.Path(field(read_json(file), "weights", str, file))
     count = sum(key in seen for key in keys)
     if count:
         logging.warning(

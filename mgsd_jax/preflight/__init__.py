@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import sharding
+from mgsd_jax import fields, sharding
 from mgsd_jax.chips import CHIPS, Chip
 from mgsd_jax.config import Config
 from mgsd_jax.preflight.programs import Program, programs_of
@@ -91,16 +91,16 @@ def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
     """What an earlier run with the same configuration, but for `only`, has found out."""
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text())
-    mine = config_lib.to_dict(config)
-    for values in (mine, found["config"]):
-        values["preflight"].pop("only")
-    if found["config"] != mine or found["libtpu"] != importlib.metadata.version("libtpu"):
+    found, mine = fields.read_json(file), config_lib.to_dict(config)
+    theirs, results = (fields.field(found, name, dict, file) for name in ("config", "results"))
+    for values in (mine["preflight"], fields.field(theirs, "preflight", dict, file)):
+        values.pop("only", None)
+    if theirs != mine or found.get("libtpu") != importlib.metadata.version("libtpu"):
         return {}
-    fields = {field.name for field in dataclasses.fields(Result)}
-    if any(set(values) != fields for values in found["results"].values()):
+    names = {field.name for field in dataclasses.fields(Result)}
+    if any(not isinstance(values, dict) or set(values) != names for values in results.values()):
         return {}  # of another version of this program
-    return {name: Result(**values) for name, values in found["results"].items()}
+    return {name: Result(**values) for name, values in results.items()}
 
 
 def slice_mesh(config: Config) -> Mesh:

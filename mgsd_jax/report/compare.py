@@ -3,13 +3,12 @@
 import collections
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from mgsd_jax import paths, tree
+from mgsd_jax import fields, paths, tree
 from mgsd_jax.envs import ENVS
 from mgsd_jax.measures import Measure, by_task, difference
 from mgsd_jax.metrics import CONFIG_FILE
@@ -112,7 +111,7 @@ def _settings(workdir: epath.Path) -> dict[str, Any]:
     for stage in (*STAGES, "evaluate"):
         path = workdir / stage / CONFIG_FILE
         if path.is_file():
-            leaves = tree.named_leaves(json.loads(path.read_text()))
+            leaves = tree.named_leaves(fields.read_json(path))
             found |= {key.replace("/", "."): value for key, value in leaves}
     return found
 

@@ -1,7 +1,6 @@
 """What a report is made of: the rows and summary of an evaluation, the curves of the stages."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from mgsd_jax import metrics
+from mgsd_jax import fields, metrics
 from mgsd_jax.rows import ROWS_FILE, read_rows
 from mgsd_jax.summary import Row, check_rows
 
@@ -57,7 +56,7 @@ def read_evaluation(folder: PathLike) -> Evaluation:
     rows = tuple(read_rows(folder))
     check_rows(rows, source=str(rows_path))
     _want(summary_path)
-    summary = _parse(summary_path.read_text(encoding="utf-8"), str(summary_path))
+    summary = fields.read_json(summary_path)
     missing = [key for key in _SUMMARY_KEYS if key not in summary]
     if missing:
         raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want {missing} as well")
@@ -113,13 +112,3 @@ def _want(path: epath.Path) -> None:
             f"{path}: got no such file, want an evaluation folder with {ROWS_FILE} and "
             f"{SUMMARY_FILE}; run --stage=evaluate to its end"
         )
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: got {text[:80]!r}, want JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: got {type(record).__name__}, want a JSON object")
-    return record

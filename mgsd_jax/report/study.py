@@ -4,13 +4,13 @@ A study is a folder `{row}/{seed}` of workdirs; configs/study/rows.py says what 
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mgsd_jax import stats
 from mgsd_jax.measures import by_board, by_level, by_task
+from mgsd_jax.metrics import read_metrics
 from mgsd_jax.report.words import DASH, percent
 from mgsd_jax.rows import ROWS_FILE, read_rows
 from mgsd_jax.stats import Strata
@@ -70,7 +70,7 @@ def _curve(folder: pathlib.Path) -> tuple[Mapping[str, float], ...]:
     for stage in _STAGES:
         path = folder / stage / "metrics.jsonl"
         if path.is_file():
-            return tuple(json.loads(line) for line in path.read_text().splitlines())
+            return tuple(read_metrics(path))
     return ()
 
 

@@ -1,0 +1,78 @@
+"""Whatever has become of a JSON file of ours, its reader ends with one line that names the file."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from etils import epath
+from helpers_tiny import tiny_config
+
+from mgsd_jax import checkpoint, fields, loading, preflight
+from mgsd_jax.data import boards
+from mgsd_jax.report import compare
+
+BROKEN = (
+    *(b"", b"{", b"\xff", b"null", b"7", b'"a"', b"[]", b"[" * 100_000, b"9" * 5000),
+    *(b'{"a":' * 5000, b'{"a": 1,}', b"\x00", b"{'a': 1}"),
+)
+SOURCE = "grounding/model/source.json"
+
+
+def finish(folder: pathlib.Path) -> None:
+    (folder / SOURCE).parent.mkdir(exist_ok=True)
+    (folder / SOURCE).touch()
+    loading.check_finished("{workdir}/grounding", tiny_config(folder), str(folder))
+
+
+READERS: dict[str, Callable[[pathlib.Path], Any]] = {
+    "config.json": lambda folder: checkpoint.check_config(folder, {}),
+    "grounding/config.json": finish,
+    "distillation/config.json": lambda folder: compare._settings(epath.Path(folder)),
+    SOURCE: lambda folder: loading._read_source(epath.Path(folder) / SOURCE),
+    "manifest.json": lambda folder: boards.read_split(folder, "train"),
+    "preflight.json": lambda folder: preflight._earlier(
+        folder / "preflight.json", tiny_config(folder)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_broken_file_is_named(tmp_path: pathlib.Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for content in BROKEN:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"got .*, want ") as raised:
+            READERS[name](tmp_path)
+        line = str(raised.value)
+        assert line.startswith(f"{path}: ") and "\n" not in line and len(line) < 400, content
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{}", "weights: got nothing, want str"),
+        ('{"weights": 3}', "weights: got 3, want str"),
+        ('{"weights": "a", "lora": []}', "lora: got [], want dict"),
+        ('{"weights": "a", "lora": {}, "complete": 1}', "complete: got 1, want bool"),
+        (
+            '{"weights": "a", "lora": {"rank": "two"}, "complete": true, "metric": "x"}',
+            "lora.rank: got 'two', want int",
+        ),
+        (
+            '{"weights": "a", "lora": {"ranks": 2}, "complete": true, "metric": "x"}',
+            "lora: no field ['ranks'], want some of ['alpha', 'rank', 'targets']",
+        ),
+    ],
+)
+def test_a_field_of_a_source_is_named(tmp_path: pathlib.Path, content: str, line: str) -> None:
+    (tmp_path / "source.json").write_text(content)
+    with pytest.raises(ValueError) as raised:
+        loading._read_source(epath.Path(tmp_path) / "source.json")
+    assert str(raised.value) == f"{tmp_path}/source.json: {line}"
+
+
+def test_a_folder_in_place_of_a_file_is_none(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}: got no such file, want a JSON object"):
+        fields.read_json(tmp_path)

@@ -211,10 +211,10 @@ def test_the_update_holds_what_the_rollout_holds_besides(config: Config) -> None
     # Master weights and two moments in float32, and the teacher in bfloat16, over four chips; what
     # is too small or too odd to be split is held whole.
     assert 3.5 * once / 4 < held < 3.5 * once / 2
-    # A moving average of the student is one more copy in float32, and part of the update.
+    # A moving average of the student, in float32, takes the place of the teacher in bfloat16.
     averaged = config_lib.override(config, ["distillation.teacher_decay=0.99"])
     found = {program.name: program for program in programs_of(averaged, mesh)}
-    assert once / 4 < found["distillation/decode"].resident - held < once / 2
+    assert 0.5 * once / 4 < found["distillation/decode"].resident - held < 0.5 * once / 2
     found["distillation/update"].lower()
 
 

@@ -171,11 +171,11 @@ def test_less_memory_is_said_and_what_to_change(config: Config, tmp_path: pathli
 def test_a_run_that_does_not_fit_ends_in_an_answer(
     config: Config, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache of a million rows: the compiler refuses, and the page says what would help."""
+    """A cache of half a million rows: the compiler refuses, and the page says what would help."""
     tpu_mesh("v5e:2x2", fsdp=4)
     changes = [
         "preflight.only=('distillation/decode',)",
-        "distillation.batch_size=1048576",
+        "distillation.batch_size=524288",
         "distillation.sampling.max_new_tokens=512",
     ]
     preflight.run(config_lib.override(config, changes), str(tmp_path / "out"))
@@ -184,7 +184,7 @@ def test_a_run_that_does_not_fit_ends_in_an_answer(
     assert row["distillation/decode"]["error"] is None
     assert row["distillation/decode"]["peak"] > V5E.hbm_gib
     assert "| distillation/decode | - | - |" in printed and "**does not fit**" in printed
-    assert "mesh.tensor=4; distillation.batch_size=524288; a smaller" in printed
+    assert "mesh.tensor=4; distillation.batch_size=262144; a smaller" in printed
     assert "Traceback" not in printed
 
 

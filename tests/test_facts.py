@@ -106,6 +106,41 @@ SAME = [
         "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: (1,1) (2,2)\nI go through (3,0) (2,0).\n"
         "Path to goal: (2,0) (1,0)\nNext to player: (2,0)\nThe player is now at (1,0).\nHoles: far",
     ),
+    ("lake", "Map size -> 4x4\nPlayer → (3,0)\nGoal - (0,3)\nHoles – (1,1), (2,2)"),
+    ("lake", "Grid: 4x4\nPlayer's position: (3,0)\nGoal: (0,3)\nHoles (2): (1,1) (2,2)"),
+    ("lake", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHole 1: (1,1)\nHole 2: (2,2)"),
+    ("lake", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\n- Hole: (1,1)\n- Hole: (2,2)"),
+    (
+        "lake",  # sentences, and what later ones tell
+        "The map size is 4x4. The player is at (3, 0). The goal is at (0, 3).\nThe holes are at "
+        "(1, 1) and (2, 2).\nI go up. The player is at (2,0). Then the goal is at (0,0).",
+    ),
+    ("lake", "State: a 4x4 grid, player at (3,0), goal at (0,3), holes at (1,1) and (2,2)."),
+    ("lake", "Map size 4x4\nPlayer (3,0)\nGoal (0,3)\nHoles (1,1), (2,2)"),
+    (
+        "lake",  # what follows a list is about other cells
+        "Map size: 4x4\nPlayer: (3,0). Moving up leads to (2,0).\nGoal: (0,3). Next is (0,2)!\n"
+        "Holes: (1,1), (2,2). The rest of the cells, such as (0,0), are safe.\n"
+        "**Goal**: find the shortest path from (3,0) to (0,3).\n- Player: (3,0) -> (2,0)",
+    ),
+    (
+        "lake",  # a table by columns is not read, and so not misread
+        "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: (1,1) (2,2)\n"
+        "| Player | Goal | Holes |\n|---|---|---|\n| (3,0) | (0,3) | (1,1), (2,2) |",
+    ),
+    *(
+        ("ice", f"Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\n{text}")
+        for text in (
+            *(
+                "Holes: {}",
+                "Holes: N/A",
+                "Holes: nil",
+                "Holes: there are none",
+                "No holes present.",
+            ),
+            *("There are no holes on this map.", "The map has no holes.", "No holes are visible"),
+        )
+    ),
     ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: none"),
     ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: None."),
     ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: no holes"),
@@ -133,6 +168,23 @@ SAME = [
         "maze",
         "Map size: 2x2\nPlayer: (0,0)\nGoal: (0,1)\n(0,0): up: no, down: no, left: no, right: yes\n"
         "(0,1): down and left are open, up is blocked\n(1,0): right, not up\n(1,1): up and left",
+    ),
+    *(
+        ("maze", f"Map size: 2x2\nPlayer: (0,0)\nGoal: (0,1)\n{text}")
+        for text in (
+            "(0,0): R\n(0,1): DL\n(1,0): r\n(1,1): U, L",
+            "(0,0): you can go right\n(0,1): can move down or left\n(1,0): R\n(1,1): UL",
+            "At (0,0): right\nPosition (0,1): down, left\nTile (1,0): right\nCell (1,1): up, left",
+            "(0,0): up ✗, down ✗, left ✗, right ✓\n(0,1): up ❌ | down ✅ | left ✅ | right ❌\n"
+            "(1,0): ✗ up; ✗ down; right\n(1,1): up ✓ down ✘ left ✓ right ✘",
+            "(0,0): right\n(0,1): down, left\n(1,0): right\n(1,1): up, left\n"
+            "Step 1: (0,0): right -> (0,1)\n- **Step 2:** (0,1): down -> (1,1)",
+        )
+    ),
+    (
+        "office",
+        "The room is a 5x5 grid. The agent is at (4,4). The printer is at (0,4). The table covers "
+        "(1,0), (1,1), (1,2), (2,0), (2,1), and (2,2).\nThe agent picks up the printer: (1,4).",
     ),
     (
         "office",
@@ -162,6 +214,11 @@ OTHER = [
     ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles:", 1.0, []),
     ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nThere are no holes on my way.", 1.0, []),
     ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: (0,123456789012)", 6 / 7, []),
+    ("ice", "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: no idea", 1.0, []),
+    ("ice", "Map size: NxN\nPlayer: cell\nGoal: cell\nHoles: cells, or none", 0.0, []),
+    ("lake", "Map size: not 4x4\nPlayer: not (3,0)\nGoal: (0,3)\nHoles: (1,1) (2,2)", 6 / 8, []),
+    ("lake", "After a step the player is at (3,0)\nMy goal (0,3) is far\na 14x4 grid", 0.0, []),
+    ("lake", "| Player | Holes |\n|---|---|\n| (3,0) | (1,1), (2,2) |", 0.0, []),
     (
         "lake",  # the first hole was taken back
         "Map size: 4x4\nPlayer: (3,0)\nGoal: (0,3)\nHoles: (1,1) (2,2)\nWait. Holes: (2,2)",

@@ -38,9 +38,21 @@ ANSWERS = [
         for text in ("The map size is 4 by 4.", "4 rows and 4 columns", "(4, 4)")
     ),
     *(("size", text, True) for text in ("Map size: 4x4", "\\boxed{4 \\times 4}", "４×４")),
+    *(("size", text, True) for text in ("4x4, not 5x5", "4x4 (16 cells)")),
     *(
         ("size", text, False)
-        for text in ("", "4", "5x5", "14x4", "4x44", "4x5", "4²", "4x4 or 5x5")
+        for text in (
+            "not 4x4",
+            "It is not a 4x4 grid",
+            "",
+            "4",
+            "5x5",
+            "14x4",
+            "4x44",
+            "4x5",
+            "4²",
+            "4x4 or 5x5",
+        )
     ),
     *(("cell", text, True) for text in ("(3,0)", "(3, 0)", "( 3 , 0 )", "[3, 0]", "**(3,0)**")),
     *(("cell", text, True) for text in ("The player is at (3, 0).", "Player: (3,0)", "3, 0")),
@@ -49,8 +61,24 @@ ANSWERS = [
     *(("cells", text, True) for text in ("(2,2) (0,1)", "(0, 1), (2, 2)", "(0,1) and (2,2)")),
     *(("cells", text, True) for text in ("[(0,1), (2,2)]", "\n- (0,1)\n- (2,2)", "(0,1)(2,2).")),
     *(("cells", text, True) for text in ("(0,1) (2,2) (2,2)", "The holes are (0,1) and (2,2)")),
+    *(("cells", text, True) for text in ("0,1 2,2", "0, 1; 2, 2", "\n0,1\n2,2", "{(0,1), (2,2)}")),
+    *(
+        ("cells", text, True)
+        for text in (
+            "(0,1) and (2,2); all other cells, such as (3,3), are safe.",
+            "(0,1) (2,2)\n\nLet me know if you want more! The cell (3,3) is safe.",
+            "(0,1). And (2,2).",
+            "(0,1) is a hole. (2,2) is one too.",
+        )
+    ),
+    *(("cells", text, False) for text in ("0,1,2,2", "(0,1) and (2,2) are not holes")),
     *(("cells", text, False) for text in ("none", "(0,1)", "(0,1) (2,2) (3,3)", "")),
     *(("no cells", text, True) for text in ("none", "None.", "No holes", "There are none.", "[]")),
+    *(
+        ("no cells", text, True)
+        for text in ("There aren't any holes.", "N/A", "{}", "nil", "0", "No cells are holes.")
+    ),
+    *(("no cells", text, False) for text in ("I have no idea", "cells, or none", "no doubt: many")),
     *(("no cells", text, False) for text in ("", "(0,0)", "I cannot tell", "many")),
     *(
         ("ways", text, True)
@@ -65,6 +93,19 @@ ANSWERS = [
         for text in ("up and left (right is blocked)", "up: yes, down: no, left")
     ),
     *(("ways", text, True) for text in ("right and down are blocked, up and left are open",)),
+    *(
+        ("ways", text, True)
+        for text in ("UL", "LU.", "[U, L]", "It can't go down or right, so up, left")
+    ),
+    *(
+        ("ways", text, True)
+        for text in (
+            "up and left, since there are walls below and to the right",
+            "up ✅, left ✅, down ❌, right ❌",
+            "Up ✓ | Down ✗ | Left ✓ | Right ✗",
+            "up, left (the right side is the border)",
+        )
+    ),
     *(("ways", text, False) for text in ("up", "not up, left", "up, left, right", "none", "")),
     *(("ways", text, False) for text in ("neither up nor left", "up and left are not legal")),
     *(("no ways", text, True) for text in ("none", "None of them.", "no moves")),
@@ -73,6 +114,10 @@ ANSWERS = [
     ("open", "\n- **(0, 1)**: Left, Down\n- **(0, 0)**: Right", True),
     ("open", "(0,0): right; (0,1): left and down", True),
     ("open", "(0,0): right\n(0,1): down, left, not up", True),
+    ("open", "From (0,0): right\nFrom (0,1): down, left", True),
+    ("open", "(0,0) → right\n(0,1) -> down, left", True),
+    ("open", "At (0,0): right only\nAt (0,1): you can go down or left", True),
+    ("open", "From (0,0): not right\nFrom (0,1): down, left", False),
     ("open", "(0,0): right\n(0,1): down", False),
     ("open", "(0,0): right\n(0,1): down, left\n(1,0): up", False),
     ("open", "right\ndown, left", False),
@@ -80,6 +125,17 @@ ANSWERS = [
 # How the number of an answer may be written.
 NUMBERS = ("1.", "1)", "(1)", "**1.**", "1:", "Question 1:", "**Question 1:**", "Q1.", "### 1.")
 NUMBERS += ("Answer 1:", "- 1.", "1 -", "1\\.", "> 1.", "*1.*", "Question 1.", " 1 . ", "[1]")
+NUMBERS += (
+    "1．",
+    "1：",
+    "（1）",
+    "1、",
+    "### Question 1\n",
+    "**Question 1**\n",
+    "| 1 |",
+    '"1":',
+    "1\ufe0f\u20e3",
+)
 
 
 @pytest.mark.parametrize(("kind", "answer", "is_right"), ANSWERS)

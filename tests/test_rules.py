@@ -132,6 +132,7 @@ READ = [
         ],
     ),
     ("RD", [r"\boxed{RD}", r"\boxed{\text{Right, Down}}", r"\text{R}\text{ D}", r"\boxed {2 1}"]),
+    ("UURRDD", ["3,3,2,2,1,1", "3, 3, 2,\n2, 1, 1", "3,3,2 2,1,1", "33 22 11", "3,3,2\n2,1,1"]),
     ("RD", ["R，D", "Right、Down。", "2，1", "R；D", "R．D", "[2, 1]", "[ 2,1 ]"]),
     ("", ["", " \n ", "**", "[]", r"\boxed{}", "...", "->"]),
     ("P U", ["PICK,UP", "PICK\nUP", "PICK UPWARD", "PICK-UP-U", "1. pick up\n2. up", "PICK ⇒ UP"]),
@@ -153,6 +154,8 @@ REFUSED = [
     ),
     ("(0, 0)", ["(0, 0), (0, 1)", "R (0, 0)", "(0, 0) -> (0, 1)"]),
     ("[0,0]", ["[0,0] [0,1]", "[[0,0],[0,1]]", "R [0,0]"]),
+    ("0,0", ["0,0 0,1", "0,0 -> 0,1", "0,0\n0,1\n1,1\n", "- 0,0; 0,1", "0,0 (0,1", "0,0 | 0,4"]),
+    ("3, 0", ["3, 0 -> 2, 0", "3, 0 2, 0. 1, 0.", "`3, 0` > `2, 0`"]),
     ("→", ["2 → 1", "2→1", "→2", "0 1 →"]),
     ("⇒", ["⇒", "→ ⇒ ↓", "2 ⇒ 1"]),
     ("↓", ["Right ↓ Down", "R↓", "1. R\n↓\n2. D"]),
@@ -220,7 +223,7 @@ def test_a_shortest_plan_in_any_style_is_optimal(style: str) -> None:
         assert rules.judge(state, "frozenlake", answer(text)).optimal, text
 
 
-@pytest.mark.parametrize("form", ["({},{})", "({}, {})", "[{}, {}]"])
+@pytest.mark.parametrize("form", ["({},{})", "({}, {})", "[{}, {}]", "{},{}", "{}, {}"])
 @pytest.mark.parametrize("task", ["frozenlake", "maze"])
 def test_the_cells_of_the_way_are_no_plan(task: str, form: str) -> None:
     env = ENVS[task]
@@ -229,7 +232,15 @@ def test_the_cells_of_the_way_are_no_plan(task: str, form: str) -> None:
         plan = env.shortest_plan(state)
         cells = [form.format(*cell) for cell in env.trace(state, plan)]
         mixed = [f"{word} {cell}" for word, cell in zip(plan, cells[1:], strict=True)]
-        for text in (" ".join(cells), ", ".join(cells), f"[{', '.join(cells)}]", " ".join(mixed)):
+        # Without brackets a list with commas is a list of digits.
+        lists = () if form[0] == "{" else (", ".join(cells), f"[{', '.join(cells)}]")
+        for text in (
+            " ".join(cells),
+            " -> ".join(cells),
+            "\n".join(cells),
+            " ".join(mixed),
+            *lists,
+        ):
             outcome = rules.judge(state, task, answer(text))
             assert (outcome.success, outcome.reason) == (False, "invalid_token"), text
 

@@ -21,27 +21,42 @@ from mgsd_jax.envs.responses import statements
 from mgsd_jax.envs.values import CELL, number, plain, read_cells, read_directions, read_sizes
 
 _WALLS = {"up": 1, "down": 2, "left": 4, "right": 8}  # the mask bit of each closed side
-_LABELS: dict[str, dict[str, str]] = {
-    "frozenlake": {"player": "player", "goal": "goal", "holes": "hole", "hole": "hole"},
-    "maze": {"player": "player", "goal": "goal"},
-    "minibehaviour": {"agent": "agent", "printer": "printer", "table": "table"},
+_LABELS: dict[str, tuple[str, ...]] = {
+    "frozenlake": ("player", "goal", "hole"),
+    "maze": ("player", "goal"),
+    "minibehaviour": ("agent", "printer", "table"),
 }
-_SIZE_LABELS = dict.fromkeys(("map size", "size", "grid size", "board size", "maze size"), "size")
 _FILLERS = re.compile(
     r"\b(?:the|a|is|are|at|positions?|locations?|cells?|coordinates?|tiles?|squares?|start|starting)"
     r"\b"
 )
 # A label of any statement, known or not: what it says ends where the next one begins.
 _LABEL = (
-    r"(?<![a-z])(?<![a-z] )(?!(?:up|down|left|right|none)\b|cells? ?[(\[])"
-    r"(?P<label>[a-z][a-z ]{0,40}?) ?(?:[(\[][^()\[\]]{0,40}[)\]])? ?(?:[:=|]|-{1,3}>?(?= ?[(\[]))"
+    r"(?<![a-z])(?<![a-z] )(?!(?:up|down|left|right|none|x)\b|(?:at|cells?|position|tile) ?[(\[])"
+    r"(?P<label>[a-z][a-z ]{0,40}?)(?: [0-9]{1,2})? ?(?:[(\[][^()\[\]]{0,40}[)\]])?"
+    r" ?(?:[:=|]|-{1,3}>?(?= ?(?:[(\[]|[0-9]{1,9} ?x)))"
 )
 # The open sides of a cell. An arrow after a cell is a step of a route.
 _OPEN = rf"{CELL} ?(?::|[=|-](?= ?(?:up|down|left|right|none)\b))"
 _BEGINNINGS = {t: re.compile(f"{_OPEN}|{_LABEL}" if t == "maze" else _LABEL) for t in _LABELS}
-_STEPS = re.compile(r"\b(?:move|moves|go|goes|step|then|take|walk|turn)\b")
+_STEPS = re.compile(r"(?<!can )\b(?:move|moves|go|goes|step|then|take|walk|turn)\b")
+_STEP_LINE = re.compile(r"\A[^a-z]*+step\b")
+_ROUTE = re.compile(rf"{CELL} ?(?:->|to\b)|\bfrom ?{CELL}")
+_BOARD = r"(?:board|map|grid|maze|lake|picture|image)"
+_SIZE_LABEL = re.compile(rf"(?:{_BOARD} ?)?(?:size)?")
 _NO_HOLES = re.compile(
-    r"(?:^|(?<=[-;.>)])) ?(?:there are )?no holes?(?: on the (?:board|map|grid))? ?(?=[;.,|]|$)"
+    rf"(?:^|(?<=[-;.>)])) ?(?:there are |the {_BOARD} has )?no holes?"
+    rf"(?: are)?(?: present| visible)?(?: (?:on|in) th(?:e|is) {_BOARD})? ?(?=[;.,|]|$)"
+)
+# What a sentence or a bare label states, as in "The player is at (3,0)": see `read_facts`.
+_SENTENCE = re.compile(
+    r"(?:^|[.;,:(>|-] ?)(?:there are |with |and |the ){0,3}+"
+    r"(?P<name>player|goal|holes|agent|printer|table)(?: cells?| position)?"
+    r" ?(?:(?:is|are|starts|covers|occupies) )?(?:located |positioned )?(?:at |in |on )?"
+    rf"(?:cells? )?(?P<cells>{CELL}(?:(?:,? and |, ?| ){CELL})*+)"
+    rf"|\b{_BOARD}(?: size)? (?:is )?(?:a )?(?P<size>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}\b)"
+    rf"|(?<![0-9x.])(?<!x )(?P<size2>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}) {_BOARD}\b",
+    re.M,
 )
 _FILLING = re.compile(
     rf"{CELL}|(?<![0-9])[0-9]++(?: ?(?:x|by) ?[0-9]++|[.)])|[-,;.|\[\] ]|and\b|none\b"
@@ -62,16 +77,28 @@ class Stated:
 
 
 def read_facts(task: str, text: str) -> Stated:
-    """The facts that `text` states, in the terms of the env's `facts`; no text is an error."""
+    """The facts that `text` states, in the terms of the env's `facts`; no text is an error.
+
+    A sentence states only what nothing before it did: later ones tell how the plan goes on.
+    """
     found: dict[str, frozenset[Fact]] = {}
     contradicted: dict[str, None] = {}
-    for label, value in _statements(task, plain(statements(text))):
-        facts = _read_value(label, value)
+    text = plain(statements(text))
+    for label, value in _statements(task, text):
+        facts = _read_value(label.removeprefix("one "), value)
         if facts is None:
+            continue
+        if label == "one hole":  # several such lines add up
+            found["hole"] = found.get("hole", frozenset()) | facts
             continue
         if found.setdefault(label, facts) != facts:
             contradicted[label] = None
         found[label] = facts
+    for match in _SENTENCE.finditer(text):
+        label = match["name"].removesuffix("s") if match["name"] else "size"
+        facts = _read_value(label, match["cells"] or match["size"] or match["size2"])
+        if facts and label in ("size", *_LABELS[task]):
+            found.setdefault(label, facts)
     return Stated(frozenset().union(*found.values()), frozenset(found), tuple(contradicted))
 
 
@@ -85,6 +112,8 @@ def _statements(task: str, text: str) -> Iterator[tuple[str, str]]:
         if task == "frozenlake":
             line = _NO_HOLES.sub(" holes: none", line)
         marks = list(_BEGINNINGS[task].finditer(line))
+        if _STEP_LINE.match(line):  # a cell and a direction are a move there
+            marks = [mark for mark in marks if mark["label"]]
         if waiting and not marks and not _FILLING.sub("", line):
             waiting.append(line)
             continue
@@ -96,7 +125,7 @@ def _statements(task: str, text: str) -> Iterator[tuple[str, str]]:
             value = line[mark.end() : following.start() if following else len(line)]
             if name is not None and (value.strip() or following):
                 yield name, value
-            elif name is not None:
+            elif name is not None and line[mark.end() - 1] != "|":  # below a column is another row
                 waiting = [name]
     if waiting:
         yield waiting[0], " ".join(waiting[1:])
@@ -107,7 +136,12 @@ def _name(task: str, mark: re.Match[str]) -> str | None:
     if mark["label"] is None:
         return show_cell((number(mark[1]), number(mark[2])))
     words = " ".join(_FILLERS.sub("", mark["label"]).split())
-    return (_LABELS[task] | _SIZE_LABELS).get(words)
+    if words and _SIZE_LABEL.fullmatch(words):
+        return "size"
+    name = words.removesuffix("s")
+    if name not in _LABELS[task]:
+        return None
+    return "one hole" if name == "hole" and not mark["label"].endswith("s") else name
 
 
 def _read_value(label: str, value: str) -> frozenset[Fact] | None:
@@ -120,7 +154,7 @@ def _read_value(label: str, value: str) -> frozenset[Fact] | None:
         ways = None if _STEPS.search(value) else read_directions(value)
         cell = (int(row), int(column))
         return None if ways is None else frozenset(("open", cell, way) for way in ways)
-    cells = read_cells(value)
+    cells = None if _ROUTE.search(value) else read_cells(value)
     return None if cells is None else frozenset((label, cell) for cell in cells)
 
 
@@ -144,7 +178,7 @@ def is_exact(task: str, stated: Stated, true: frozenset[Fact]) -> bool:
 
 
 def _is_complete(task: str, stated: Stated) -> bool:
-    return {"size", *_LABELS[task].values()} <= stated.labels
+    return {"size", *_LABELS[task]} <= stated.labels
 
 
 def state_from_facts(task: str, stated: Stated) -> Any | None:

@@ -8,8 +8,13 @@ from mgsd_jax.envs.responses import without_thoughts
 from mgsd_jax.envs.values import plain, read_cells, read_directions, read_sizes
 
 _NUMBER = re.compile(
-    r"(?:(?:question|answer|q|a)[ #*_]{0,4})?([0-9]{1,3})[*_` ]{0,4}\\?(?:[.:)\]]|-(?= ))", re.I
+    r"(?:(?P<word>question|answer|q|a)[ #*_]{0,4})?(?P<number>[0-9]{1,3})"
+    r"[*_`\" \ufe0f]{0,4}\\?(?:[.:)\]|．：）、\u20e3]|-(?= )|(?(word)(?=$)|(?!)))",
+    re.I,
 )
+# In an answer about open sides, what stands between a cell and its directions.
+_FROM = re.compile(r"\bfrom\b", re.I)
+_ARROW = re.compile(r"(?<=[)\]]) ?(?:->|→)")
 
 
 def read_numbered(response: str, count: int) -> dict[int, str]:
@@ -21,9 +26,10 @@ def read_numbered(response: str, count: int) -> dict[int, str]:
     answers: dict[int, list[str]] = {}
     current: list[str] = []
     for line in without_thoughts(response).splitlines():
-        match = _NUMBER.match(line.lstrip(" \t>#*_`~-•(["))
-        if match and int(match[1]) not in answers and 0 < int(match[1]) <= count:
-            current = answers[int(match[1])] = [match.string[match.end() :]]
+        match = _NUMBER.match(line.lstrip(' \t>#*_`~-•([|"（'))
+        number = int(match["number"]) if match else 0
+        if match and number not in answers and 0 < number <= count:
+            current = answers[number] = [match.string[match.end() :]]
         else:
             current.append(line)
     return {number: "\n".join(lines).strip() for number, lines in answers.items()}
@@ -32,7 +38,7 @@ def read_numbered(response: str, count: int) -> dict[int, str]:
 def is_right(question: Question, answer: str) -> bool:
     """Whether an answer says what is true, in whatever words and whatever order."""
     if question.kind == "open_directions":
-        stated = read_facts("maze", answer).facts
+        stated = read_facts("maze", _ARROW.sub(":", _FROM.sub("", answer))).facts
         return {fact for fact in stated if fact[0] == "open"} == question.facts
     text, true = plain(answer), frozenset(fact[1] for fact in question.facts)
     if question.kind == "size":

@@ -4,7 +4,8 @@ A text is words and letters (`Right, Down`, `RRD`), or digits 0..3 alone (gymnas
 arrows alone. Separators mean nothing: white space, punctuation, brackets, quotes, markdown marks,
 `\boxed{}` and `\text{}`. Beside words, `→ ⇒ ➜` only separate (`Right → Down`), and numbers that
 count the items from the first one on (`1.`, `1)`, `Step 1:`) are skipped. Anything else is refused:
-a digit or an arrow read as a move beside words would make another plan of a right one.
+a digit or an arrow read as a move beside words would make another plan of a right one, and so would
+the coordinates of cells, with brackets or without.
 """
 
 import re
@@ -38,6 +39,11 @@ _TOKEN = re.compile(
     r"|(?P<link>[→⇒➜])"
     rf"|(?P<other>[←↓↑]|[^{_SEPARATORS}A-Za-z0-9←↓→↑⇒➜]+)"
 )
+# Pairs of numbers with something else than commas between them are cells without their brackets.
+_BARE_CELLS = re.compile(
+    r"\A[^0-9]*+([0-9]++[ \t]*+[,，][ \t]*+[0-9]++)"
+    r"(?:[^0-9,，]++[0-9]++[ \t]*+[,，][ \t]*+[0-9]++)++[^0-9,，]*+\Z"
+)
 _Token = tuple[str, str]  # kind, text
 
 
@@ -54,6 +60,9 @@ def read_plan(text: str, task: str) -> tuple[Plan, str | None]:
     kinds = {kind for kind, _ in tokens}
     if "word" in kinds:
         return _read_words([token for token in tokens if token[0] != "link"], task)
+    bare = None if "cell" in kinds else _BARE_CELLS.match(text)
+    if bare:
+        return (), bare[1]
     return _read_signs(tokens, _DIGITS if kinds & {"number", "cell", "digits"} else _ARROWS)
 
 

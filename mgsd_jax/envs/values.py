@@ -5,7 +5,7 @@ What is written does not matter, only what is said: `4x4`, `4 × 4` and `**4 by 
 """
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 from mgsd_jax.envs.base import Cell
 
@@ -15,7 +15,8 @@ _SIGNS = {
     **{ord(sign): "-" for sign in "‐‑‒–—−•·‣▪◦●○"},
     **{ord(sign): "->" for sign in "→⇒➜"},
     **{ord(sign): " " for sign in "\t\u00a0\u2002\u2003\u2009\u202f\u3000"},
-    **{ord(sign): None for sign in "\u200b\u200c\u200d\ufeff\"'“”‘’"},
+    **{ord(sign): None for sign in "\u200b\u200c\u200d\ufe0f\ufeff\"'“”‘’"},
+    **{ord(sign): "✗" for sign in "✗✘❌"},
     ord("、"): ",",
     ord("。"): ".",
     ord("\r"): "\n",
@@ -25,6 +26,7 @@ _MARKS = (
     (re.compile(r"<br ?/?>"), "\n"),
     (re.compile(r"\\(?:times|cdot)(?![a-z])"), "x"),
     (re.compile(r"\\[a-z]*+"), ""),
+    (re.compile(r"\{ ?\}"), "[]"),
     (re.compile(r"(?<=[0-9]) ?\* ?(?=[0-9])"), "x"),
     (re.compile(r"[*`~#${}]"), ""),
     (re.compile(r"(?<=[a-z])-(?=[a-z])|[_ ]+"), " "),
@@ -35,29 +37,42 @@ _MARKS = (
         r"(\1,\2)",
     ),
 )
-_SIZE = re.compile(
+_SIZE = (
     r"(?<![0-9a-z.])([0-9]++)(?: rows?| cells| tiles)?[ -]?(?:x|by|and|,)[ -]?([0-9]++)"
     r"(?! ?x ?[0-9])"
 )
 CELL = r"[(\[] ?([0-9]++) ?, ?([0-9]++) ?[)\]]"
-_BARE_CELL = re.compile(r" ?([0-9]++) ?, ?([0-9]++) ?\.? ?")
+_BARE_CELL = re.compile(r"([0-9]++) ?, ?([0-9]++)")
+_BARE_CELLS = re.compile(r"\A[ \n]*+(?:[0-9]{1,9}+ ?, ?[0-9]{1,9}+(?! ?,)[ ;\n]*+)++[.]? ?")
+# Cells that a text begins with are all that it names: a sentence after them is about other things.
+_LIST = re.compile(r"\A(?:[^a-z0-9]|(?<![a-z])(?:at|in)(?![a-z]))*+[0-9]")
+_AFTER_LIST = re.compile(
+    r"[.;!\n][ \n-]{0,8}+(?!(?:and|also|another|or|the other|cells?|holes?|tiles?|row)\b)[a-z]"
+)
 _WAY = (
-    r"(?<!top )(?<!bottom )(?<!upper )(?<!lower )\b(?:(up|down|left|right)(?:wards?)?|([udlr]))\b"
+    r"(?<!top )(?<!bottom )(?<!upper )(?<!lower )"
+    r"\b(?:(up|down|left|right)(?:wards?)?|([udlr]{1,4}))\b"
     r"(?! corner| edge)"
 )
 _LETTERS = {"u": "up", "d": "down", "l": "left", "r": "right"}
-_BLOCKED = r"\b(?:blocked|closed|walls?|walled|illegal|impossible|unavailable)\b"
+_BLOCKED = r"\b(?:blocked|closed|walls?|walled|borders?|illegal|impossible|unavailable)\b"
 _SIGNS_OF_SENSE = (
-    r"|(?P<stop>[;.?!\n()]|\b(?:but|while|whereas)\b)"
-    r"|(?P<comma>,)"
+    r"|(?P<stop>[;.?!\n()]|\b(?:but|while|whereas|so|only|since|because|as)\b)"
+    r"|(?P<comma>[,|])"
+    r"|(?P<crossed>✗)"
     rf"|(?P<no>\b(?:not|no|never|without|neither|nor|cannot|cant|dont|isnt|arent)\b"
     rf"|{_BLOCKED}(?= ?[:=]))"
     rf"|(?P<blocked>{_BLOCKED})"
     r"|(?P<link>\b(?:is|are)\b|[:=])"
 )
+_SIZES = re.compile(rf"(?P<item>{_SIZE})" + _SIGNS_OF_SENSE)
 _CELLS = re.compile(rf"(?P<item>{CELL})" + _SIGNS_OF_SENSE)
 _WAYS = re.compile(rf"(?P<item>{_WAY})" + _SIGNS_OF_SENSE)
-_NONE = re.compile(r"\b(?:none|no|nothing|zero|empty)\b|^[ .]*+(?:\[ ?\]|\( ?\)|-|0|∅)[ .]*+$")
+_NONE = re.compile(
+    r"(?<!or )\bnone\b|\b(?:nothing|zero|nil|n/a|(?:arent|are not) any|not present)\b"
+    r"|\bno\b(?= ?(?:[,.;)\n]|$)| (?:[a-z]{1,12} )?(?:holes?|cells?|moves?|directions?|sides?)\b)"
+    r"|^[ .]*+(?:\[ ?\]|\( ?\)|-|0|∅|empty)[ .]*+$"
+)
 
 
 def plain(text: str) -> str:
@@ -77,36 +92,41 @@ def number(digits: str) -> int:
 
 
 def read_sizes(text: str) -> frozenset[tuple[int, int]] | None:
-    """Every size (rows, columns) in a plain text, None where there is none."""
-    sizes = frozenset((number(m[1]), number(m[2])) for m in _SIZE.finditer(text))
-    return sizes or None
+    """Every size (rows, columns) that a plain text names and does not deny, None without one."""
+    return _said(text, _SIZES, _pair) or None
 
 
 def read_cells(text: str) -> frozenset[Cell] | None:
     """The cells that a plain text names and does not deny; empty where it says none, else None."""
-    bare = _BARE_CELL.fullmatch(text.rpartition(":")[2])
-    if bare:
-        return frozenset({(number(bare[1]), number(bare[2]))})
-    return _said(text, _CELLS, lambda match: (number(match[2]), number(match[3])))
+    bare = text.rpartition(":")[2]
+    if _BARE_CELLS.fullmatch(bare):
+        return frozenset((number(m[1]), number(m[2])) for m in _BARE_CELL.finditer(bare))
+    end = _AFTER_LIST.search(text) if _LIST.match(text) else None
+    text = text[: end.start()] if end else text
+    return _said(text, _CELLS, _pair)
 
 
 def read_directions(text: str) -> frozenset[str] | None:
-    """The directions that a plain text names, words or lone letters; otherwise as `read_cells`.
+    """The directions that a plain text names, in words or letters; otherwise as `read_cells`.
 
     >>> sorted(read_directions("right and down are open, up is not"))
     ['down', 'right']
     """
-    return _said(text, _WAYS, lambda match: match[2] or _LETTERS[match[3]])
+    return _said(text, _WAYS, lambda m: [m[2]] if m[2] else [_LETTERS[c] for c in m[3]])
+
+
+def _pair(match: re.Match[str]) -> list[tuple[int, int]]:
+    return [(number(match[2]), number(match[3]))]
 
 
 def _said(
-    text: str, pattern: re.Pattern[str], item: Callable[[re.Match[str]], Hashable]
+    text: str, pattern: re.Pattern[str], items: Callable[[re.Match[str]], Sequence[Hashable]]
 ) -> frozenset | None:
     """The items that are named and not denied.
 
     A text falls into pieces, at stops and, once something was said of what stands before
     ("up is blocked, ..."), at commas. A word that denies counts for its piece; one that follows
-    items directly ("right, not up") begins a piece.
+    items directly ("right, not up") begins a piece. A cross denies the item before it.
     """
     kept: set[Hashable] = set()
     piece: list[Hashable] = []
@@ -114,12 +134,14 @@ def _said(
     for match in pattern.finditer(text):
         kind = match.lastgroup
         if kind == "item":
-            piece.append(item(match))
+            piece += items(match)
+        elif kind == "crossed" and piece:
+            piece.pop()
         elif kind == "link":
             is_settled = bool(piece)
         elif kind == "blocked":
             is_denied, is_settled = True, bool(piece)
-        elif kind == "no" and (is_settled or not piece):
+        elif kind in ("no", "crossed") and (is_settled or not piece):
             is_denied = True
         elif kind != "comma" or is_settled:
             if not is_denied:

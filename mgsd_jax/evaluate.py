@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,9 +173,12 @@ def run(config: Config, workdir: str) -> None:
         for name, source in models:
             source = config_lib.resolve(source, config, workdir)
             testsets.warn_of_seen(name, source, boards)
+    identities: dict[str, str] = {}
+    if not config.evaluate.endpoint:
+        identities = {name: loading.identity(path, config, workdir) for name, path in models}
     sections = ("data", "evaluate", "checkpoint", "seed")
     with stage.claimed(folder, config, sections) as claim:
-        _answer(config, claim, boards, cases, models, make_asker)
+        _answer(config, claim, boards, cases, models, identities, make_asker)
 
 
 def _answer(
@@ -184,6 +187,7 @@ def _answer(
     boards: Sequence[Board],
     cases: Sequence[str],
     models: Sequence[tuple[str, str]],
+    identities: Mapping[str, str],
     make_asker: Callable[[str], Asker],
 ) -> None:
     """Asks what is not answered yet, and sums up."""
@@ -197,6 +201,9 @@ def _answer(
         rows_lib.mend(folder)
     there = rows_lib.read_rows(folder)
     answered = {rows_lib.key_of(row) for row in there if "error" not in row}
+    if is_main:
+        asked = {name for name, *_ in answered}
+        rows_lib.check_models(folder, {n: i for n, i in identities.items() if n in asked})
     jobs = [
         (
             name,
@@ -221,6 +228,9 @@ def _answer(
             continue
         asker = None  # lets go of the model before this one: memory holds one at a time
         asker = make_asker(source)
+        if name in identities:
+            write = functools.partial(rows_lib.add_model, folder, name, identities[name])
+            claim.notes.append(write)
         for mode, attempt, places in todo:
             started = time.perf_counter()
             for rows in asker(mode, attempt, places):

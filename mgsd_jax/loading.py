@@ -8,6 +8,7 @@ A stage folder holds `model/` (config, tokenizer and processor files of its sour
 import dataclasses
 import functools
 import json
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ from mgsd_jax.model.qwen3vl import Qwen3VL
 
 Params = dict[str, Any]
 _STAGES = ("grounding", "distillation")
+_SAMPLES = 256  # of every weight file
+_SAMPLE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def load(
     root = epath.Path(config_lib.resolve(path, config, workdir))
     folder = root / "model" if (root / "model" / "source.json").is_file() else root
     problem = _unfinished(root)
-    if problem and folder == root:
+    if problem and (folder == root or not _last_step(root)):
         raise ValueError(problem)
     if problem:
         logging.warning("%s", problem)
@@ -216,13 +219,39 @@ def _unfinished(root: epath.Path) -> str:
         return ""  # made by hand
     stages = fields.read_json(settings) if is_stage else {root.name: {}}
     name = next((name for name in _STAGES if name in stages), root.name)
-    found = checkpoint_files.scan(root / "checkpoints")
-    last = max((int(n) for n, p in found.items() if p != checkpoint_files.HALF_WRITTEN), default=0)
+    last = _last_step(root)
     steps = fields.whole(stages, f"{name}.steps", settings) if is_stage else None
     if steps is not None and last >= steps:
         return ""
     done = "" if steps is None else f" (step {last} of {steps})"
     return f"{root}: {name} has not finished{done}; run --stage={name} first"
+
+
+def _last_step(root: epath.Path) -> int:
+    """The step of a stage's newest checkpoint, 0 without one."""
+    found = checkpoint_files.scan(root / "checkpoints")
+    return max((int(n) for n, p in found.items() if p != checkpoint_files.HALF_WRITTEN), default=0)
+
+
+def identity(path: str, config: Config, workdir: str) -> str:
+    """What tells the model at `path`, as `load` takes it, from others that were there or will be.
+
+    Of a stage it is when its training first began and its newest step, of a model's folder a sample
+    of its weights: a copy has the same.
+    """
+    root = epath.Path(config_lib.resolve(path, config, workdir))
+    runs = root / metrics.RUNS_FILE
+    if runs.is_file():
+        first = runs.read_text(encoding="utf-8").partition("\n")[0]
+        return f"{zlib.crc32(first.encode()):08x}, step {_last_step(root)}"
+    checksum = 0
+    for file in sorted(root.glob("*.safetensors")):
+        size = file.stat().length
+        with file.open("rb") as weights:
+            for i in range(_SAMPLES):
+                weights.seek(size * i // _SAMPLES)
+                checksum = zlib.crc32(weights.read(_SAMPLE_BYTES), checksum)
+    return f"{checksum:08x}"
 
 
 def load_params(

@@ -1,10 +1,10 @@
 """The rows of an evaluation: scored, written as they come, read back whole, each counted once.
 
 An evaluation folder holds `boards.jsonl`, a line for each board that is asked (task, level, index,
-case, task_text), and `rows.jsonl`, a line for each answer, appended. A kill may cut the last line
-short: it is dropped, and its answer is asked for again. A failed request leaves a row with `error`,
-and a row of another program without a response is one; the row of a later try stands after it and
-counts in its place. Where files cannot be appended to
+case, task_text), `models.json`, {model: its identity}, and `rows.jsonl`, a line for each answer,
+appended. A kill may cut the last line short: it is dropped, and its answer is asked for again. A
+failed request leaves a row with `error`, and a row of another program without a response is one;
+the row of a later try stands after it and counts in its place. Where files cannot be appended to
 (`gs://`), a batch of rows is a file `rows-N.jsonl` of its own until the evaluation is complete.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from mgsd_jax import paths
+from mgsd_jax import fields, paths
 from mgsd_jax.config import Mode
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS, facts, perception, rules
@@ -27,6 +27,7 @@ Key = tuple[str, str, str, int, int, int]  # model, mode, task, level, index, at
 
 ROWS_FILE = "rows.jsonl"
 BOARDS_FILE = "boards.jsonl"
+MODELS_FILE = "models.json"
 PARTS = "rows-*.jsonl"
 _BOARD_KEYS = {"task": str, "level": int, "index": int}
 
@@ -96,6 +97,26 @@ def write_boards(folder: epath.PathLike, boards: Sequence[Board], cases: Sequenc
             f"{path}: got the boards of another evaluation, want those of this one; "
             "set evaluate.folder to a new folder"
         )
+
+
+def check_models(folder: epath.PathLike, identities: Mapping[str, str]) -> None:
+    """Raises ValueError where `models.json` has another identity of a model that has rows."""
+    path = epath.Path(folder) / MODELS_FILE
+    noted = fields.read_json(path) if path.is_file() else {}
+    for name, identity in identities.items():
+        if noted.get(name, identity) != identity:
+            raise ValueError(
+                f"{path}: {name}: got rows of another model than the one of that name now, want "
+                f"those of one; remove {path.parent} to ask anew, or set evaluate.folder to a new "
+                "folder"
+            )
+
+
+def add_model(folder: epath.PathLike, name: str, identity: str) -> None:
+    """Notes in `models.json` whose the rows of a model are."""
+    path = epath.Path(folder) / MODELS_FILE
+    noted = fields.read_json(path) if path.is_file() else {}
+    paths.write_whole(path, json.dumps(noted | {name: identity}, indent=2) + "\n")
 
 
 def read_rows(folder: epath.PathLike) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,36 @@ def test_a_stage_is_finished_when_its_last_step_is_saved(
         return
     with pytest.raises(ValueError, match=f"{folder}: {said}"):
         loading.check_finished("{workdir}/grounding", config, str(tmp_path))
+
+
+def test_a_stage_without_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    """The one line says what is left to do, not that no checkpoint was readable."""
+    folder = tmp_path / "grounding"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "source.json").touch()
+    (folder / "config.json").write_text(json.dumps({"grounding": {"steps": 4}}))
+    with pytest.raises(ValueError, match=r"grounding has not finished \(step 0 of 4\); run"):
+        loading.load(str(folder), tiny_config(tmp_path), "")
+
+
+def test_a_models_identity_is_that_of_its_copies_alone(tmp_path: Path) -> None:
+    config, stage_folder, weights = tiny_config(tmp_path), tmp_path / "stage", tmp_path / "weights"
+    found = []
+    for step, runs in ((2, "first\n"), (4, "first\nresumed\n"), (4, "anew\n")):
+        (stage_folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        (stage_folder / "runs.jsonl").write_text(runs)
+        found.append(loading.identity("{workdir}/stage", config, str(tmp_path)))
+    (stage_folder / "runs.jsonl").write_text("anew\nresumed\n")
+    assert found[-1] == loading.identity("{workdir}/stage", config, str(tmp_path))
+    weights.mkdir()
+    content = bytearray(100_000)
+    for place in (0, 50_000, 99_999):
+        content[place] = 1
+        (weights / "model.safetensors").write_bytes(content)
+        found.append(loading.identity("{workdir}/weights", config, str(tmp_path)))
+    shutil.copytree(weights, tmp_path / "copy")
+    assert found[-1] == loading.identity("{workdir}/copy", config, str(tmp_path))
+    assert len(set(found)) == 6
 
 
 @pytest.mark.parametrize("path", ["{model}", "{workdir}/exported", "{workdir}/grounding"])

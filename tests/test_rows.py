@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -188,6 +189,28 @@ def test_an_evaluation_that_fails_first_leaves_its_folder_to_any_other(
     evaluate.run(make_config(models=(("base", "elsewhere"),), **free), str(tmp_path))
     with pytest.raises(ValueError, match=r"models: got .*; set that back, remove .*/evaluate to s"):
         evaluate.run(make_config(), str(tmp_path))
+
+
+def test_rows_of_another_model_do_not_stand_for_the_one_that_is_there_now(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corrected model.path, a stage that was trained anew or went on after it was evaluated."""
+    model, weights = Model(monkeypatch), tmp_path / "there" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    config = make_config(models=(("base", str(weights.parent)),))
+    evaluate.run(config, str(tmp_path))
+    asked, folder = len(model.asked), tmp_path / "evaluate"
+    evaluate.run(config, str(tmp_path))
+    weights.write_bytes(b"two")
+    with pytest.raises(ValueError, match=r"^.*/models\.json: base: got rows of another .*; remove"):
+        evaluate.run(config, str(tmp_path))
+    assert len(model.asked) == asked and len(lines(folder)) == asked
+    (folder / "models.json").unlink()  # as an older version left it
+    evaluate.run(config, str(tmp_path))
+    shutil.rmtree(folder)
+    evaluate.run(config, str(tmp_path))
+    assert len(model.asked) == 2 * asked
 
 
 def test_every_try_is_asked_once_and_under_its_own_number(

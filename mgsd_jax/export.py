@@ -57,8 +57,6 @@ def run(config: Config, workdir: str) -> None:
         return
     source = config_lib.resolve(settings.source, config, workdir)
     is_own = (folder / RECORD).is_file() and _made_from(folder) == source
-    if not is_own:
-        files.check_free(folder)
     with files.new_folder(folder, replaces=is_own) as partial:
         write = _write_adapters if settings.adapters else _write_model
         measured = write(config, workdir, partial)

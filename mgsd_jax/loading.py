@@ -1,7 +1,7 @@
 """A model ready to use, from a Hugging Face folder or from what a stage left behind.
 
 A stage folder holds `model/` (config, tokenizer and processor files of its source, and
-`source.json`: where the untrained weights come from and which part was trained) and
+`source.json`: where the untrained weights come from, which they were, and what was trained) and
 `checkpoints/`. Trained weights replace those of the source; adapters are merged.
 """
 
@@ -119,6 +119,7 @@ def load_student(
     adapters = None
     if settings.lora.rank:
         adapters, weights = _adapters_of(epath.Path(weights), settings.lora, weights, config)
+    _check_source(folder / "model" / "source.json", weights)
     student = load(weights, config, workdir, mesh, is_frozen=settings.lora.rank > 0)
     _check_trainable(student)
     trained, frozen = trainable.split(
@@ -239,7 +240,10 @@ def identity(path: str, config: Config, workdir: str) -> str:
     Of a stage it is when its training first began and its newest step, of a model's folder a sample
     of its weights: a copy has the same.
     """
-    root = epath.Path(config_lib.resolve(path, config, workdir))
+    return _identity(epath.Path(config_lib.resolve(path, config, workdir)))
+
+
+def _identity(root: epath.Path) -> str:
     runs = root / metrics.RUNS_FILE
     if runs.is_file():
         first = runs.read_text(encoding="utf-8").partition("\n")[0]
@@ -284,6 +288,7 @@ def load_params(
     source, trained = _read_stage(root, config, mesh)
     if source["complete"]:
         return tree.map_named(finish, trained["params"])
+    _check_source(source_file, source["weights"])
     base = functools.partial(
         load_params, epath.Path(source["weights"]), model_config, config, workdir, mesh
     )
@@ -311,6 +316,7 @@ def load_adapters(path: str, config: Config, workdir: str) -> tuple[Params, lora
             )
         specs.append(_spec(source))
         parts.append(lora.with_scale(trained["adapters"], specs[-1]))
+        _check_source(root / "model" / "source.json", source["weights"])
         root = epath.Path(source["weights"])
     if not parts:
         raise ValueError(f"{root}: got no model/source.json, want a stage that trained adapters")
@@ -344,6 +350,17 @@ def _read_source(file: epath.Path) -> dict[str, Any]:
     return source | {"lora": config_lib.coerce(source["lora"], LoraConfig, f"{file}: lora")}
 
 
+def _check_source(file: epath.Path, weights: str) -> None:
+    """Raises ValueError where a stage's `source.json` is there and `weights` are others by now."""
+    noted = fields.read_json(file).get("identity") if file.is_file() else None
+    if noted is not None and noted != _identity(epath.Path(weights)):
+        stage_folder = file.parent.parent
+        raise ValueError(
+            f"{file}: weights: got another model at {weights} than {stage_folder.name} began with, "
+            f"want that one back, or {stage_folder} removed and trained anew"
+        )
+
+
 def _placed(shapes: Params, mesh: Mesh) -> Params:
     return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
 
@@ -370,6 +387,7 @@ def write_source(
             paths.write_whole(folder / file.name, file.read_bytes())
     source = {
         "weights": str(paths.absolute(weights)),
+        "identity": _identity(epath.Path(weights)),
         "lora": dataclasses.asdict(lora_config),
         "complete": is_complete,
         "metric": metric,

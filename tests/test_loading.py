@@ -147,6 +147,30 @@ def test_a_models_identity_is_that_of_its_copies_alone(tmp_path: Path) -> None:
     assert len(set(found)) == 6
 
 
+def test_a_stage_is_not_put_above_weights_that_it_was_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grounding was trained anew after distillation, whose frozen part would be another."""
+    config, base = tiny_config(tmp_path), write_model(tmp_path / "base")
+    loaded = loading.load(base, config, "")
+    folder = epath.Path(tmp_path) / "distillation"
+    lora_config = dataclasses.replace(config.distillation.lora, rank=0)
+    loading.write_source(
+        folder, loaded, weights=base, lora_config=lora_config, is_complete=False, metric=""
+    )
+    monkeypatch.setattr(loading.checkpoint, "load_params", lambda *_, **__: {"params": {}})
+    again = loading.load(str(folder), config, "")
+    assert again.params.keys() == loaded.params.keys()
+    weights = tmp_path / "base" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    line = r"source.json: weights: got another model at .*base than distillation began with, want"
+    with pytest.raises(ValueError, match=line):
+        loading.load(str(folder), config, "")
+    with pytest.raises(ValueError, match=line):
+        load_student(config, tmp_path, base)
+
+
 @pytest.mark.parametrize("path", ["{model}", "{workdir}/exported", "{workdir}/grounding"])
 def test_a_folder_of_weights_is_no_stage(tmp_path: Path, path: str) -> None:
     """Also one of a stage's name, and one that is not there: loading it says what it lacks."""

@@ -151,7 +151,10 @@ def scratch_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
 def check_free(folder: Path) -> None:
     """Raise ValueError where something is at `folder` that is no empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: got an existing file or folder, want an absent or empty one")
+        raise ValueError(
+            f"{folder}: got an existing file or folder, want an absent or empty one; "
+            "remove it, or name another"
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import paths, tree
+from mgsd_jax import fields, paths, tree
 from mgsd_jax import prompts as prompts_lib
 from mgsd_jax.batch import Pictures
 from mgsd_jax.config import Config, NanoConfig
@@ -27,7 +27,7 @@ from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.envs import ENVS
-from mgsd_jax.model import hf
+from mgsd_jax.model import files, hf
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
 
@@ -68,13 +68,32 @@ _FEATURE_NORM = 4.0
 
 
 def run(config: Config, workdir: str) -> None:
-    """Writes the nano folder named by `config.nano.folder`; the weights come from `config.seed`."""
+    """Writes the nano folder named by `config.nano.folder`; the weights come from `config.seed`.
+
+    Raises ValueError where the folder holds anything but a model of that shape.
+    """
     if config.nano is None:
         raise ValueError("config.nano: got None, want the shape of the model to write")
     folder = paths.local(config_lib.resolve(config.nano.folder, config, workdir), "nano.folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = write_tokenizer(folder, config.nano)
-    written = hf_config(config.nano, tokenizer)
+    if _is_of_shape(folder, config.nano):
+        _write(config, config.nano, folder)
+    else:
+        with files.new_folder(folder) as partial:
+            _write(config, config.nano, partial)
+    logging.info("%s: written", folder)
+
+
+def _is_of_shape(folder: pathlib.Path, nano: NanoConfig) -> bool:
+    """Whether the folder holds what an earlier `run` wrote, which may be written again."""
+    file = folder / "config.json"
+    shape = fields.read_json(file).get("text_config") if file.is_file() else None
+    wanted = {"hidden_size": nano.width, "num_hidden_layers": nano.layers}
+    return isinstance(shape, dict) and shape | wanted == shape
+
+
+def _write(config: Config, nano: NanoConfig, folder: pathlib.Path) -> None:
+    tokenizer = write_tokenizer(folder, nano)
+    written = hf_config(nano, tokenizer)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     model_config = ModelConfig.from_hf(written, source=str(folder / "config.json"))
     params = widen_vision(init_params(model_config, jax.random.key(config.seed)))
@@ -82,7 +101,7 @@ def run(config: Config, workdir: str) -> None:
     params = whiten_vision(params, Qwen3VL(model_config), samples)
     hf.save_params(params, model_config, folder, dtype="float32")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    logging.info("%s: %d parameters, %d tokens", folder, count, len(tokenizer))
+    logging.info("%d parameters, %d tokens", count, len(tokenizer))
 
 
 def widen_vision(params: dict[str, Any]) -> dict[str, Any]:

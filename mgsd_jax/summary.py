@@ -10,6 +10,7 @@ nothing is NaN.
 import collections
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from mgsd_jax.envs import ENVS
@@ -29,6 +30,7 @@ from mgsd_jax.measures import (
     rate,
     rule_sets,
 )
+from mgsd_jax.ranges import shown
 
 MODELS = ("base", "grounded", "distilled")  # the order of every listing; others follow
 MODES = ("picture", "text", "blind", "perception")
@@ -44,8 +46,20 @@ ERRORS = (
     "not_successful",
 )
 _ROW_KEYS = ("id", "model", "mode", "task", "level", "index", "task_text", "response")
-_PLAN_KEYS = ("outcome", "plan", "truncated", "response_tokens", "state_f1", "state_exact")
-_OUTCOME_KEYS = ("success", "optimal", "parsed", "legal", "reason", "steps", "progress")
+_PLAN_KINDS: Mapping[str, tuple[type, ...]] = {
+    "outcome": (dict,),
+    "plan": (list,),
+    "truncated": (bool,),
+    "response_tokens": (int, NoneType),
+    "state_f1": (float, int, NoneType),
+    "state_exact": (bool, NoneType),
+}
+_OUTCOME_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("success", "optimal", "parsed", "legal"), (bool,)),
+    "reason": (str, NoneType),
+    "steps": (int,),
+    "progress": (float, int),
+}
 
 
 def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
@@ -140,8 +154,8 @@ def check_rows(rows: Sequence[Row], *, source: str) -> None:
         if row["mode"] == "perception":
             _want_keys(row, ("perception",), where)
         else:
-            _want_keys(row, _PLAN_KEYS, where)
-            _want_keys(row["outcome"], _OUTCOME_KEYS, f"{where}, outcome")
+            _want_kinds(row, _PLAN_KINDS, where)
+            _want_kinds(row["outcome"], _OUTCOME_KINDS, f"{where}, outcome")
         board = board_of(row)
         key = (row["model"], row["mode"], board, row.get("attempt", 0))
         if key in seen:
@@ -157,7 +171,17 @@ def _rank(name: str) -> int:
     return MODELS.index(name) if name in MODELS else len(MODELS)
 
 
-def _want_keys(record: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _want_kinds(
+    record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], where: str
+) -> None:
+    _want_keys(record, kinds, where)
+    for key, kind in kinds.items():
+        if type(record[key]) not in kind:
+            names = " or ".join("null" if one is NoneType else one.__name__ for one in kind)
+            raise ValueError(f"{where}, {key}: got {shown(record[key])}, want {names}")
+
+
+def _want_keys(record: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
     missing = [key for key in keys if key not in record]
     if missing:
         raise ValueError(f"{where}: got keys {sorted(record)}, want {missing} as well")

@@ -1,10 +1,12 @@
 """The shipped nano base and its tokenizer: whole, small, and made for the prompts of today."""
 
+import dataclasses
 import json
 import pathlib
 
 import numpy as np
 import pytest
+from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
 from mgsd_jax import nano, prompts
@@ -56,6 +58,20 @@ def test_prompts_are_short_and_every_text_survives(task: str, level: int) -> Non
         assert decode(processor, example.tokens[length:]) == answer
     for text in ("ünïcode, any text\n\n (9,9) <b>", "(0,0)(1,1) up,down", " 7x7"):
         assert decode(processor, encode_answer(processor, text)) == text
+
+
+def test_no_other_model_is_written_over(tmp_path: pathlib.Path) -> None:
+    """A folder of weights that took days is not replaced by random ones; the same shape may be."""
+    config, folder = tiny_config(tmp_path), tmp_path / "init"
+    nano.run(config, str(tmp_path))
+    (folder / "notes.txt").touch()
+    nano.run(config, str(tmp_path))
+    assert (folder / "notes.txt").is_file() and config.nano is not None
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    wider = dataclasses.replace(config.nano, width=config.nano.width * 2)
+    with pytest.raises(ValueError, match=r"init: got an existing file or folder, want .*; remove"):
+        nano.run(dataclasses.replace(config, nano=wider), str(tmp_path))
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_the_vision_tower_starts_awake(tmp_path: pathlib.Path) -> None:

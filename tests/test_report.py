@@ -338,6 +338,12 @@ def spoil_count(folder: pathlib.Path) -> None:
         (lambda f: (f / "rows.jsonl").write_text("\n"), r"rows\.jsonl: got no rows, want"),
         (lambda f: (f / "rows.jsonl").write_text("{]\n"), r"rows\.jsonl, line 1: got .*JSON"),
         (lambda f: (f / "summary.json").write_text("{}"), r"summary\.json: got keys \[\], want"),
+        (
+            lambda f: (f / "summary.json").write_text(
+                json.dumps(summarize(make_rows()) | {"differences": None})
+            ),
+            r"summary\.json: differences: got None, want dict",
+        ),
         (spoil_model, r"rows\.jsonl: got model 'mystery' .* want one of \['base', 'dist"),
         (spoil_count, r"summary\.json: got rows by model and mode"),
         (

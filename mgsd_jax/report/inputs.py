@@ -60,6 +60,8 @@ def read_evaluation(folder: PathLike) -> Evaluation:
     missing = [key for key in _SUMMARY_KEYS if key not in summary]
     if missing:
         raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want {missing} as well")
+    for key in _SUMMARY_KEYS:
+        fields.field(summary, key, dict, summary_path)
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["model"] not in summary["models"]:

@@ -134,7 +134,8 @@ def is_complete(root: epath.Path, settings: Mapping[str, Any]) -> bool:
                     "want the same settings, or this folder removed, or another in data.folder"
                 )
             return name == MANIFEST
-    if root.exists() and any(root.iterdir()):
+    # A kill may have left the first file half written.
+    if root.exists() and {path.name for path in root.iterdir()} - {f"{SETTINGS}.partial"}:
         raise ValueError(f"{root}: got other files and no {SETTINGS}, want an empty folder")
     return False
 

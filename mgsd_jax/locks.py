@@ -55,8 +55,10 @@ def held(folder: epath.PathLike) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        pathlib.Path(path).unlink(missing_ok=True)
-        file.close()
+        try:
+            pathlib.Path(path).unlink(missing_ok=True)
+        finally:
+            file.close()
 
 
 def _owner(**more: str | int) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers_kills import Killer
 from helpers_model import Row, random_params
 from helpers_tiny import tiny_config
 from safetensors.numpy import load_file, save_file
@@ -192,44 +192,6 @@ def test_an_earlier_export_of_the_same_source_alone_is_replaced(
     other = dataclasses.replace(config, export=dataclasses.replace(config.export, source="other"))
     with pytest.raises(ValueError, match="out: got an existing"):
         export.run(other, str(tmp_path))
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
-
-
-class Killer:
-    """Ends the program before the n-th change to files below a folder, and at all after it.
-
-    An audit hook sees every way of changing a file, but cannot be taken away: it is told to rest.
-    """
-
-    EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
-
-    def __init__(self) -> None:
-        self.root, self.left = "", -1
-        sys.addaudithook(self)
-
-    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.root or event not in (*self.EVENTS, "open"):
-            return
-        is_writing = event != "open" or (isinstance(args[1], str) and not args[1].startswith("r"))
-        is_relative = event in ("os.remove", "os.rmdir") and args[1] >= 0  # rmtree, by descriptor
-        if is_writing and (is_relative or str(args[0]).startswith(self.root)):
-            self.left -= 1
-            if self.left < 0:
-                raise Killed
-
-    def run(self, function: Callable[[], None], root: Path, operations: int) -> bool:
-        """Whether the function came to its end within so many operations."""
-        self.root, self.left = str(root), operations
-        try:
-            function()
-        except Killed:
-            return False
-        finally:
-            self.root = ""
-        return True
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What all tests share: compiled programs, kept for every process of a run and for the next, and Ctrl-C.
+"""What all tests share: compiled programs are kept, for every process of a run and for the next.
 
 Set before jax is imported; child processes inherit it. A cache of another place is left as it is.
 """

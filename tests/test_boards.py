@@ -57,7 +57,7 @@ def test_a_public_board_is_written_back_byte_for_byte(path: pathlib.Path) -> Non
 def test_a_public_plan_is_the_shortest(path: pathlib.Path) -> None:
     env, state, fields, _ = read(path)
     plan = tuple(json.loads(fields["solution_actions"]))
-    assert plan in env.shortest_plans(state)
+    assert env.play(state, plan).optimal
     assert len(env.shortest_plan(state)) == int(fields["path_length"])
     if env.NAME != "minibehaviour":
         assert env.shortest_plan(state) == plan  # ties are broken in the same order

@@ -64,11 +64,12 @@ def score_row(board: Board, mode: Mode, response: str) -> Row:
         return row
     stated = facts.read_facts(board.task, response)
     own_state = facts.state_from_facts(board.task, stated)
-    row["outcome"] = dataclasses.asdict(rules.judge(board.state, board.task, response))
-    row["plan"] = list(rules.parse_plan(response, board.task).plan)
+    parsed = rules.parse_plan(response, board.task)
+    row["outcome"] = dataclasses.asdict(rules.play(board.state, board.task, parsed))
+    row["plan"] = list(parsed.plan)
     row |= facts.measure(board.task, board.state, stated)
     row["plan_given_own_state"] = (
-        False if own_state is None else rules.judge(own_state, board.task, response).success
+        False if own_state is None else rules.play(own_state, board.task, parsed).success
     )
     return row
 

@@ -130,7 +130,11 @@ def parse_plan(response: str, task: str, *, lenient: bool = False) -> ParsedPlan
 
 def judge(state: Any, task: str, response: str, *, lenient: bool = False) -> Outcome:
     """The outcome of a response on a board by the standard rules; see `parse_plan` and `play`."""
-    parsed = parse_plan(response, task, lenient=lenient)
+    return play(state, task, parse_plan(response, task, lenient=lenient))
+
+
+def play(state: Any, task: str, parsed: ParsedPlan) -> Outcome:
+    """The outcome of what `parse_plan` made of a response, on a board."""
     if parsed.reason is not None:
         return Outcome(
             success=False,

@@ -4,11 +4,12 @@ from setuptools import find_packages, setup
 
 setup(
     name="mgsd_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Train Qwen3-VL to plan from pictures: grounding and distillation in JAX",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mgsd_jax", "mgsd_jax.*"]),
-    package_data={"mgsd_jax": ["assets/**/*"]},
+    package_data={"mgsd_jax": ["py.typed", "assets/**/*"]},
+    license="Apache-2.0",
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.8,<0.14",

@@ -50,6 +50,7 @@ NUMBERS = (math.nan, math.inf, -math.inf, -1e-9, -2, -(10**12), 1e300, 10**12, 1
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("two", None, True, 1.5, (), [1], {}, *NUMBERS),
     float: ("fast", None, True, (), [1.0], {}, *NUMBERS),
+    bool: (None, 0, 1, 1.0, "yes", [True]),
     str: (None, 3, b"a", ("a",), {}, "a\0b"),
     tuple: (None, 3, "some text", {}, (None,), ((),), (object(),)),
     Literal: (None, 0, "", "neither", ["a"], math.nan),
@@ -57,6 +58,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
 TEXTS: dict[Any, tuple[str, ...]] = {
     int: ("two", "", "None", "1.5", "-2", "1000000000000"),
     float: ("fast", "", "None", "-2", "1e300", "1e999"),
+    bool: ("yes", "", "1", "None"),
     tuple: ("3", "None", "(None,)"),
     Literal: ("neither", ""),
 }

@@ -150,11 +150,11 @@ def load_teacher(
     (`teacher_decay`), or the student without its adapters. Raises ValueError for one that would
     read the student's tokens as other text.
     """
-    teacher = paths.absolute(config_lib.resolve(settings.teacher, config, workdir))
-    if settings.lora.rank and student.base == str(teacher) and not settings.teacher_decay:
-        logging.info("%s: the teacher is the student without its adapters, held once", teacher)
-        return student
     if settings.teacher_decay:
+        return student
+    teacher = paths.absolute(config_lib.resolve(settings.teacher, config, workdir))
+    if settings.lora.rank and student.base == str(teacher):
+        logging.info("%s: the teacher is the student without its adapters, held once", teacher)
         return student
     loaded = load(settings.teacher, config, workdir, mesh, is_frozen=True)
     _check_trainable(loaded)

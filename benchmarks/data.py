@@ -13,9 +13,9 @@ import time
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.data.batching import to_inputs
+from mgsd_jax.data.loaders import Encoder, StreamedBoards
 from mgsd_jax.data.processor import load_processor
-from mgsd_jax.data.sources import Encoder, StreamedBoards
-from mgsd_jax.prompts import BUILT_IN
+from mgsd_jax.data.prompts import BUILT_IN
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = (("frozenlake", 4), ("maze", 4), ("minibehaviour", 5))

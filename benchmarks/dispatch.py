@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import sharding
 from mgsd_jax.config import Config
 from mgsd_jax.model.config import ModelConfig
-from mgsd_jax.model.released import RELEASED
+from mgsd_jax.parallel import sharding
 from mgsd_jax.preflight.programs import Program, programs_of
+from mgsd_jax.weights.released import RELEASED
 
 RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "distillation_4b.py"
 TINY = (

@@ -32,16 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import distillation, losses, optimizer, sampler, sharding, stage, trainable
-from mgsd_jax.chips import CHIPS, GPUS, Chip
 from mgsd_jax.config import Config, LoraConfig
 from mgsd_jax.data import batching, positions
 from mgsd_jax.data.processor import Encoded, PicturePatches
 from mgsd_jax.main import load_config
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
-from mgsd_jax.model.released import find_config
+from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel.chips import CHIPS, GPUS, Chip
 from mgsd_jax.preflight import programs
+from mgsd_jax.sampling import sampler
+from mgsd_jax.stages import distillation
+from mgsd_jax.training import losses, optimizer, sessions, trainable
+from mgsd_jax.weights.released import find_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2.0**30
@@ -277,7 +280,7 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
     return {
         "trained": f"adapters of rank {lora.rank}" if lora.rank else "all",
         "seconds": seconds,
-        **stage.speed(flops, 2 * math.prod(shape), seconds),
+        **sessions.speed(flops, 2 * math.prod(shape), seconds),
         "loss": float(step()["loss"].value),
         "needed_gib": needed / GIB,
     }

@@ -18,8 +18,8 @@ import torch
 from gpu import make_prompts
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from mgsd_jax.batch import Inputs
 from mgsd_jax.config import Config
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.config import ModelConfig
 
 LOGIT_ROWS = 4  # rows of a microbatch: two float32 [rows, R, V] and their gradients are held

@@ -30,8 +30,8 @@ import jax
 import numpy as np
 
 from mgsd_jax import tree
-from mgsd_jax.model import files, hf, table
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from mgsd_jax.weights import files, hf, table
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mgsd_jax import losses
+from mgsd_jax.training import losses
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 

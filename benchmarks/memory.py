@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mgsd_jax import optimizer, sharding, trainable
 from mgsd_jax.config import Config, LoraConfig, OptimConfig
-from mgsd_jax.model import table
 from mgsd_jax.model.config import ModelConfig
-from mgsd_jax.model.released import RELEASED
+from mgsd_jax.parallel import sharding
+from mgsd_jax.training import optimizer, trainable
+from mgsd_jax.weights import table
+from mgsd_jax.weights.released import RELEASED
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = ("2B", "4B", "8B", "32B")

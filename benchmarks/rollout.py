@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from mgsd_jax.batch import Inputs, Pictures
 from mgsd_jax.data import positions as positions_lib
-from mgsd_jax.model import hf
+from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
-from mgsd_jax.sampler import Sampling, make_rollout
+from mgsd_jax.sampling.sampler import Sampling, make_rollout
+from mgsd_jax.weights import hf
 
 CONFIG = ModelConfig(
     text=TextConfig(

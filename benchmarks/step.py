@@ -30,11 +30,12 @@ import waiting
 from rollout import CONFIG, GRID, make_inputs, random_params
 from transformers import Qwen3VLForConditionalGeneration
 
-from mgsd_jax import distillation, optimizer
-from mgsd_jax.batch import Inputs
 from mgsd_jax.config import DistillationConfig, OptimConfig
-from mgsd_jax.model import hf
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.stages import distillation
+from mgsd_jax.training import optimizer
+from mgsd_jax.weights import hf
 
 BANNED = (CONFIG.image_token_id, CONFIG.video_token_id)
 OPTIM = OptimConfig(lr=1e-6, weight_decay=0.01)

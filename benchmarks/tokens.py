@@ -17,11 +17,11 @@ from typing import get_args
 import numpy as np
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import evaluate
 from mgsd_jax.data.boards import Board
+from mgsd_jax.data.loaders import Encoder, StreamedBoards
 from mgsd_jax.data.processor import load_processor
-from mgsd_jax.data.sources import Encoder, StreamedBoards
-from mgsd_jax.prompts import BUILT_IN
+from mgsd_jax.data.prompts import BUILT_IN
+from mgsd_jax.sampling import answers
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def lengths(encoder: Encoder, board: Board, rng: np.random.Generator) -> Iterator[tuple[str, int]]:
     """(kind, tokens) of everything that is made of a board."""
     for mode in get_args(config_lib.Mode):
-        yield mode, len(evaluate.encode_prompt(encoder, board, mode).tokens)
+        yield mode, len(answers.encode_prompt(encoder, board, mode).tokens)
     for context in get_args(config_lib.TeacherContext):
         yield context, len(encoder.teacher(board, context).tokens)
     for kind in get_args(config_lib.Record):

@@ -26,7 +26,8 @@ from unittest import mock
 
 import jax
 
-from mgsd_jax import distillation, generate, main
+from mgsd_jax import main
+from mgsd_jax.stages import distillation, generate
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nano.py"
 WARM_UP = 3  # steps: two compilations, and a loader that gets ahead

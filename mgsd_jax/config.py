@@ -13,7 +13,7 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from mgsd_jax.ranges import FREE, Between, Items, Place, Regex, coerce, hints, plain
+from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, hints, plain
 
 Task = Literal["frozenlake", "maze", "minibehaviour"]
 Record = Literal["questions", "cells", "plan_from_text", "plan_from_picture"]

@@ -37,24 +37,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from absl import app, flags, logging
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import (
-    distillation,
-    evaluate,
-    export,
-    generate,
-    grounding,
-    nano,
-    paths,
-    preflight,
-    processes,
-    ranges,
-    report,
-    score,
-    stage,
-)
+from mgsd_jax import preflight, report
+from mgsd_jax.checks import ranges
+from mgsd_jax.parallel import processes
+from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, score
+from mgsd_jax.training import sessions
+from mgsd_jax.workdir import paths
 
 STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
-    "init": nano.run,
+    "init": init.run,
     "generate": generate.run,
     "grounding": grounding.run,
     "distillation": distillation.run,
@@ -168,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
             are_several = processes.join(*processes.settings(given, os.environ))
         STAGES[_STAGE.value](config, str(paths.absolute(workdir)))
         return 0
-    except stage.Stopped as stopped:  # all processes together
+    except sessions.Stopped as stopped:  # all processes together
         logging.error("%s", stopped)
         return stopped.exit_code
     except KeyboardInterrupt:

@@ -11,8 +11,8 @@ import torch
 from helpers_model import Row
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from mgsd_jax.model import hf
 from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.weights import hf
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> Qwen3VLForConditionalGeneration:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgsd_jax.batch import Inputs, Pictures
 from mgsd_jax.data import positions as positions_lib
+from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import init_params
 

@@ -14,7 +14,9 @@ import helpers_devices
 import numpy as np
 from helpers_tiny import tiny_config
 
-from mgsd_jax import checkpoint, generate, metrics, nano, tree
+from mgsd_jax import tree
+from mgsd_jax.stages import generate, init
+from mgsd_jax.workdir import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMED = ("time", "seconds", "data", "rollout", "update", "validation", "tflops_per_s", "mfu")
@@ -31,7 +33,7 @@ class Base:
 
 def make_base(folder: pathlib.Path) -> Base:
     config = tiny_config(folder)
-    nano.run(config, str(folder))
+    init.run(config, str(folder))
     generate.run(config, str(folder))
     return write_config(folder)
 

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mgsd_jax import sharding
+from mgsd_jax.parallel import sharding
 
 
 def tpu_mesh(topology: str, **sizes: int) -> Mesh:

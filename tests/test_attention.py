@@ -14,12 +14,12 @@ import pytest
 from helpers_model import GOLDEN_ROWS, random_params, random_rows, to_inputs
 from helpers_tpu import tpu_mesh
 
-from mgsd_jax import sharding
-from mgsd_jax.batch import Inputs
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.attention import Kernel, attend, kernel_for
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.model.remat import Remat
+from mgsd_jax.parallel import sharding
 
 TESTS = Path(__file__).parent
 SPLASH = Kernel("splash", interpret=True)
@@ -137,7 +137,7 @@ def test_kernel_follows_the_devices() -> None:
 ON_EIGHT_DEVICES = """
 import jax, numpy as np, test_attention as t
 from mgsd_jax import sharding
-from mgsd_jax.batch import Inputs
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.attention import Kernel, attend
 q, k, v, valid = t.arrays(4, 2, 64, 128, rows=4)
 want = t.output_and_gradients(Kernel(), q, k, v, valid, True)

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 from helpers_tokenizer import write_processor_folder
 
-from mgsd_jax.batch import Inputs, Pictures
-from mgsd_jax.data.batching import (
-    Side,
-    bucket,
-    grounding_batch,
-    pad_rows,
-    prompt_batch,
-    to_inputs,
-)
+from mgsd_jax.data.batch import Inputs, Pictures
+from mgsd_jax.data.batching import Side, bucket, grounding_batch, pad_rows, prompt_batch, to_inputs
 from mgsd_jax.data.processor import Encoded, Processor, encode, encode_example, load_processor
 
 BUCKETS = (16, 64, 256)

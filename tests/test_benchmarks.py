@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax.envs import ENVS, benchmarks, splits
+from mgsd_jax.data import benchmarks, splits
+from mgsd_jax.envs import ENVS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "benchmarks"

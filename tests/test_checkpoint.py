@@ -24,7 +24,7 @@ import pytest
 from absl import logging
 from etils import epath
 
-from mgsd_jax import checkpoint, checkpoint_files, metrics
+from mgsd_jax.workdir import checkpoint, checkpoint_files, folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -489,21 +489,21 @@ def test_load_params_passes_over_what_is_damaged_and_moves_nothing(
 def test_a_field_newer_than_the_run_has_its_default_there(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"optim": {"lr": 1.0}}))
     newer = {"optim": {"lr": 1.0, "clip": 2.0}}
-    checkpoint.check_config(tmp_path, newer, defaults={"optim": {"clip": 2.0, "lr": 5.0}, "x": 1})
+    folders.check_config(tmp_path, newer, defaults={"optim": {"clip": 2.0, "lr": 5.0}, "x": 1})
     with pytest.raises(ValueError, match=r"optim\.clip: got 2\.0, want 3\.0"):
-        checkpoint.check_config(tmp_path, newer, defaults={"optim": {"clip": 3.0}})
+        folders.check_config(tmp_path, newer, defaults={"optim": {"clip": 3.0}})
     with pytest.raises(ValueError, match=r"optim\.clip: got 2\.0, want nothing"):
-        checkpoint.check_config(tmp_path, newer)
+        folders.check_config(tmp_path, newer)
 
 
 def test_check_config_lists_the_fields_that_differ(tmp_path: pathlib.Path) -> None:
     theirs = {"optim": {"lr": 1e-4, "steps": 5}, "levels": (3, 4), "name": "a", "log": {"every": 1}}
-    checkpoint.check_config(tmp_path, theirs)  # an unused folder is anyone's
-    metrics.write_run_info(tmp_path, theirs)
-    checkpoint.check_config(tmp_path, theirs)
+    folders.check_config(tmp_path, theirs)  # an unused folder is anyone's
+    folders.write_run_info(tmp_path, theirs)
+    folders.check_config(tmp_path, theirs)
     ours = {"optim": {"lr": 1e-3, "steps": 5}, "levels": (3, 5), "new": 1, "log": {"every": 2}}
     with pytest.raises(ValueError) as raised:
-        checkpoint.check_config(tmp_path, ours, ignore=("log", "optim.step"))
+        folders.check_config(tmp_path, ours, ignore=("log", "optim.step"))
     message = str(raised.value)
     for part in (
         str(tmp_path),
@@ -514,7 +514,7 @@ def test_check_config_lists_the_fields_that_differ(tmp_path: pathlib.Path) -> No
     ):
         assert part in message
     assert "log" not in message and "steps" not in message
-    checkpoint.check_config(tmp_path, ours, ignore=("log", "optim", "levels", "name", "new"))
+    folders.check_config(tmp_path, ours, ignore=("log", "optim", "levels", "name", "new"))
 
 
 def test_data_states_of_another_number_of_processes(tmp_path: pathlib.Path) -> None:
@@ -551,7 +551,7 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path: pathlib.Path) -> N
     code = """
         import os, signal, sys
         import numpy as np
-        from mgsd_jax import checkpoint, checkpoint_files
+        from mgsd_jax.workdir import checkpoint, checkpoint_files
         checkpointer = checkpoint.open_checkpointer(sys.argv[1], keep_last=1)
         checkpoint.save(checkpointer, 1, {"a": np.arange(1000)}, {"next": 1}, {})
         checkpoint.wait(checkpointer)
@@ -581,7 +581,7 @@ def test_a_full_disk_is_an_error_in_words_and_loses_nothing(tmp_path: pathlib.Pa
     code = """
         import errno, os, shutil, sys
         import numpy as np
-        from mgsd_jax import checkpoint
+        from mgsd_jax.workdir import checkpoint
         def make(step):
             return {"a": np.random.default_rng(step).normal(size=60_000)}
         for attempt in range(2):
@@ -621,7 +621,7 @@ def test_restores_onto_another_sharding(tmp_path: pathlib.Path) -> None:
         import sys
         import jax, numpy as np
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from mgsd_jax import checkpoint
+        from mgsd_jax.workdir import checkpoint
         assert jax.device_count() == 8
         devices = np.array(jax.devices())
         def shardings(shape, *specs):
@@ -665,7 +665,7 @@ def test_two_processes_save_and_restore_together(tmp_path: pathlib.Path) -> None
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", 2, process)
         from jax.experimental import multihost_utils
-        from mgsd_jax import checkpoint
+        from mgsd_jax.workdir import checkpoint
         mesh = Mesh(np.array(jax.devices()), ("data",))
         sharding = NamedSharding(mesh, P("data"))
         host = np.arange(8, dtype=np.float32)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from test_report import LETTERS, LEVELS, Tags
 
-from mgsd_jax import metrics, report, rows
+from mgsd_jax import report
 from mgsd_jax.config import Config
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import rows, scoring
+from mgsd_jax.evaluation.summary import error_of, summarize
 from mgsd_jax.main import load_config
 from mgsd_jax.report import compare, compare_page
-from mgsd_jax.summary import error_of, summarize
+from mgsd_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 BOARDS = 8  # a task and level
@@ -57,7 +59,7 @@ def write_run(
     for model, count in solved.items():
         for board, original in zip(boards, ALL, strict=True):
             response = answer(board, original.index < count)
-            row = rows.score_row(board, "picture", response)
+            row = scoring.score_row(board, "picture", response)
             row |= {"model": model, "attempt": 0, "truncated": False, "response_tokens": 3}
             found.append(row)
     rows.append(evaluation, found)

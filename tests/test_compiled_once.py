@@ -12,8 +12,9 @@ import pytest
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
-from mgsd_jax import distillation, generate, grounding, nano, sampler
-from mgsd_jax.batch import Inputs
+from mgsd_jax.data.batch import Inputs
+from mgsd_jax.sampling import sampler
+from mgsd_jax.stages import distillation, generate, grounding, init
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 BOARDS = (
@@ -59,7 +60,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, pathlib.Pa
         ),
         checkpoint=c.CheckpointConfig(every=0),
     )
-    nano.run(config, str(workdir))
+    init.run(config, str(workdir))
     generate.run(config, str(workdir))
     return config, workdir
 

@@ -11,9 +11,11 @@ import pytest
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
-from mgsd_jax import distillation, generate, loading, nano, optimizer, sampler, stage, trainable
-from mgsd_jax.data import sources
+from mgsd_jax.data import loaders, segments
 from mgsd_jax.model import qwen3vl
+from mgsd_jax.sampling import sampler
+from mgsd_jax.stages import distillation, generate, init, loading
+from mgsd_jax.training import optimizer, sessions, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Setup:
     loaded: Any
     frozen: Any
     trained: Any
-    prompts: sources.PromptRows
+    prompts: loaders.PromptRows
     sampled: sampler.Rollout
 
 
@@ -36,16 +38,16 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, teacher_buckets=longer)
     )
-    nano.run(config, str(workdir))
+    init.run(config, str(workdir))
     generate.run(config, str(workdir))
     loaded = loading.load("{model}", config, str(workdir), None)
     settings = config.distillation
     trained, frozen = trainable.split(
         loaded.params, settings.optim, settings.lora, jax.random.key(0)
     )
-    loader = sources.prompt_loader(
-        stage.boards(config, str(workdir), "train"),
-        stage.encoder(config, loaded.processor),
+    loader = loaders.prompt_loader(
+        sessions.boards(config, str(workdir), "train"),
+        sessions.encoder(config, loaded.processor),
         context="state",
         batch_size=4,
         rollouts=1,
@@ -162,7 +164,7 @@ def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
         setup.config.distillation, token_weights=(("plan", 4.0), ("state", 0.0))
     )
     tokens, mask = references
-    groups = distillation.monitor.segments(processor, tokens, mask)
+    groups = segments.segments(processor, tokens, mask)
     weights = distillation.token_weights(groups, settings)
     assert weights is not None
     names = distillation.prompts_lib.SEGMENTS
@@ -235,7 +237,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     config = dataclasses.replace(
         config, distillation=dataclasses.replace(config.distillation, **options, eval_every=100)
     )
-    nano.run(config, str(tmp_path))
+    init.run(config, str(tmp_path))
     generate.run(config, str(tmp_path))
     folders = []
     for name, ends in (("whole", (4,)), ("parts", (2, 4))):

@@ -11,20 +11,13 @@ import numpy as np
 import pytest
 from helpers_tiny import tiny_config
 
-from mgsd_jax import (
-    checkpoint,
-    distillation,
-    evaluate,
-    export,
-    generate,
-    grounding,
-    loading,
-    nano,
-    report,
-    tree,
-)
 from mgsd_jax import config as config_lib
+from mgsd_jax import report, tree
 from mgsd_jax.config import Config
+from mgsd_jax.sampling import answers
+from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, loading
+from mgsd_jax.training import sessions
+from mgsd_jax.workdir import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path
     """A folder with a random tiny model and its boards, and the config of it."""
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config(workdir)
-    nano.run(config, str(workdir))
+    init.run(config, str(workdir))
     generate.run(config, str(workdir))
     return config, workdir
 
@@ -260,14 +253,14 @@ def test_transformers_answers_the_same_with_the_export(
     export.run(config, str(workdir))
     model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     loaded = loading.load(str(tmp_path / "hf"), config, str(workdir))
-    encoder = evaluate.stage.encoder(config, loaded.processor)
+    encoder = sessions.encoder(config, loaded.processor)
     settings = dataclasses.replace(config.evaluate, batch_size=6)
-    boards = evaluate.stage.boards(config, str(workdir), "test")
-    rows = evaluate.make_answerer(loaded.model, encoder, settings)(
+    boards = sessions.boards(config, str(workdir), "test")
+    rows = answers.make_answerer(loaded.model, encoder, settings)(
         {"params": loaded.params}, boards, "picture"
     )
     for board, row in zip(boards, rows, strict=True):
-        encoded = evaluate.encode_prompt(encoder, board, "picture")
+        encoded = answers.encode_prompt(encoder, board, "picture")
         picture = encoded.pictures[0]
         tokens = torch.tensor(encoded.tokens)[None].long()
         with torch.no_grad():

@@ -19,12 +19,14 @@ import pytest
 from PIL import Image
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import endpoint, evaluate, prompts, rows
 from mgsd_jax.config import Config
-from mgsd_jax.data import testsets
+from mgsd_jax.data import prompts, testsets
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import rows
 from mgsd_jax.main import load_config
+from mgsd_jax.sampling import endpoint
+from mgsd_jax.stages import evaluate
 
 pytest.importorskip("openai")
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mgsd_jax import evaluate, monitor, nano, prompts, rows
+import mgsd_jax
+from mgsd_jax.data import prompts, segments
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import encode_answer, load_processor
 from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import scoring
+from mgsd_jax.sampling import answers
+from mgsd_jax.training import monitor
 
-BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
+BASE = pathlib.Path(mgsd_jax.__file__).parent / "assets" / "nano_base"
 
 
 def make_boards(count: int = 6) -> list[Board]:
@@ -28,13 +32,13 @@ def make_boards(count: int = 6) -> list[Board]:
 def test_a_right_answer_is_right_in_every_measure(board: Board) -> None:
     env = ENVS[board.task]
     text = prompts.response(board.task, board.state, env.shortest_plan(board.state))
-    row = rows.score_row(board, "picture", text)
+    row = scoring.score_row(board, "picture", text)
     assert row["outcome"]["success"] and row["outcome"]["optimal"]
     assert row["state_f1"] == 1.0 and row["state_exact"] and row["plan_given_own_state"]
     assert env.key(env.from_text(row["task_text"], source="row")) == env.key(board.state)
     picture = np.zeros((64, 64, 3), np.uint8)
     _, answer = prompts.grounding(prompts.BUILT_IN, board.task, board.state, picture)
-    assert all(rows.score_row(board, "perception", answer)["perception"].values())
+    assert all(scoring.score_row(board, "perception", answer)["perception"].values())
     json.dumps(row)
 
 
@@ -43,19 +47,19 @@ def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
     text = prompts.response(
         second.task, second.state, ENVS[second.task].shortest_plan(second.state)
     )
-    row = rows.score_row(first, "picture", text)
+    row = scoring.score_row(first, "picture", text)
     assert not row["state_exact"] and row["state_f1"] < 1.0
     assert row["plan_given_own_state"]
 
 
 def test_a_blind_student_sees_another_board_of_its_level() -> None:
     boards = make_boards()
-    others = evaluate.misleading(boards)
+    others = answers.misleading(boards)
     assert sorted(map(id, others)) == sorted(map(id, boards))
     for board, other in zip(boards, others, strict=True):
         assert (board.task, board.level) == (other.task, other.level) and board is not other
     with pytest.raises(ValueError, match="got one board of frozenlake level 4"):
-        evaluate.misleading(boards[:1])
+        answers.misleading(boards[:1])
 
 
 def test_spread_takes_every_level_in_turn() -> None:
@@ -72,7 +76,7 @@ def test_token_groups_of_a_response() -> None:
     padded = np.zeros((1, len(tokens) + 3), np.int32)
     padded[0, : len(tokens)] = tokens
     valid = np.arange(padded.shape[1])[None] < len(tokens)
-    groups = monitor.segments(processor, padded, valid)[0]
+    groups = segments.segments(processor, padded, valid)[0]
     names = [prompts.SEGMENTS[g] for g in groups[: len(tokens)]]
     assert (groups[len(tokens) :] == -1).all()
     assert names[0] == "state" and names[-1] == "format", "the end token is format"
@@ -105,7 +109,7 @@ def test_token_metrics_add_up_over_groups_and_over_positions() -> None:
     stats = SimpleNamespace(
         kl=kl, top1_agree=agree, student_entropy=zeros, teacher_entropy=zeros, clipped=zeros
     )
-    groups = monitor.segments(processor, tokens, mask > 0)
+    groups = segments.segments(processor, tokens, mask > 0)
     found = monitor.token_metrics(groups, stats)  # type: ignore[arg-type]
     for values, name in ((kl, "kl"), (agree, "agree")):
         for kind in (f"{name}/", f"{name}_pos/"):

@@ -15,13 +15,15 @@ from helpers_model import Row, random_params
 from helpers_tiny import tiny_config
 from safetensors.numpy import load_file, save_file
 
-from mgsd_jax import checkpoint, export, loading, nano, parity, tree
+from mgsd_jax import tree
 from mgsd_jax.config import Config, ExportConfig, NanoConfig
 from mgsd_jax.data.processor import encode, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
-from mgsd_jax.model import files, hf, lora
 from mgsd_jax.model.config import ModelConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.stages import export, init, loading, parity
+from mgsd_jax.weights import files, hf, lora
+from mgsd_jax.workdir import checkpoint
 
 CONFIG = tiny()
 SIDE: dict[str, Any] = {
@@ -263,8 +265,8 @@ def nano_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano model with a tokenizer and a processor, as `--stage=init` writes it."""
     folder = tmp_path_factory.mktemp("nano")
     settings = NanoConfig(str(folder), width=32, layers=3, mlp=48, vision_width=48, vision_mlp=48)
-    tokenizer = nano.write_tokenizer(folder, settings)
-    written = nano.hf_config(settings, tokenizer)
+    tokenizer = init.write_tokenizer(folder, settings)
+    written = init.hf_config(settings, tokenizer)
     config = ModelConfig.from_hf(written, source="nano")
     (folder / "config.json").write_text(json.dumps(written))
     hf.save_params(random_params(config), config, folder, dtype="float32")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax import prompts
+from mgsd_jax.data import prompts
 from mgsd_jax.envs import ENVS, facts
 from mgsd_jax.envs.frozenlake import FrozenLakeState
 from mgsd_jax.envs.maze import MazeState

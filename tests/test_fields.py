@@ -8,9 +8,12 @@ import pytest
 from etils import epath
 from helpers_tiny import tiny_config
 
-from mgsd_jax import checkpoint, fields, loading, preflight
+from mgsd_jax import preflight
+from mgsd_jax.checks import fields
 from mgsd_jax.data import boards
 from mgsd_jax.report import compare
+from mgsd_jax.stages import loading
+from mgsd_jax.workdir import folders
 
 BROKEN = (
     *(b"", b"{", b"\xff", b"null", b"7", b'"a"', b"[]", b"[" * 100_000, b"9" * 5000),
@@ -26,7 +29,7 @@ def finish(folder: pathlib.Path) -> None:
 
 
 READERS: dict[str, Callable[[pathlib.Path], Any]] = {
-    "config.json": lambda folder: checkpoint.check_config(folder, {}),
+    "config.json": lambda folder: folders.check_config(folder, {}),
     "grounding/config.json": finish,
     "distillation/config.json": lambda folder: compare._settings(epath.Path(folder)),
     SOURCE: lambda folder: loading._read_source(epath.Path(folder) / SOURCE),

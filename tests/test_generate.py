@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import generate
 from mgsd_jax.data import boards as boards_lib
-from mgsd_jax.envs import ENVS, splits
-from mgsd_jax.envs.benchmarks import benchmark_keys
+from mgsd_jax.data import splits
+from mgsd_jax.data.benchmarks import benchmark_keys
+from mgsd_jax.envs import ENVS
+from mgsd_jax.stages import generate
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "tests" / "data" / "benchmarks"

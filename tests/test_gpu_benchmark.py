@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import pytest
 
-from mgsd_jax import chips
 from mgsd_jax.model.flops import PEAK
+from mgsd_jax.parallel import chips
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 ROWS, RESPONSE, PROMPT = 2, 4, 44

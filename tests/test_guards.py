@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mgsd_jax import guards
 from mgsd_jax.config import GuardConfig, SamplingConfig
+from mgsd_jax.training import guards
 
 LIMITS = GuardConfig()
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mgsd_jax import tree
-from mgsd_jax.model import files, hf, table
 from mgsd_jax.model.config import ModelConfig, tiny
 from mgsd_jax.model.qwen3vl import init_params
+from mgsd_jax.weights import files, hf, table
 
 torch = pytest.importorskip("torch")
 import helpers_hf  # noqa: E402

@@ -21,7 +21,7 @@ from helpers_run import (
     weights,
 )
 
-from mgsd_jax import stage as stage_lib
+from mgsd_jax.training import sessions as stage_lib
 
 pytestmark = pytest.mark.slow
 

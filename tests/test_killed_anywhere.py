@@ -15,9 +15,12 @@ from helpers_kills import Killer
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
-from mgsd_jax import evaluate, generate, nano, prompts, report, rows, score
+from mgsd_jax import report
+from mgsd_jax.data import prompts
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import rows, scoring
+from mgsd_jax.stages import evaluate, generate, init, score
 
 TIMED = ("run.json", "runs.jsonl", "config.json")  # hold when a folder was begun
 
@@ -83,7 +86,7 @@ def right_answers(config: c.Config, workdir: str, boards: Sequence[Board]) -> An
         for place in places:
             board = boards[place]
             plan = ENVS[board.task].shortest_plan(board.state)
-            row = rows.score_row(board, mode, prompts.response(board.task, board.state, plan))
+            row = scoring.score_row(board, mode, prompts.response(board.task, board.state, plan))
             yield [row | {"truncated": False, "response_tokens": 9}]
 
     return config.evaluate.models, lambda source: asker
@@ -102,14 +105,14 @@ def test_init(
 
     def whiten(params: Any, *_: object) -> Any:
         made.append(params)
-        monkeypatch.setattr(nano, "init_params", lambda *_: made[0])
-        monkeypatch.setattr(nano, "widen_vision", lambda params: params)
+        monkeypatch.setattr(init, "init_params", lambda *_: made[0])
+        monkeypatch.setattr(init, "widen_vision", lambda params: params)
         return made[0]
 
-    monkeypatch.setattr(nano, "whiten_vision", whiten)
+    monkeypatch.setattr(init, "whiten_vision", whiten)
     setup = tmp_path / "setup"
     setup.mkdir()
-    assert check(killer, lambda f: nano.run(config, str(f)), tmp_path, setup) > 8
+    assert check(killer, lambda f: init.run(config, str(f)), tmp_path, setup) > 8
 
 
 def test_evaluate_and_report(

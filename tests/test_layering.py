@@ -14,24 +14,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mgsd_jax"
 
-RANKS = {
-    "main": 9,
-    "preflight": 8,
-    **dict.fromkeys(("grounding", "distillation", "export", "generate", "score", "nano"), 7),
-    **dict.fromkeys(("evaluate", "report", "parity"), 6),
-    **dict.fromkeys(("loading", "stage"), 5),
-    **dict.fromkeys(("losses", "sampler", "optimizer", "checkpoint", "trainable"), 4),
-    **dict.fromkeys(("rows", "endpoint", "monitor"), 4),
-    **dict.fromkeys(("data", "model", "sharding", "fused_head"), 3),
-    **dict.fromkeys(("checkpoint_files", "checkpoint_state", "processes"), 3),
-    "summary": 3,
-    **dict.fromkeys(("prompts", "measures", "token_stats", "guards"), 2),
-    **dict.fromkeys(("envs", "metrics", "locks"), 1),
-    **dict.fromkeys(("config", "tree", "paths", "batch", "stats", "axes", "chips", "fields"), 0),
-    "ranges": -1,
-}
+# From the bottom up. A unit may import the units of the lines above its own, and nothing else.
+ORDER = (
+    ("checks", "tree"),
+    ("config", "envs"),
+    ("parallel", "data"),
+    ("workdir", "model"),
+    ("evaluation", "weights"),
+    ("sampling",),
+    ("training",),
+    ("report",),
+    ("stages",),
+    ("preflight",),
+    ("main",),
+)
+RANKS = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 # These run in loader processes, without jax.
-HOST_ONLY = ("fields", "config", "batch", "envs", "prompts", "data")
+HOST_ONLY = ("checks", "config", "envs", "data")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 TORCH = ("torch", "torchvision", "torchaudio", "peft", "accelerate")
 
@@ -202,14 +201,22 @@ def test_config_files_need_the_config_alone() -> None:
     [
         ("mgsd_jax.novelty", "", "mgsd_jax.novelty: got a unit without a rank"),
         ("mgsd_jax.main", "import mgsd_jax.novelty", "mgsd_jax.novelty: got a unit without"),
-        ("mgsd_jax.envs.maze", "from mgsd_jax import losses", "got rank 4, want less than 1"),
-        ("mgsd_jax.data.x", "from mgsd_jax.model.hf import TABLE", "got rank 3, want less than 3"),
-        ("mgsd_jax.model.x", "import mgsd_jax.data.batching", "got rank 3, want less than 3"),
-        ("mgsd_jax.config", "def f():\n  from mgsd_jax import tree", ":2: imports mgsd_jax.tree"),
-        ("mgsd_jax.losses", "from . import tree", "got a relative import"),
-        ("mgsd_jax.losses", "from .tree import match", "got a relative import"),
+        (
+            "mgsd_jax.envs.maze",
+            "from mgsd_jax.training import losses",
+            "got rank 6, want less than 1",
+        ),
+        (
+            "mgsd_jax.data.x",
+            "from mgsd_jax.weights.hf import TABLE",
+            "got rank 4, want less than 2",
+        ),
+        ("mgsd_jax.model.x", "import mgsd_jax.workdir.paths", "got rank 3, want less than 3"),
+        ("mgsd_jax.config", "def f():\n  from mgsd_jax import envs", ":2: imports mgsd_jax.envs"),
+        ("mgsd_jax.training.losses", "from . import tree", "got a relative import"),
+        ("mgsd_jax.training.losses", "from .tree import match", "got a relative import"),
         ("mgsd_jax", "from mgsd_jax import config", "want nothing imported by the package"),
-        ("mgsd_jax.tree", "from mgsd_jax import batch as b", "got rank 0, want less than 0"),
+        ("mgsd_jax.tree", "from mgsd_jax import checks as c", "got rank 0, want less than 0"),
     ],
 )
 def test_layer_rule_notices(name: str, source: str, wanted: str) -> None:
@@ -222,15 +229,15 @@ def test_layer_rule_lets_pass() -> None:
         {
             "mgsd_jax": "",
             "mgsd_jax.main": "import os\nfrom mgsd_jax import config, envs",
-            "mgsd_jax.model.hf": "from mgsd_jax.model import table\nfrom mgsd_jax import tree",
+            "mgsd_jax.weights.hf": "from mgsd_jax.model import table\nfrom mgsd_jax import tree",
             "mgsd_jax.envs": "from mgsd_jax.envs import maze",
         }
     )
 
 
 def test_host_rule_notices_the_way_round() -> None:
-    direct = {"mgsd_jax.batch": "import jax.numpy as jnp"}
-    assert host_problems(direct) == ["mgsd_jax.batch:1: imports jax.numpy"]
+    direct = {"mgsd_jax.data.batch": "import jax.numpy as jnp"}
+    assert host_problems(direct) == ["mgsd_jax.data.batch:1: imports jax.numpy"]
     round_about = {
         "mgsd_jax.data.x": "from mgsd_jax.tree import match",
         "mgsd_jax.tree": "def f():\n  from flax import linen",
@@ -252,7 +259,7 @@ def test_circle_rule_notices() -> None:
     "source", ["import torch", "from torch.nn import functional", "import peft"]
 )
 def test_torch_rule_notices(source: str) -> None:
-    assert len(forbidden({"mgsd_jax.losses": source}, TORCH)) == 1
+    assert len(forbidden({"mgsd_jax.training.losses": source}, TORCH)) == 1
 
 
 @pytest.mark.parametrize(
@@ -264,4 +271,4 @@ def test_torch_rule_notices(source: str) -> None:
     ],
 )
 def test_hidden_imports_are_noticed(source: str) -> None:
-    assert len(hidden_imports({"mgsd_jax.losses": source})) == 1
+    assert len(hidden_imports({"mgsd_jax.training.losses": source})) == 1

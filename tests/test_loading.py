@@ -12,10 +12,11 @@ from helpers_model import random_params
 from helpers_tiny import tiny_config
 from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
 
-from mgsd_jax import distillation, loading, stage
 from mgsd_jax.config import Config
-from mgsd_jax.model import hf
 from mgsd_jax.model.config import tiny
+from mgsd_jax.stages import distillation, loading
+from mgsd_jax.training import sessions
+from mgsd_jax.weights import hf
 
 THINKING = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
 
@@ -183,7 +184,7 @@ def test_a_folder_of_weights_is_no_stage(tmp_path: Path, path: str) -> None:
 def test_distillation_without_grounding_says_so_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "boards", lambda *_: [])
+    monkeypatch.setattr(sessions, "boards", lambda *_: [])
     monkeypatch.setattr(distillation.monitor, "spread", lambda *_: [])
     with pytest.raises(ValueError, match="grounding has not finished; run --stage=grounding first"):
         distillation.run(tiny_config(tmp_path), str(tmp_path))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from etils import epath
 
-from mgsd_jax import locks
+from mgsd_jax.workdir import locks
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Holds a folder until it is killed; a forked child and a started one outlive it.

@@ -15,12 +15,12 @@ from helpers_model import Row, random_params, random_rows, to_inputs
 from safetensors.numpy import load_file, save_file
 
 from mgsd_jax import tree
-from mgsd_jax.batch import Inputs
-from mgsd_jax.model import lora
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.config import ModelConfig, tiny
 from mgsd_jax.model.layers import Linear
-from mgsd_jax.model.lora import LoraSpec
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
+from mgsd_jax.weights import lora
+from mgsd_jax.weights.lora import LoraSpec
 
 CONFIG = tiny(num_hidden_layers=4)
 DECODER = r"language/.*/(q|k|v|o|gate|up|down)_proj"

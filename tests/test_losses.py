@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgsd_jax import fused_head, losses, token_stats
-from mgsd_jax.losses import DistillLossConfig, PolicyClip
+from mgsd_jax.training import divergences, fused_head, losses
+from mgsd_jax.training.losses import DistillLossConfig, PolicyClip
 
 U32, U16 = 2.0**-24, 2.0**-9  # what one operation in float32, or a cast to bfloat16, rounds at most
 OBJECTIVES = {
@@ -153,7 +153,7 @@ def rounding(case: Case) -> float:
     order is off by sqrt(V) roundings: their signs are random (Higham and Mary 2019). Every term of
     it went through z - top - log_norm (log V nats for the words that count: up to 12 roundings of
     what is one nat), exp (2), the difference of two ratios (2), products (4); a KL's plain terms
-    hold a probability's rounding ten times (`token_stats.kl_terms`). Thirty covers either.
+    hold a probability's rounding ten times (`divergences.kl_terms`). Thirty covers either.
     """
     return (np.sqrt(len(case.head)) + 30) * U32
 
@@ -220,8 +220,8 @@ def test_a_tiny_divergence_is_positive_and_right() -> None:
     rng = np.random.default_rng(0)
     student = rng.normal(size=(16, 20_000)).astype(np.float32) * 5
     teacher = student + 1.5e-3 * rng.normal(size=student.shape).astype(np.float32)
-    p, q = (token_stats.distribution(jnp.asarray(z), None) for z in (student, teacher))
-    value, _ = token_stats.reverse_kl_tokens(p, q)
+    p, q = (divergences.distribution(jnp.asarray(z), None) for z in (student, teacher))
+    value, _ = divergences.reverse_kl_tokens(p, q)
     log_p, log_q = (log_softmax64(z.astype(np.float64)) for z in (student, teacher))
     want = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     assert want.max() < 2e-6
@@ -235,7 +235,7 @@ def test_statistics_match_float64() -> None:
     log_p = log_softmax64(np.float64(case.hidden) @ np.float64(case.head).T)
     log_q = log_softmax64(np.float64(case.teacher_hidden) @ np.float64(case.teacher_head).T)
     rows, targets = np.arange(len(log_p)), np.asarray(case.targets)
-    want = token_stats.TokenStats(
+    want = divergences.TokenStats(
         kl=(np.exp(log_p) * (log_p - log_q)).sum(-1),
         student_entropy=-(np.exp(log_p) * log_p).sum(-1),
         teacher_entropy=-(np.exp(log_q) * log_q).sum(-1),

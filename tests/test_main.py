@@ -15,7 +15,8 @@ import pytest
 from absl import app
 from absl.testing import flagsaver
 
-from mgsd_jax import main, metrics
+from mgsd_jax import main
+from mgsd_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 NANO = str(ROOT / "configs" / "nano.py")
@@ -38,7 +39,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("/site/orbax/checkpoint/manager.py", logging.INFO, False),
         ("/site/orbax/checkpoint/manager.py", logging.ERROR, False),
-        ("/here/mgsd_jax/metrics.py", logging.INFO, True),
+        ("/here/mgsd_jax/workdir/metrics.py", logging.INFO, True),
     ],
 )
 def test_the_log_leaves_out_the_details_of_every_save(path: str, level: int, shown: bool) -> None:
@@ -214,7 +215,7 @@ import os, runpy, signal, sys
 if sys.argv.pop(1) == "imports":
     class Finder:
         def find_spec(name, path=None, target=None):
-            if name == "mgsd_jax.distillation":
+            if name == "mgsd_jax.stages.distillation":
                 os.kill(os.getpid(), signal.SIGINT)
     sys.meta_path.insert(0, Finder)
     runpy.run_module("mgsd_jax.main", run_name="__main__")

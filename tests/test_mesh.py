@@ -12,7 +12,8 @@ from helpers_hlo import collectives_in_loops
 from jax.sharding import Mesh
 from test_losses import OBJECTIVES, Case, make_case
 
-from mgsd_jax import axes, losses, sharding
+from mgsd_jax.parallel import axes, sharding
+from mgsd_jax.training import losses
 
 CONFIG = OBJECTIVES["reverse"]  # chunks of 8 tokens
 MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor

@@ -14,13 +14,16 @@ from helpers_model import random_params, random_rows, to_inputs
 from jax.sharding import Mesh
 
 from mgsd_jax import config as c
-from mgsd_jax import distillation, grounding, optimizer, sampler, sharding
-from mgsd_jax.batch import Inputs
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.batching import GroundingBatch
-from mgsd_jax.model import table
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.parallel import sharding
+from mgsd_jax.sampling import sampler
+from mgsd_jax.stages import distillation, grounding
+from mgsd_jax.training import optimizer
+from mgsd_jax.weights import table
 
 MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
 # One layer of either stack; 2 key/value heads, which 4 parts of 'tensor' do not divide.

@@ -10,7 +10,8 @@ from helpers_tpu import tpu_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mgsd_jax import axes, losses
+from mgsd_jax.parallel import axes
+from mgsd_jax.training import losses
 
 VOCABULARY, CHUNK = 151_936, 2048
 TOKENS = 16_384  # a chip

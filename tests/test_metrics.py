@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgsd_jax import metrics, paths
-from mgsd_jax.metrics import Mean
+from mgsd_jax.parallel import means
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.workdir import folders, metrics, paths
 
 
 @settings(deadline=None)
@@ -47,13 +48,13 @@ def test_a_mean_is_a_pytree_and_adds_nothing_but_means() -> None:
 
 
 def test_means_to_floats() -> None:
-    got = metrics.means_to_floats(
+    got = means.means_to_floats(
         {"a": Mean(jnp.float32(3), jnp.float32(2)), "b": np.float32(0.5), "c": 4, "d": np.ones(1)}
     )
     assert got == {"a": 1.5, "b": 0.5, "c": 4.0, "d": 1.0}
     assert all(type(value) is float for value in got.values())
     with pytest.raises(ValueError, match="'bad'"):
-        metrics.means_to_floats({"bad": np.zeros(2)})
+        means.means_to_floats({"bad": np.zeros(2)})
 
 
 def test_timers_accumulate_by_phase_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,7 @@ def test_only_the_main_process_writes(tmp_path: pathlib.Path) -> None:
     writer = metrics.open_writer(folder, is_main=False)
     writer.write(1, {"loss": 1.0})
     writer.close()
-    metrics.write_run_info(folder, {"a": 1}, is_main=False)
+    folders.write_run_info(folder, {"a": 1}, is_main=False)
     assert not folder.exists()
 
 
@@ -239,8 +240,8 @@ def test_other_processes_show_no_progress(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_run_info_keeps_the_config_and_one_line_a_start(tmp_path: pathlib.Path) -> None:
-    metrics.write_run_info(tmp_path, {"optim": {"lr": 1e-4}, "levels": (3, 4)})
-    metrics.write_run_info(tmp_path, {"optim": {"lr": 1e-4}, "levels": (3, 4)})
+    folders.write_run_info(tmp_path, {"optim": {"lr": 1e-4}, "levels": (3, 4)})
+    folders.write_run_info(tmp_path, {"optim": {"lr": 1e-4}, "levels": (3, 4)})
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "optim": {"lr": 1e-4},
         "levels": [3, 4],
@@ -254,5 +255,5 @@ def test_run_info_keeps_the_config_and_one_line_a_start(tmp_path: pathlib.Path) 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError):
-        metrics.write_run_info(tmp_path, {"lr": math.nan})
+        folders.write_run_info(tmp_path, {"lr": math.nan})
     assert not (tmp_path / "config.json").exists()

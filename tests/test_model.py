@@ -17,13 +17,13 @@ from helpers_model import (
     to_inputs,
 )
 
-from mgsd_jax.batch import Inputs
-from mgsd_jax.model import lora
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.attention import attend
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, init_params, logits
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.rope import mrope_tables, rotate, vision_tables
+from mgsd_jax.weights import lora
 
 CONFIG = tiny()
 PARAMS = random_params(CONFIG)

@@ -23,10 +23,10 @@ from helpers_model import (  # noqa: E402
     to_inputs,
 )
 
-from mgsd_jax.batch import Inputs  # noqa: E402
+from mgsd_jax.data.batch import Inputs  # noqa: E402
 from mgsd_jax.model.config import ModelConfig, tiny  # noqa: E402
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits  # noqa: E402
-from mgsd_jax.sampler import Sampling, make_rollout  # noqa: E402
+from mgsd_jax.sampling.sampler import Sampling, make_rollout  # noqa: E402
 
 TOLERANCE = 1e-4
 MODELS = {

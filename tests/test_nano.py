@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from helpers_tiny import tiny_config
 
+import mgsd_jax
 from mgsd_jax import config as c
-from mgsd_jax import nano, prompts
+from mgsd_jax.data import prompts
 from mgsd_jax.data.processor import decode, encode_answer, encode_example, load_processor
 from mgsd_jax.envs import ENVS
-from mgsd_jax.model import hf
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.stages import init
 from mgsd_jax.tree import named_leaves
+from mgsd_jax.weights import hf
 
-BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
+BASE = pathlib.Path(mgsd_jax.__file__).parent / "assets" / "nano_base"
 SHAPE = c.NanoConfig(folder="", max_level=6)
 
 
@@ -28,7 +30,7 @@ def test_the_base_is_whole_and_small() -> None:
 
 
 def test_the_tokenizer_is_the_one_of_the_present_prompts(tmp_path: pathlib.Path) -> None:
-    nano.write_tokenizer(tmp_path, SHAPE)
+    init.write_tokenizer(tmp_path, SHAPE)
     written, shipped = (
         json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE)
     )
@@ -63,14 +65,14 @@ def test_prompts_are_short_and_every_text_survives(task: str, level: int) -> Non
 def test_no_other_model_is_written_over(tmp_path: pathlib.Path) -> None:
     """A folder of weights that took days is not replaced by random ones; the same shape may be."""
     config, folder = tiny_config(tmp_path), tmp_path / "init"
-    nano.run(config, str(tmp_path))
+    init.run(config, str(tmp_path))
     (folder / "notes.txt").touch()
-    nano.run(config, str(tmp_path))
+    init.run(config, str(tmp_path))
     assert (folder / "notes.txt").is_file() and config.nano is not None
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     wider = dataclasses.replace(config.nano, width=config.nano.width * 2)
     with pytest.raises(ValueError, match=r"init: got an existing file or folder, want .*; remove"):
-        nano.run(dataclasses.replace(config, nano=wider), str(tmp_path))
+        init.run(dataclasses.replace(config, nano=wider), str(tmp_path))
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -87,9 +89,9 @@ def test_the_vision_tower_starts_awake(tmp_path: pathlib.Path) -> None:
         evaluate=c.EvaluateConfig(models=()),
         nano=c.NanoConfig(folder=str(tmp_path)),
     )
-    nano.run(config, str(tmp_path))
+    init.run(config, str(tmp_path))
     loaded = hf.load_params(tmp_path, hf.read_config(tmp_path), dtype="float32")
-    pictures = nano.sample_pictures(load_processor(tmp_path), config)
+    pictures = init.sample_pictures(load_processor(tmp_path), config)
     model = Qwen3VL(hf.read_config(tmp_path))
     seen = [
         model.apply({"params": loaded}, picture, method=lambda m, x: m.visual(x))

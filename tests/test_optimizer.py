@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from mgsd_jax import optimizer
 from mgsd_jax.config import OptimConfig
-from mgsd_jax.metrics import Mean
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.training import optimizer
 
 OPTIM = OptimConfig(lr=1e-2, b1=0.9, b2=0.99, weight_decay=0.1, clip=1.0)
 ROWS = 8

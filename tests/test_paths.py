@@ -21,9 +21,11 @@ from fsspec.implementations.local import LocalFileSystem
 from helpers_tiny import tiny_config
 from orbax.checkpoint._src.path import gcs_utils
 
-from mgsd_jax import checkpoint, generate, loading, locks, metrics, nano, optimizer, paths, stage
 from mgsd_jax.config import override
 from mgsd_jax.data.boards import FolderBoards, read_split
+from mgsd_jax.stages import generate, init, loading
+from mgsd_jax.training import optimizer, sessions
+from mgsd_jax.workdir import checkpoint, folders, locks, metrics, paths
 
 
 def bucket_system(folder: pathlib.Path) -> type[DirFileSystem]:
@@ -96,17 +98,17 @@ def test_a_stage_keeps_everything_in_the_bucket_and_goes_on_from_there(
     config = override(tiny_config(tmp_path), ["checkpoint.keep_last=1"])
     folder = epath.Path("gs://b/run/grounding")
     monkeypatch.setattr(locks, "SETTLE", 0.01)
-    with stage.claimed(folder, config, ("grounding",)) as claim:
+    with folders.claimed(folder, config, ("grounding",)) as claim:
         claim.record()
     with pytest.raises(ValueError, match=r"gs://b/run/grounding/config.json is of .*lr: got 5.0"):
         other = override(config, ["grounding.optim.lr=5.0"])
-        with stage.claimed(folder, other, ("grounding",)):
+        with folders.claimed(folder, other, ("grounding",)):
             pass
     tx = optax.sgd(1.0)
     state = optimizer.init({"a": jnp.zeros(2)}, tx)
     loader: Any = Batches()
     for start, stop in ((0, 3), (2, 4)):
-        opened = stage.opened(claim, config, state, loader, metric="m", best_mode="max", steps=4)
+        opened = sessions.opened(claim, config, state, loader, metric="m", best_mode="max", steps=4)
         with opened as session:
             assert session.start == start
             here = session.state
@@ -128,7 +130,7 @@ def test_boards_and_side_files_come_from_the_bucket(
     bucket: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = override(tiny_config(tmp_path), ["data.folder=" + str(tmp_path / "data")])
-    nano.run(config, str(tmp_path))
+    init.run(config, str(tmp_path))
     generate.run(config, str(tmp_path))
     (tmp_path / "data").rename(bucket / "b" / "data")
     whole = read_split("gs://b/data", "train")

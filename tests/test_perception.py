@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgsd_jax import prompts, rows
+from mgsd_jax.data import prompts
 from mgsd_jax.data.boards import Board
-from mgsd_jax.envs import ENVS, facts, perception, responses, values
+from mgsd_jax.envs import ENVS, facts, responses, values
 from mgsd_jax.envs.base import Question
+from mgsd_jax.evaluation import perception, scoring
 
 CELLS = frozenset({("hole", (0, 1)), ("hole", (2, 2))})
 WAYS = frozenset({("legal", "up"), ("legal", "left")})
@@ -181,14 +182,14 @@ def test_right_answers_are_strict_and_others_are_right(task: str) -> None:
     state = ENVS[task].generate(np.random.default_rng(0), 5)
     board = Board(task, 5, 0, state, None)
     answer = prompts.grounding(prompts.BUILT_IN, task, state, np.zeros((8, 8, 3), np.uint8))[1]
-    row = rows.score_row(board, "perception", answer)
+    row = scoring.score_row(board, "perception", answer)
     assert all(row["perception"].values()) and all(row["perception_strict"].values())
     loose = answer.replace("(", "( ").replace(",", " , ").replace("x", " x ")
     loose = re.sub(r"(?m)^(\d)\.", r"**\1)**", loose).replace("none", "None.")
-    row = rows.score_row(board, "perception", loose)
+    row = scoring.score_row(board, "perception", loose)
     assert all(row["perception"].values()), row
     assert not any(row["perception_strict"].values())
-    row = rows.score_row(board, "perception", "")
+    row = scoring.score_row(board, "perception", "")
     assert not any((row["perception"] | row["perception_strict"]).values())
 
 
@@ -241,7 +242,7 @@ def read_everything(text: str) -> None:
     assert len(prompts.character_segments(text)) == len(text)
     for board in BOARDS:
         for mode in ("picture", "perception"):
-            row: dict[str, Any] = rows.score_row(board, mode, text)
+            row: dict[str, Any] = scoring.score_row(board, mode, text)
             assert row["response"] == text
         facts.state_from_facts(board.task, facts.read_facts(board.task, text))
 

@@ -13,15 +13,16 @@ from helpers_tpu import tpu_mesh
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import preflight
-from mgsd_jax.chips import CHIPS, Chip
 from mgsd_jax.config import Config
 from mgsd_jax.main import load_config
-from mgsd_jax.model import flops, released, table
+from mgsd_jax.model import flops
 from mgsd_jax.model.config import tiny
+from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.programs import Program, make_model, programs_of
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.preflight.table import Result, render
+from mgsd_jax.weights import released, table
 
 V5E = CHIPS["TPU v5 lite"]
 NO_WORK = Work(0.0, 0.0, 0.0, 0)

@@ -28,9 +28,9 @@ from helpers_run import (
     write_config,
 )
 
-from mgsd_jax import processes
-from mgsd_jax import stage as stage_lib
-from mgsd_jax.metrics import Mean
+from mgsd_jax.parallel import means, processes
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.training import sessions as stage_lib
 
 NONE = (None, None, None)
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -87,7 +87,7 @@ def test_a_port_that_another_program_has_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_means_of_all_processes_are_added_by_name() -> None:
     parts = [{"a": (1.0, 2.0), "b": (3.0, 1.0)}, {"a": (5.0, 1.0), "c": (0.0, 0.0)}]
-    sums = processes.add_means(parts)
+    sums = means.add_means(parts)
     assert sums == {"a": Mean(6.0, 3.0), "b": Mean(3.0, 1.0), "c": Mean(0.0, 0.0)}
 
 
@@ -109,9 +109,11 @@ NOTING = """
 import sys
 import jax, numpy as np
 from absl import app
-from mgsd_jax import evaluate, main, monitor
+from mgsd_jax import main
+from mgsd_jax.sampling import answers
+from mgsd_jax.stages import distillation
 workdir = next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2]
-decode_rows, calls = monitor.decode_rows, []
+decode_rows, calls = distillation.segments.decode_rows, []
 def noted(processor, tokens, mask):
     if tokens.shape[1] != 6:  # validation's answers, which every process has in full
         return decode_rows(processor, tokens, mask)
@@ -119,7 +121,7 @@ def noted(processor, tokens, mask):
     np.save(name, np.where(mask > 0, tokens, -1))
     calls.append(name)
     return decode_rows(processor, tokens, mask)
-evaluate.decode_rows = monitor.decode_rows = noted
+answers.decode_rows = distillation.segments.decode_rows = noted
 sys.exit(app.run(main.main))
 """
 

@@ -5,8 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from mgsd_jax import prompts
-from mgsd_jax.envs import ENVS, rules
+from mgsd_jax.data import prompts
+from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import rules
 
 TASKS = tuple(ENVS)
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import ranges
+from mgsd_jax.checks import ranges
+from mgsd_jax.checks.ranges import Between, Items, coerce
 from mgsd_jax.config import Config, NanoConfig
 from mgsd_jax.main import load_config
-from mgsd_jax.ranges import Between, Items, coerce
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = dataclasses.replace(

@@ -23,13 +23,15 @@ from helpers_tiny import tiny_config
 from PIL import Image
 
 from mgsd_jax import config as c
-from mgsd_jax import evaluate, main, stage
+from mgsd_jax import main
+from mgsd_jax.data.loaders import Encoder, StreamedBoards
 from mgsd_jax.data.processor import Processor, decode, encode, encode_answer, load_processor
-from mgsd_jax.data.sources import Encoder, StreamedBoards
+from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.main import load_config
-from mgsd_jax.model import hf
 from mgsd_jax.model.config import tiny
-from mgsd_jax.prompts import BUILT_IN
+from mgsd_jax.sampling import answers
+from mgsd_jax.training import sessions
+from mgsd_jax.weights import hf
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "reference" / "qwen3vl_4b"
@@ -115,7 +117,7 @@ def test_ids_and_end_of_turn(processor: Processor) -> None:
 
 @pytest.mark.parametrize("task", ["frozenlake", "maze", "minibehaviour"])
 def test_ids_grids_and_pixels_equal_transformers(encoder: Encoder, theirs: Any, task: str) -> None:
-    from mgsd_jax import prompts
+    from mgsd_jax.data import prompts
 
     (board,) = boards(task, 5, 1)
     picture = encoder.picture(board)
@@ -265,8 +267,8 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(load_processor(folder), BUILT_IN, config.data)
     rows = [json.loads(line) for line in (run / "run/evaluate/rows.jsonl").read_text().splitlines()]
-    for board, row in zip(stage.boards(config, str(run / "run"), "test"), rows, strict=True):
-        encoded = evaluate.encode_prompt(encoder, board, "picture")
+    for board, row in zip(sessions.boards(config, str(run / "run"), "test"), rows, strict=True):
+        encoded = answers.encode_prompt(encoder, board, "picture")
         tokens = torch.tensor(encoded.tokens)[None].long()
         picture = encoded.pictures[0]
         with torch.no_grad():

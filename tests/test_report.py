@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgsd_jax import metrics
 from mgsd_jax.envs import ENVS, frozenlake
 from mgsd_jax.envs.base import Reason
-from mgsd_jax.envs.rules import judge
+from mgsd_jax.evaluation.rules import judge
+from mgsd_jax.evaluation.summary import ERRORS, summarize
 from mgsd_jax.report import boards, build_report, inputs, page, plots, words
-from mgsd_jax.summary import ERRORS, summarize
+from mgsd_jax.workdir import metrics
 
 LEVELS = {"frozenlake": (3, 4), "maze": (3,), "minibehaviour": (5,)}
 BOARDS = 6  # a task and level

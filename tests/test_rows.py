@@ -13,12 +13,14 @@ import pytest
 from etils import epath
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import evaluate, measures, rows, stage, summary
 from mgsd_jax.config import Config, Mode
 from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import measures, rows, scoring, summary
 from mgsd_jax.main import load_config
+from mgsd_jax.stages import evaluate
+from mgsd_jax.workdir import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 BOARDS = [
@@ -55,7 +57,7 @@ class Model:
 
     def answer(self, mode: Mode, attempt: int, place: int) -> rows.Row:
         self.asked.append((mode, attempt, place))
-        row = rows.score_row(BOARDS[place], mode, f"→ {place}")
+        row = scoring.score_row(BOARDS[place], mode, f"→ {place}")
         row |= {"truncated": False, "response_tokens": 1}
         return row | {"error": "timeout"} if self.failing else row
 
@@ -75,7 +77,7 @@ def test_boards_are_written_once_and_rows_are_small(
     boards = [json.loads(line) for line in (folder / "boards.jsonl").read_text().splitlines()]
     assert [board["case"] for board in boards] == ["maze_test_level3_0000", "maze_test_level3_0001"]
     for row in rows.read_rows(folder):
-        assert row["task_text"] == rows.board_text(BOARDS[row["index"]])
+        assert row["task_text"] == scoring.board_text(BOARDS[row["index"]])
 
 
 def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
@@ -86,12 +88,12 @@ def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
     config, folder = make_config(models=(("base", "there"),)), tmp_path / "evaluate"
     # What takes long and does not bear on it.
     monkeypatch.setattr(evaluate, "_summarize", lambda _: None)
-    unclaimed = stage.Claim(epath.Path(folder), [])
+    unclaimed = folders.Claim(epath.Path(folder), [])
     folder.mkdir()
-    monkeypatch.setattr(stage, "claimed", lambda *_: contextlib.nullcontext(unclaimed))
+    monkeypatch.setattr(folders, "claimed", lambda *_: contextlib.nullcontext(unclaimed))
     monkeypatch.setattr(rows.os, "fsync", lambda _: None)
-    text = {board: rows.board_text(board) for board in BOARDS}
-    monkeypatch.setattr(rows, "board_text", text.__getitem__)
+    text = {board: scoring.board_text(board) for board in BOARDS}
+    monkeypatch.setattr(scoring, "board_text", text.__getitem__)
     evaluate.run(config, str(tmp_path))
     whole = (folder / "rows.jsonl").read_bytes()
     assert len(whole) < 3000 and whole.count(b"\n") == 4
@@ -227,7 +229,7 @@ def test_every_try_is_asked_once_and_under_its_own_number(
 
 def test_rows_of_an_older_version_are_read(tmp_path: pathlib.Path) -> None:
     """They hold their board's file, and no number of a try."""
-    row = rows.score_row(BOARDS[0], "picture", "") | {"model": "base"}
+    row = scoring.score_row(BOARDS[0], "picture", "") | {"model": "base"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert rows.read_rows(tmp_path) == [row | {"attempt": 0}]
 
@@ -319,7 +321,8 @@ def test_where_nothing_can_be_appended_each_batch_is_a_file(
     """Object stores have no append: rows are parts until the evaluation is complete."""
     monkeypatch.setattr(rows.paths, "is_remote", lambda _: True)
     found = [
-        rows.score_row(board, "picture", "") | {"model": "base", "attempt": 0} for board in BOARDS
+        scoring.score_row(board, "picture", "") | {"model": "base", "attempt": 0}
+        for board in BOARDS
     ]
     rows.write_boards(tmp_path, BOARDS, CASES)
     for row in found:
@@ -335,7 +338,7 @@ def test_boards_of_equal_content_are_one_board_of_a_measure(tmp_path: pathlib.Pa
     boards = [BOARDS[0], BOARDS[1], BOARDS[0]._replace(index=7)]
     rows.write_boards(tmp_path, boards, ["a", "b", "c"])
     for board, success in zip(boards, (1.0, 0.0, 0.0), strict=True):
-        row = rows.score_row(board, "picture", "")
+        row = scoring.score_row(board, "picture", "")
         rows.append(tmp_path, [{"model": "base", "attempt": 0, **row, "value": success}])
     found = rows.read_rows(tmp_path)
     assert [row.get("same_as") for row in found] == [None, None, BOARDS[0].index]

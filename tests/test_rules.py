@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgsd_jax.envs import ENVS, rules, splits
+from mgsd_jax.data import splits
+from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import Plan
 from mgsd_jax.envs.responses import answer_span
+from mgsd_jax.evaluation import rules
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "scoring_sample.jsonl"

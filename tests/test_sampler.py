@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from helpers_model import random_params, random_rows, to_inputs
 
-from mgsd_jax import sampler
-from mgsd_jax.batch import Inputs
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, logits
-from mgsd_jax.sampler import Rollout, Sampling, invert_cdf, keep_nucleus, make_rollout
+from mgsd_jax.sampling import sampler
+from mgsd_jax.sampling.sampler import Rollout, Sampling, invert_cdf, keep_nucleus, make_rollout
 
 CONFIG = tiny()
 MODEL = Qwen3VL(CONFIG)

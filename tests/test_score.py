@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax import score
 from mgsd_jax.envs import ENVS
+from mgsd_jax.stages import score
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "scoring_sample.jsonl"

@@ -11,9 +11,10 @@ from helpers_tokenizer import write_processor_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgsd_jax import monitor, prompts
+from mgsd_jax.data import prompts, segments
 from mgsd_jax.data.processor import Processor, decode, encode_answer, load_processor, spell
 from mgsd_jax.envs import ENVS
+from mgsd_jax.training import monitor
 
 REAL = pathlib.Path(__file__).parents[1].parent / "shared" / "reference" / "qwen3vl_4b"
 PLAN, STATE, SENTENCE, FORMAT = range(4)
@@ -58,7 +59,7 @@ def real() -> Processor:
 def groups_of(processor: Processor, text: str) -> tuple[list[str], list[int]]:
     """The text and the segment of each token of an answer."""
     tokens = encode_answer(processor, text)[None]
-    groups = monitor.segments(processor, tokens, np.ones(tokens.shape, bool))[0]
+    groups = segments.segments(processor, tokens, np.ones(tokens.shape, bool))[0]
     return [decode(processor, [token]) for token in tokens[0]], groups.tolist()
 
 
@@ -119,7 +120,7 @@ def test_any_tokens_are_spelled_as_they_are_decoded(small: Processor, data: st.D
     assert len(spans) == len(tokens)
     assert all(0 <= start <= end <= len(found) for start, end in spans)
     assert [start for start, _ in spans] == sorted(start for start, _ in spans)
-    groups = monitor.segments(small, tokens[None], np.ones((1, len(tokens)), bool))
+    groups = segments.segments(small, tokens[None], np.ones((1, len(tokens)), bool))
     assert ((groups >= 0) & (groups < 4)).all()
 
 
@@ -146,5 +147,5 @@ def test_tokens_are_looked_up_once_and_never_decoded_one_by_one(
         tokenizer = Tokenizer()
 
     tokens = np.tile(encode_answer(small, "Player: (0,0)\n<answer>D</answer>"), (3, 20))
-    monitor.segments(Stub(), tokens, np.ones(tokens.shape, bool))  # type: ignore[arg-type]
+    segments.segments(Stub(), tokens, np.ones(tokens.shape, bool))  # type: ignore[arg-type]
     assert len(asked) == len(set(asked)) <= len(np.unique(tokens))

@@ -18,11 +18,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mgsd_jax import axes, optimizer, sharding, tree
-from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax import tree
 from mgsd_jax.config import MeshConfig
-from mgsd_jax.model import files, hf, lora, table
+from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
+from mgsd_jax.parallel import axes, sharding
+from mgsd_jax.training import optimizer
+from mgsd_jax.weights import files, hf, lora, table
 
 CONFIG = tiny(num_hidden_layers=4, tie_word_embeddings=False)
 MESHES = [

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 
+import mgsd_jax
 from mgsd_jax import config as c
-from mgsd_jax import nano
-from mgsd_jax.data import sources
+from mgsd_jax.data import loaders, splits
 from mgsd_jax.data.processor import decode, load_processor
-from mgsd_jax.envs import ENVS, rules, splits
-from mgsd_jax.prompts import BUILT_IN
+from mgsd_jax.data.prompts import BUILT_IN
+from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import rules
 
-BASE = pathlib.Path(nano.__file__).parent / "assets" / "nano_base"
+BASE = pathlib.Path(mgsd_jax.__file__).parent / "assets" / "nano_base"
 DATA = c.DataConfig(
     boards=(),
     picture_size=0,
@@ -27,9 +28,9 @@ DATA = c.DataConfig(
     patch_buckets=(100,),
 )
 PROCESSOR = load_processor(BASE)
-ENCODER = sources.Encoder(PROCESSOR, BUILT_IN, DATA)
+ENCODER = loaders.Encoder(PROCESSOR, BUILT_IN, DATA)
 LEVELS = (("frozenlake", 3), ("maze", 3), ("minibehaviour", 5))
-BOARDS = sources.StreamedBoards(LEVELS, "train", 0, frozenset(), 50)
+BOARDS = loaders.StreamedBoards(LEVELS, "train", 0, frozenset(), 50)
 MIXTURE = (("questions", 0.4), ("cells", 0.2), ("plan_from_text", 0.2), ("plan_from_picture", 0.2))
 
 
@@ -40,12 +41,12 @@ def same(a, b) -> bool:
 
 def records(**options):
     options = {"mixture": MIXTURE, "batch_size": 4, "seed": 0} | options
-    return sources.grounding_loader(BOARDS, ENCODER, **options)
+    return loaders.grounding_loader(BOARDS, ENCODER, **options)
 
 
 def prompts(**options):
     options = {"context": "state", "rollouts": 1, "seed": 0} | options
-    return sources.prompt_loader(BOARDS, ENCODER, **options)
+    return loaders.prompt_loader(BOARDS, ENCODER, **options)
 
 
 def test_the_stream_keeps_to_its_split_and_is_a_function_of_the_index() -> None:
@@ -92,7 +93,7 @@ def test_threads_change_nothing() -> None:
     many = dataclasses.replace(ENCODER, data=dataclasses.replace(DATA, workers=4))
     one, four = (
         records(),
-        sources.grounding_loader(BOARDS, many, mixture=MIXTURE, batch_size=4, seed=0),
+        loaders.grounding_loader(BOARDS, many, mixture=MIXTURE, batch_size=4, seed=0),
     )
     assert all(same(next(one), next(four)) for _ in range(5))
 
@@ -149,7 +150,7 @@ def test_a_process_makes_its_own_rows_alone() -> None:
     seen = []
     for process in ((0, 2), (1, 2)):
         asked.clear()
-        loader = sources.prompt_loader(
+        loader = loaders.prompt_loader(
             cast(Any, Noted()),
             one,
             context="state",
@@ -170,7 +171,7 @@ def test_processes_pad_to_the_largest_bucket_that_any_needs() -> None:
     encoder = dataclasses.replace(ENCODER, data=data)
 
     def loader(process: tuple[int, int], agree: Any = tuple) -> Any:
-        return sources.grounding_loader(
+        return loaders.grounding_loader(
             BOARDS, encoder, mixture=MIXTURE, batch_size=4, seed=3, process=process, agree=agree
         )
 
@@ -232,7 +233,7 @@ def test_the_teacher_may_be_told_wrong_facts_or_of_another_board() -> None:
         assert right.boards == wrong.boards
         differ = (right.batch.teacher.tokens != wrong.batch.teacher.tokens).any(axis=1)
         assert differ.all(), options
-    one = sources.prompt_loader(
+    one = loaders.prompt_loader(
         [BOARDS[0], BOARDS[1]],  # of two tasks
         ENCODER,
         context="state",
@@ -247,7 +248,7 @@ def test_the_teacher_may_be_told_wrong_facts_or_of_another_board() -> None:
 
 def test_bad_mixtures_and_no_boards_are_refused() -> None:
     with pytest.raises(ValueError, match="boards: got none"):
-        sources.grounding_loader((), ENCODER, mixture=MIXTURE, batch_size=2, seed=0)
+        loaders.grounding_loader((), ENCODER, mixture=MIXTURE, batch_size=2, seed=0)
     for mixture in ((), (("questions", 0.0),), (("questions", 1.0), ("questions", 1.0))):
         with pytest.raises(ValueError, match="mixture"):
             records(mixture=mixture)
@@ -255,6 +256,6 @@ def test_bad_mixtures_and_no_boards_are_refused() -> None:
 
 def test_a_prompt_longer_than_the_limit_names_both() -> None:
     short = dataclasses.replace(ENCODER, data=dataclasses.replace(DATA, prompt_buckets=(8,)))
-    loader = sources.prompt_loader(BOARDS, short, context="state", batch_size=2, rollouts=1, seed=0)
+    loader = loaders.prompt_loader(BOARDS, short, context="state", batch_size=2, rollouts=1, seed=0)
     with pytest.raises(ValueError, match=r"got \d+, want at most 8"):
         next(loader)

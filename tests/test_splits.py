@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgsd_jax.envs import ENVS, splits
+from mgsd_jax.data import splits
+from mgsd_jax.envs import ENVS
 
 SMALL = [("frozenlake", 4), ("maze", 3), ("minibehaviour", 5)]
 
@@ -30,7 +31,7 @@ def test_shares_are_80_10_10() -> None:
 
 
 def test_split_is_the_same_in_another_process_with_another_hash_seed() -> None:
-    code = "from mgsd_jax.envs.splits import split_of; print([split_of(str(i)) for i in range(50)])"
+    code = "from mgsd_jax.data.splits import split_of; print([split_of(str(i)) for i in range(50)])"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONHASHSEED": "123", "PYTHONPATH": ":".join(sys.path)},

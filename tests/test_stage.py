@@ -19,8 +19,10 @@ from absl import logging
 from etils import epath
 from helpers_tiny import tiny_config
 
-from mgsd_jax import checkpoint, metrics, optimizer, stage
 from mgsd_jax.config import Config, override
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.training import optimizer, sessions
+from mgsd_jax.workdir import checkpoint, folders, metrics
 
 
 class Counter:
@@ -55,8 +57,8 @@ def run(
     tx = optax.sgd(1.0)
     state = optimizer.init({"a": jnp.zeros(2)}, tx)
     loader: Any = Counter()
-    claim = stage.Claim(epath.Path(folder), [*notes])
-    opened = stage.opened(claim, config, state, loader, metric="m", best_mode="max", steps=12)
+    claim = folders.Claim(epath.Path(folder), [*notes])
+    opened = sessions.opened(claim, config, state, loader, metric="m", best_mode="max", steps=12)
     with opened as session:
         state = session.state
         for step in range(session.start + 1, 13):
@@ -88,10 +90,10 @@ def test_a_signal_saves_the_step_it_is_in_and_the_run_continues_there(
     tmp_path: pathlib.Path, config: Config, number: int
 ) -> None:
     with pytest.raises(
-        stage.Stopped, match=r"after step 5 of 12.*continues after step 5"
+        sessions.Stopped, match=r"after step 5 of 12.*continues after step 5"
     ) as raised:
         run(tmp_path, config, {}, signal_at=5, number=number)
-    assert raised.value.exit_code == stage.EXIT_STOPPED == 75
+    assert raised.value.exit_code == sessions.EXIT_STOPPED == 75
     assert steps_in(tmp_path) == [2, 4, 5]
     state = run(tmp_path, config, {})
     np.testing.assert_array_equal(state.params["a"], [-78, -78])  # 1 + 2 + ... + 12
@@ -102,7 +104,7 @@ def test_a_signal_saves_the_step_it_is_in_and_the_run_continues_there(
 def test_a_run_whose_newest_checkpoint_is_damaged_says_so_and_goes_on_from_the_one_before(
     tmp_path: pathlib.Path, config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(stage.Stopped):
+    with pytest.raises(sessions.Stopped):
         run(tmp_path, config, {}, signal_at=5)
     damaged = tmp_path / "checkpoints" / "5" / "state" / "manifest.ocdbt"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -127,8 +129,8 @@ def test_a_second_signal_ends_the_process_at_once(number: int) -> None:
     """Also where the main thread is deep in a computation, as it is while a program compiles."""
     code = """
         import hashlib
-        from mgsd_jax import stage
-        with stage.asked_to_stop():
+        from mgsd_jax.training import sessions
+        with sessions.asked_to_stop():
             print("begins", flush=True)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
     """
@@ -147,7 +149,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
     """As in a job that a script has sent to the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stage.asked_to_stop() as stop:
+        with sessions.asked_to_stop() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert not stop.is_set()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -176,9 +178,9 @@ def test_enough_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
     bad = {step: np.nan for step in range(first, first + 3)}
     good = f"{tmp_path}/checkpoints/6" if first == 8 else "none, the run starts over"
     for _ in range(2):  # starting again repeats it, to the same end
-        with pytest.raises(stage.Stopped) as raised:
+        with pytest.raises(sessions.Stopped) as raised:
             run(tmp_path, config, bad)
-        assert raised.value.exit_code == stage.EXIT_NUMBERS == 3
+        assert raised.value.exit_code == sessions.EXIT_NUMBERS == 3
         assert str(raised.value) == (
             f"step {first + 2}: 3 updates in a row, all since step {first - 1}, had a loss or "
             f"gradient that is not finite; last good checkpoint: {good}"
@@ -198,8 +200,8 @@ def test_a_threshold_is_warned_of_when_it_is_passed(
     loader: Any = Counter()
     with (
         caplog.at_level("WARNING", logger="absl"),
-        stage.opened(
-            stage.Claim(epath.Path(tmp_path), []),
+        sessions.opened(
+            folders.Claim(epath.Path(tmp_path), []),
             config,
             state,
             loader,
@@ -210,7 +212,7 @@ def test_a_threshold_is_warned_of_when_it_is_passed(
     ):
         for step in range(1, 13):
             measured = {"loss": jnp.float32(1), "skipped_update": jnp.float32(0)}
-            measured["rollout/truncated"] = metrics.Mean(next(shares), 1.0)
+            measured["rollout/truncated"] = Mean(next(shares), 1.0)
             session.finish_step(step, session.state, measured)
     said = [message for message in caplog.messages if "rollout/truncated is 0.5" in message]
     assert [message.partition(":")[0] for message in said] == ["step 2", "step 5"]
@@ -221,7 +223,7 @@ SECTIONS = ("model", "data", "grounding", "checkpoint", "seed")
 
 def claim(folder: pathlib.Path, config: Config, *changes: str) -> None:
     """A run that takes a step."""
-    with stage.claimed(folder, override(config, changes), SECTIONS) as claim:
+    with folders.claimed(folder, override(config, changes), SECTIONS) as claim:
         claim.record()
 
 
@@ -231,7 +233,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_folder_to_any_other(
     wrong = override(config, ["model.path=/absent"])
     with (
         pytest.raises(ValueError, match="got no config"),
-        stage.claimed(tmp_path, wrong, SECTIONS) as failed,
+        folders.claimed(tmp_path, wrong, SECTIONS) as failed,
     ):
         failed.notes.append(lambda: pytest.fail("nothing is noted"))
         raise ValueError("/absent: got no config.json")
@@ -276,9 +278,9 @@ def test_a_folder_of_an_older_version_that_noted_every_field_is_read(
 
 def test_two_runs_of_one_folder_are_one_too_many(tmp_path: pathlib.Path, config: Config) -> None:
     with (
-        stage.claimed(tmp_path, config, SECTIONS),
+        folders.claimed(tmp_path, config, SECTIONS),
         pytest.raises(ValueError, match=rf"{tmp_path}: got a run of process {os.getpid()} on "),
-        stage.claimed(tmp_path, config, SECTIONS),
+        folders.claimed(tmp_path, config, SECTIONS),
     ):
         pass
 
@@ -294,6 +296,6 @@ def test_the_claim_comes_with_the_first_update_that_is_finite(
     run(tmp_path, config, losses, notes=[note])
     assert noted == [first]
     noted.clear()
-    with pytest.raises(stage.Stopped):
+    with pytest.raises(sessions.Stopped):
         run(tmp_path / "never", config, dict.fromkeys(range(1, 13), np.nan), notes=[note])
     assert noted == []

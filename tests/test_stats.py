@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from mgsd_jax import stats
+from mgsd_jax.evaluation import stats
 
 RATES = np.linspace(0.02, 0.98, 49)
 

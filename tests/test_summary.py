@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax import summary
+from mgsd_jax.evaluation import summary
 
 # As much of a board file as the public scorers read.
 TEXTS = {

@@ -13,11 +13,12 @@ from absl import logging
 from PIL import Image
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import evaluate, generate
 from mgsd_jax.data import boards as boards_lib
 from mgsd_jax.data import testsets
 from mgsd_jax.envs import ENVS
 from mgsd_jax.main import load_config
+from mgsd_jax.sampling import answers
+from mgsd_jax.stages import generate
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "benchmarks"
@@ -54,11 +55,11 @@ def test_a_benchmark_is_shown_in_its_own_pictures() -> None:
     data = load_config(str(ROOT / "configs" / "nano.py"), []).data
     data = dataclasses.replace(data, picture_size=256, cell_pixels=0)
     for board in boards:
-        shown = evaluate.show(data, board)
+        shown = answers.show(data, board)
         assert shown.shape == (256, 256, 3) and shown.dtype == np.uint8
         drawn = ENVS["frozenlake"].render(board.state, 256)
         assert 0 < np.abs(shown.astype(int) - drawn).mean() < 12, "the same board, other sprites"
-        assert np.array_equal(evaluate.show(data, board._replace(picture_path=None)), drawn)
+        assert np.array_equal(answers.show(data, board._replace(picture_path=None)), drawn)
 
 
 def test_our_held_out_mazes_are_the_mazes_of_a_test_split(tmp_path: pathlib.Path) -> None:

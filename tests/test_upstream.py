@@ -2,8 +2,8 @@
 
 import pytest
 
-from mgsd_jax.envs.rules import score_text
-from mgsd_jax.envs.upstream import Board, Trace, read_board, read_fields, simulate
+from mgsd_jax.evaluation.rules import score_text
+from mgsd_jax.evaluation.upstream import Board, Trace, read_board, read_fields, simulate
 
 OPEN = {"north": False, "south": False, "east": False, "west": False}
 MAZE = "level=2\nlayout_json=[[{0}, {0}], [{0}, {0}]]\nstart_row=0\nstart_col=0\n".replace(

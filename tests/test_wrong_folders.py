@@ -12,8 +12,8 @@ import pytest
 from helpers_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, write_processor_folder
 
 from mgsd_jax.data.processor import encode, encode_answer, load_processor
-from mgsd_jax.model import hf
 from mgsd_jax.model.config import tiny
+from mgsd_jax.weights import hf
 
 FILES = (
     "config.json",

@@ -18,9 +18,12 @@ from absl import app
 from etils import epath
 from orbax.checkpoint._src.multihost import multihost
 
-from mgsd_jax import main, optimizer, processes, sharding, stage
+from mgsd_jax import main
 from mgsd_jax.config import Config
-from mgsd_jax.metrics import Mean
+from mgsd_jax.parallel import processes, sharding
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.training import optimizer, sessions
+from mgsd_jax.workdir import folders
 
 STEPS = 12
 
@@ -53,11 +56,11 @@ def die_in_a_save() -> None:
 def run(config: Config, workdir: str) -> None:
     """A stage as main calls it."""
     folder = epath.Path(workdir) / "grounding"
-    with stage.claimed(folder, config, ("grounding", "seed")) as claim:
+    with folders.claimed(folder, config, ("grounding", "seed")) as claim:
         train(config, claim)
 
 
-def train(config: Config, claim: stage.Claim) -> None:
+def train(config: Config, claim: folders.Claim) -> None:
     """Its steps."""
     mesh = sharding.open_mesh(config.mesh)
     params, loader = {"norm": {"scale": jnp.zeros(8)}}, Batches()
@@ -73,7 +76,7 @@ def train(config: Config, claim: stage.Claim) -> None:
 
     data: Any = loader
     failing, step_of, words = os.environ.get("TOY", "-1:0:").split(":")
-    opened = stage.opened(claim, config, state, data, metric="m", best_mode="min", steps=STEPS)
+    opened = sessions.opened(claim, config, state, data, metric="m", best_mode="min", steps=STEPS)
     with opened as session:
         state = session.state
         for step in range(session.start + 1, STEPS + 1):

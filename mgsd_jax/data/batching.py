@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.data.positions import place_positions
 from mgsd_jax.data.processor import Encoded
 

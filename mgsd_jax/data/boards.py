@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, overload
 
 from etils import epath
 
-from mgsd_jax import fields
+from mgsd_jax.checks import fields
 from mgsd_jax.data.pictures import open_picture
+from mgsd_jax.data.splits import SPLITS, Split
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.splits import SPLITS, Split
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"

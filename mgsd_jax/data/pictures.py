@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mgsd_jax.checks.fields import expect, field, optional, positive, read_json, whole
+from mgsd_jax.checks.ranges import shown
 from mgsd_jax.data.positions import Grid
-from mgsd_jax.fields import expect, field, optional, positive, read_json, whole
-from mgsd_jax.ranges import shown
 
 # What transformers' Qwen2VLImageProcessor does where its file says nothing.
 DEFAULT_RESCALE = 1 / 255

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mgsd_jax.checks.fields import LARGEST, Kind, expect, field, optional, read_json, whole
+from mgsd_jax.checks.ranges import shown
 from mgsd_jax.data import template as template_lib
 from mgsd_jax.data.pictures import PictureSettings, cut_patches, load_picture_settings
 from mgsd_jax.data.positions import Grid, Interpolation, find_pictures, interpolation, token_count
-from mgsd_jax.fields import LARGEST, Kind, expect, field, optional, read_json, whole
-from mgsd_jax.ranges import shown
 
 # What of tokenizer_config.json has to be of a kind before transformers is let at it.
 TOKENIZER_FIELDS: dict[str, Kind] = {

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
-from mgsd_jax.fields import field, read_json
+from mgsd_jax.checks.fields import field, read_json
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 MOST_CHARACTERS = 1_000_000  # of a template, and of a conversation that it writes

@@ -10,12 +10,13 @@ from etils import epath
 from PIL import Image
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.checks.fields import field, read_json
 from mgsd_jax.config import Benchmark, DataConfig
+from mgsd_jax.data import benchmarks
 from mgsd_jax.data.boards import MANIFEST, Board, read_levels, read_split
 from mgsd_jax.data.pictures import open_picture
-from mgsd_jax.envs import ENVS, benchmarks
-from mgsd_jax.envs.splits import split_of
-from mgsd_jax.fields import field, read_json
+from mgsd_jax.data.splits import split_of
+from mgsd_jax.envs import ENVS
 
 _DIFFTHINKER_SOURCE = "github.com/lcqysl/DiffThinker"
 _VSP_SOURCE = (

@@ -11,17 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mgsd_jax.envs import base
-from mgsd_jax.envs.base import (
-    Bucket,
-    Cell,
-    Fact,
-    Outcome,
-    Paths,
-    Plan,
-    Question,
-    Reason,
-    Sprites,
-)
+from mgsd_jax.envs.base import Bucket, Cell, Fact, Outcome, Paths, Plan, Question, Reason, Sprites
 
 NAME: str = "maze"
 ACTIONS: tuple[str, ...] = ("up", "down", "left", "right")

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mgsd_jax import axes
+from mgsd_jax.parallel import axes
 
 # Queries and keys that one step of the splash kernel works on. Its vectors are 128 lanes wide.
 _BLOCKS = (512, 256, 128)

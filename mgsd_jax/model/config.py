@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mgsd_jax.fields import expect, field, optional, positive, whole
-from mgsd_jax.ranges import shown
+from mgsd_jax.checks.fields import expect, field, optional, positive, whole
+from mgsd_jax.checks.ranges import shown
 
 Config = TypeVar("Config")
 Json = Mapping[str, Any]

@@ -7,8 +7,8 @@ here: they count the body of a loop once and a custom kernel not at all.
 
 import jax
 
-from mgsd_jax.chips import CHIPS, GPUS
 from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.parallel.chips import CHIPS, GPUS
 
 # Dense bfloat16 peak of one device, FLOP/s, by `jax.Device.device_kind`. Source: makers' sheets.
 PEAK = {kind: chip.flops for kind, chip in (CHIPS | GPUS).items()} | {"TPU v4": 275e12}

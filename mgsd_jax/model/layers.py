@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
-from mgsd_jax.axes import BATCH, MODEL, constrain
+from mgsd_jax.parallel.axes import BATCH, MODEL, constrain
 
 INIT = nn.initializers.normal(0.02)  # transformers' initializer_range
 

@@ -13,14 +13,14 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
-from mgsd_jax.axes import BATCH, constrain
-from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.layers import Embedding
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.text import Cache, Decoder, KVCache, Layers
 from mgsd_jax.model.vision import VisionTower
+from mgsd_jax.parallel.axes import BATCH, constrain
 
 Params = dict[str, Any]
 

@@ -15,7 +15,6 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from mgsd_jax.axes import BATCH, constrain
 from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import TextConfig
 from mgsd_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -23,6 +22,7 @@ from mgsd_jax.model.remat import Remat, rematerialise
 from mgsd_jax.model.rope import Tables, mrope_tables, rotate
 from mgsd_jax.model.unrolled import MOST_LAYERS, Layers, is_unrolled, unstack
 from mgsd_jax.model.vision import STACKED
+from mgsd_jax.parallel.axes import BATCH, constrain
 
 
 @struct.dataclass

@@ -12,14 +12,14 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from mgsd_jax.axes import BATCH, constrain
-from mgsd_jax.batch import Pictures
+from mgsd_jax.data.batch import Pictures
 from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import VisionConfig
 from mgsd_jax.model.layers import Embedding, LayerNorm, Linear
 from mgsd_jax.model.remat import Remat, rematerialise
 from mgsd_jax.model.rope import Tables, rotate, vision_tables
 from mgsd_jax.model.unrolled import is_unrolled, unstack
+from mgsd_jax.parallel.axes import BATCH, constrain
 
 # Collections that carry a leading layer axis in a stack.
 STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}

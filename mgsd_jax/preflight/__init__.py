@@ -24,9 +24,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import fields, sharding
-from mgsd_jax.chips import CHIPS, Chip
+from mgsd_jax.checks import fields
 from mgsd_jax.config import Config
+from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight.programs import Program, programs_of
 from mgsd_jax.preflight.table import Result, render
 

@@ -16,17 +16,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import distillation, grounding, optimizer, sampler, sharding, trainable, tree
-from mgsd_jax.batch import Inputs, Pictures
+from mgsd_jax import tree
 from mgsd_jax.config import Config, LoraConfig, OptimConfig, SamplingConfig
+from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.data.batching import GroundingBatch
-from mgsd_jax.distillation import DistillationBatch
-from mgsd_jax.model import table
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.model.released import find_config
+from mgsd_jax.parallel import sharding
 from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.roofline import Work
+from mgsd_jax.sampling import sampler
+from mgsd_jax.stages import distillation, grounding
+from mgsd_jax.stages.distillation import DistillationBatch
+from mgsd_jax.training import optimizer, trainable
+from mgsd_jax.weights import table
+from mgsd_jax.weights.released import find_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mgsd_jax import axes
-from mgsd_jax.chips import Chip
 from mgsd_jax.config import Config
 from mgsd_jax.model.flops import decode_flops, forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.parallel import axes
+from mgsd_jax.parallel.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from mgsd_jax import axes
-from mgsd_jax.chips import Chip
 from mgsd_jax.config import Config
+from mgsd_jax.parallel import axes
+from mgsd_jax.parallel.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import DELTAS, Cell, Plan
+from mgsd_jax.evaluation.summary import MODELS, Board, Row, board_of, sort_models
 from mgsd_jax.report.tables import reason_label
 from mgsd_jax.report.words import TASKS, model_label
-from mgsd_jax.summary import MODELS, Board, Row, board_of, sort_models
 
 Point = tuple[float, float]  # x, y in pixels of the picture
 Kind = Literal["fixed", "broken", "failed", "solved"]

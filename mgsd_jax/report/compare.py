@@ -8,13 +8,23 @@ from typing import Any
 
 from etils import epath
 
-from mgsd_jax import fields, paths, tree
+from mgsd_jax import tree
+from mgsd_jax.checks import fields
 from mgsd_jax.envs import ENVS
-from mgsd_jax.measures import Measure, by_task, difference
-from mgsd_jax.metrics import CONFIG_FILE
+from mgsd_jax.evaluation.measures import Measure, by_task, difference
+from mgsd_jax.evaluation.rows import ROWS_FILE
+from mgsd_jax.evaluation.summary import (
+    MODELS,
+    Board,
+    Row,
+    board_of,
+    error_of,
+    sort_models,
+    summarize,
+)
 from mgsd_jax.report.inputs import STAGES, Curve, Evaluation, Stage, read_evaluation, read_stage
-from mgsd_jax.rows import ROWS_FILE
-from mgsd_jax.summary import MODELS, Board, Row, board_of, error_of, sort_models, summarize
+from mgsd_jax.workdir import paths
+from mgsd_jax.workdir.folders import CONFIG_FILE
 
 _LAST_SHARE = 0.1  # of the steps, what the end of a curve is the mean of
 # Settings that say where things are and how fast they go.

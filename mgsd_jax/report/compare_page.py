@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from mgsd_jax.measures import Measure
+from mgsd_jax.evaluation.measures import Measure
 from mgsd_jax.report import boards, overlays, plots, tables
 from mgsd_jax.report.compare import (
     Comparison,

@@ -8,9 +8,10 @@ from typing import Any
 
 from etils import epath
 
-from mgsd_jax import fields, metrics
-from mgsd_jax.rows import ROWS_FILE, read_rows
-from mgsd_jax.summary import Row, check_rows
+from mgsd_jax.checks import fields
+from mgsd_jax.evaluation.rows import ROWS_FILE, read_rows
+from mgsd_jax.evaluation.summary import Row, check_rows
+from mgsd_jax.workdir import metrics
 
 SUMMARY_FILE = "summary.json"
 _SUMMARY_KEYS = ("models", "diagnostics", "modality_gap", "differences", "gap_closed_by")

@@ -8,15 +8,7 @@ from typing import Any
 from mgsd_jax.report import boards, plots, tables
 from mgsd_jax.report.inputs import Curve, Evaluation, Stage
 from mgsd_jax.report.style import CSS
-from mgsd_jax.report.words import (
-    MODES,
-    TASKS,
-    interval,
-    model_label,
-    order,
-    percent,
-    verdict,
-)
+from mgsd_jax.report.words import MODES, TASKS, interval, model_label, order, percent, verdict
 
 # Macro averages of the paper (arXiv 2606.06076), from the picture; other boards than ours.
 PUBLISHED = (

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mgsd_jax.evaluation.summary import MODELS, Measure
 from mgsd_jax.report.inputs import Curve
 from mgsd_jax.report.words import DASH, ERRORS, MODES, TASKS, interval, model_label, percent
-from mgsd_jax.summary import MODELS, Measure
 
 _BINS = 150  # points drawn of a curve
 _OTHER_COLOURS = 6

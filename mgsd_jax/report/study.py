@@ -8,12 +8,12 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mgsd_jax import stats
-from mgsd_jax.measures import by_board, by_level, by_task
-from mgsd_jax.metrics import read_metrics
+from mgsd_jax.evaluation import stats
+from mgsd_jax.evaluation.measures import by_board, by_level, by_task
+from mgsd_jax.evaluation.rows import ROWS_FILE, read_rows
+from mgsd_jax.evaluation.stats import Strata
 from mgsd_jax.report.words import DASH, percent
-from mgsd_jax.rows import ROWS_FILE, read_rows
-from mgsd_jax.stats import Strata
+from mgsd_jax.workdir.metrics import read_metrics
 
 Row = Mapping[str, Any]
 Getter = Callable[[Row], float | None]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mgsd_jax.evaluation.summary import Measure
 from mgsd_jax.report.words import (
     DASH,
     ERRORS,
@@ -19,7 +20,6 @@ from mgsd_jax.report.words import (
     points,
     signed,
 )
-from mgsd_jax.summary import Measure
 
 _PLANNING = ("picture", "text", "blind")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mgsd_jax.envs.base import Reason
-from mgsd_jax.summary import MODELS, Measure
+from mgsd_jax.evaluation.summary import MODELS, Measure
 
 DASH = "–"
 TASKS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}

@@ -1,0 +1,90 @@
+"""JSON settings of the folders of models and runs, read whole and field by field, with checks.
+
+Every error is a ValueError of one line: file, field, what was found, what was wanted.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from etils import epath
+
+from mgsd_jax.checks.ranges import shown
+
+Kind = type | tuple[type, ...]
+LARGEST = 2**31 - 1  # more than any size that a model has
+
+
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError where it is missing, broken or no object."""
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file, want a JSON object")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path}: got JSON nested too deep, want a JSON object") from None
+    except ValueError as error:  # broken JSON and broken UTF-8 are both ValueErrors
+        raise ValueError(f"{path}: got no valid JSON ({error}), want a JSON object") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, want a JSON object")
+    return content
+
+
+def field(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> Any:
+    """The value at `a.b` of a file's object. Raises ValueError unless it is there, of that kind.
+
+    true and false are no numbers; a float may be written as a whole number, and has to be finite.
+    """
+    value: Any = content
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise ValueError(f"{source}: {name}: got nothing, want {_kind_name(kind)}")
+        value = value[key]
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
+        value = float(value)
+    is_wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    if is_wrong or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{source}: {name}: got {shown(value)}, want {_kind_name(kind)}")
+    return value
+
+
+def optional(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> Any:
+    """As `field`, but None where the value is absent or null."""
+    return None if content.get(name) is None else field(content, name, kind, source)
+
+
+def whole(
+    content: Mapping[str, Any], name: str, source: object, *, low: int = 1, high: int = LARGEST
+) -> int:
+    """The whole number at `a.b`. Raises ValueError unless it is from `low` to `high`."""
+    value = field(content, name, int, source)
+    if not low <= value <= high:
+        raise ValueError(
+            f"{source}: {name}: got {shown(value)}, want a number from {low} to {high}"
+        )
+    return value
+
+
+def positive(content: Mapping[str, Any], name: str, source: object) -> float:
+    """The number at `a.b`. Raises ValueError unless it is finite and above 0."""
+    value = field(content, name, float, source)
+    if value <= 0:
+        raise ValueError(f"{source}: {name}: got {value}, want a number above 0")
+    return value
+
+
+def expect(content: Mapping[str, Any], name: str, wanted: Sequence[object], source: object) -> None:
+    """Raises ValueError where the field is there with a value that is not one of `wanted`."""
+    if name in content and not any(
+        type(content[name]) is type(want) and content[name] == want for want in wanted
+    ):
+        listed = " or ".join(shown(want) for want in wanted)
+        raise ValueError(f"{source}: {name}: got {shown(content[name])}, want {listed}")
+
+
+def _kind_name(kind: Kind) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("null" if one is NoneType else one.__name__ for one in kinds)

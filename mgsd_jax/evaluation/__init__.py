@@ -1,0 +1,1 @@
+"""Scoring of answers: rules, rows, measures, statistics and summaries."""

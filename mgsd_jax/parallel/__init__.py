@@ -1,0 +1,1 @@
+"""Placement over devices and processes: mesh axes, sharding rules, chips, processes."""

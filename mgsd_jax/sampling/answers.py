@@ -1,0 +1,149 @@
+"""A model answers boards: prompts of every mode, jitted sampling, scored rows.
+
+Axes: B batch, R response tokens.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgsd_jax import config as config_lib
+from mgsd_jax.config import DataConfig, EvaluateConfig, Mode
+from mgsd_jax.data import batching, testsets
+from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.batch import Inputs
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.loaders import Encoder, draw_picture
+from mgsd_jax.data.processor import Encoded, encode
+from mgsd_jax.data.prompts import Message, Prompts
+from mgsd_jax.data.segments import decode_rows
+from mgsd_jax.evaluation.scoring import Row, score_row
+from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.parallel import axes, sharding
+from mgsd_jax.sampling.sampler import Sampling, make_rollout
+
+Answerer = Callable[..., list[Row]]
+
+
+def make_answerer(
+    model: Qwen3VL, encoder: Encoder, settings: EvaluateConfig, seed: int = 0
+) -> Answerer:
+    """A function (variables, boards, mode) -> rows without a model name, in the boards' order.
+
+    It may also be told which rows of a longer list these are (`row_ids`), what to show in place of
+    the boards (`shown`) and the number of the try (`attempt`): a sampled response depends on the
+    seed, its row and its try alone. On a mesh the variables lie as for rollouts
+    (`sharding.make_layout`), every process asks about all boards, and gets all rows.
+    """
+    processor = encoder.processor
+    generate = make_rollout(
+        model,
+        Sampling(**config_lib.to_dict(settings.sampling)),
+        eos_ids=processor.eos_ids,
+        banned_ids=(processor.image_token_id, processor.video_token_id),
+        pad_id=processor.pad_id,
+    )
+    mesh = model.mesh
+    first_rng = sharding.make_key(seed, mesh)
+    # The rows of a full batch, which has to split over the mesh.
+    size = settings.batch_size + -settings.batch_size % axes.parts(mesh, axes.BATCH)
+
+    def answer(
+        variables: Any,
+        boards: Sequence[Board],
+        mode: Mode,
+        *,
+        row_ids: Sequence[int] | None = None,
+        shown: Sequence[Board] | None = None,
+        attempt: int = 0,
+    ) -> list[Row]:
+        shown = shown_boards(boards, mode) if shown is None else shown
+        row_ids = range(len(boards)) if row_ids is None else row_ids
+        rng = jax.random.fold_in(first_rng, attempt) if attempt else first_rng
+        rows: list[Row] = []
+        for start in range(0, len(boards), settings.batch_size):
+            chosen = slice(start, start + settings.batch_size)
+            padded, _ = batching.pad_rows(shown[chosen], size)
+            inputs = _inputs(encoder, [encode_prompt(encoder, b, mode) for b in padded], mode)
+            # Rows that only fill the batch are thrown away: any id will do for them.
+            ids = np.zeros(size, np.int32)
+            ids[: len(row_ids[chosen])] = row_ids[chosen]
+            asked = sharding.to_global((inputs, ids), mesh, is_whole=True)
+            sampled = sharding.to_every(generate(variables, asked[0], rng, asked[1]), mesh)
+            texts = decode_rows(processor, sampled.tokens, sampled.mask)
+            for i, board in enumerate(boards[chosen]):
+                row = score_row(board, mode, texts[i])
+                row["truncated"] = bool(sampled.truncated[i])
+                row["response_tokens"] = int(sampled.mask[i].sum())
+                rows.append(row)
+        return rows
+
+    return answer
+
+
+def _inputs(encoder: Encoder, encoded: Sequence[Encoded], mode: Mode) -> Inputs:
+    buckets = encoder.data.teacher_buckets if mode == "text" else encoder.data.prompt_buckets
+    longest = max(len(row.tokens) for row in encoded)
+    return batching.to_inputs(
+        encoded,
+        length=batching.bucket(longest, buckets, name=f"tokens of a {mode} prompt"),
+        side="left",
+        pad_id=encoder.processor.pad_id,
+        patch_buckets=encoder.data.patch_buckets,
+        max_pictures=1,
+    )
+
+
+def encode_prompt(encoder: Encoder, board: Board, mode: Mode) -> Encoded:
+    """The prompt that asks about a board in a mode."""
+    messages = ask(encoder.prompts, encoder.picture, board, mode)
+    return encode(encoder.processor, messages, add_generation_prompt=True)
+
+
+def ask(
+    prompts: Prompts, picture: Callable[[Board], np.ndarray], board: Board, mode: Mode
+) -> list[Message]:
+    """The messages that ask about a board in a mode; a text prompt draws no picture."""
+    if mode == "text":
+        return prompts_lib.teacher(prompts, board.task, board.state, "state")
+    if mode == "perception":
+        return prompts_lib.grounding(prompts, board.task, board.state, picture(board))[0]
+    return prompts_lib.student(prompts, board.task, picture(board))
+
+
+def show(data: DataConfig, board: Board) -> np.ndarray:
+    """The picture of a board of a test set: the benchmark's own, or drawn; uint8 [H, W, 3]."""
+    if board.picture_path is None:
+        return draw_picture(data, board)
+    return testsets.read_picture(board.picture_path, config_lib.picture_size(data, board.level))
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkEncoder(Encoder):
+    """An encoder that shows the boards of a benchmark in its own pictures."""
+
+    def picture(self, board: Board) -> np.ndarray:
+        return show(self.data, board)
+
+
+def shown_boards(boards: Sequence[Board], mode: Mode) -> Sequence[Board]:
+    """What each question shows: its board, or to a blind student another one's picture."""
+    return misleading(boards) if mode == "blind" else boards
+
+
+def misleading(boards: Sequence[Board]) -> list[Board]:
+    """For every board another one of its task and level: the next, the last one's is the first."""
+    groups: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
+    for i, board in enumerate(boards):
+        groups[board.task, board.level].append(i)
+    others = list(boards)
+    for (task, level), group in groups.items():
+        if len(group) < 2:
+            raise ValueError(f"blind: got one board of {task} level {level}, want two or more")
+        for i, other in zip(group, [*group[1:], group[0]], strict=True):
+            others[i] = boards[other]
+    return others

@@ -1,0 +1,304 @@
+"""Answers from an OpenAI-compatible API: vLLM, SGLang, or a hosted model.
+
+Needs the `openai` package (`pip install mgsd_jax[endpoint]`). A request that fails is tried again
+by the client, with growing waits; one that keeps failing, is aborted, takes longer than
+`endpoint_seconds` or comes back as no chat completion is an answer with `error`, which counts as a
+failure and is asked again when the evaluation is run again. What no other try can mend (a wrong
+key, an unknown model, a parameter that the server does not take) ends the evaluation with one line.
+
+The key is read from the environment and leaves this module in requests alone: every text of a
+server passes `_clean` before it is used or shown.
+"""
+
+import asyncio
+import base64
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mgsd_jax import config as config_lib
+from mgsd_jax.config import EvaluateConfig
+from mgsd_jax.data.prompts import Message
+
+try:
+    import openai as _openai
+except ImportError:  # an extra: only evaluations of an endpoint need it
+    _openai = None
+
+openai: Any = _openai
+# What servers say of an answer that is whole, and of one that was cut off.
+_WHOLE = ("stop", "eos_token", "stop_sequence", "end_turn")
+_WHOLE += ("content_filter", "tool_calls", "function_call")
+_CUT_OFF = ("length", "max_tokens", "model_length")
+_NOT_TAKEN = re.compile(
+    r"\bnot (?:\w+ )?(?:support|permitted|allowed|accept|recogni)|unsupported|unknown|unrecogni"
+    r"|unexpected|invalid parameter|forbidden|deprecated|cannot (?:find field|both be)",
+    re.I,
+)
+_HIDDEN = 6  # characters; shorter keys are words such as EMPTY or none, which answers may hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A response, or why there is none; `tokens` is None where the server does not count them."""
+
+    text: str
+    truncated: bool
+    tokens: int | None
+    error: str | None
+
+
+def connect(settings: EvaluateConfig) -> Any:
+    """A client of `evaluate.endpoint`, for use in one event loop.
+
+    Raises ValueError without the package or the key, and for settings that hold the key.
+    """
+    if openai is None:
+        raise ValueError(
+            "evaluate.endpoint: got no package openai, want it: pip install 'mgsd_jax[endpoint]'"
+        )
+    url, key = settings.endpoint, _key(settings)
+    if not key and not url.startswith("http://"):
+        raise ValueError(
+            f"{settings.endpoint_key}: got nothing in the environment, want the key of {url} "
+            "(evaluate.endpoint_key names the variable)"
+        )
+    # At lower levels they log what a server sends, which may hold the key.
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return openai.AsyncOpenAI(
+        base_url=url,
+        api_key=key or "none",  # servers of one's own rarely ask for a key
+        timeout=settings.endpoint_seconds,
+        max_retries=settings.endpoint_retries,
+    )
+
+
+def _key(settings: EvaluateConfig) -> str:
+    """The key, '' without one. Raises ValueError, which never shows it, where it stands elsewhere.
+
+    The settings are written beside the rows and shown in errors.
+    """
+    name = settings.endpoint_key
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+        raise ValueError(
+            "evaluate.endpoint_key: got something else than NAME (not shown here: it may be the "
+            "key), want the name of the environment variable that holds the key, in capitals"
+        )
+    key = os.environ.get(name, "")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ValueError(
+            f"{name}: got a key with a space, a line end or a letter that is not ASCII in it, want "
+            "the bare key"
+        )
+    saved = json.dumps(config_lib.to_dict(settings))
+    if _clean(saved, settings) != saved:
+        raise ValueError(f"evaluate: got the key of {name} in a setting, want it in {name} alone")
+    url = urllib.parse.urlsplit(settings.endpoint)
+    if url.query or "@" in url.netloc:
+        raise ValueError(
+            "evaluate.endpoint: got a URL with a user, a password or a query (not shown here: it "
+            f"may hold the key), want it without, and the key in {name} alone"
+        )
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(
+            f"evaluate.endpoint: got {settings.endpoint!r}, want http://... or https://..."
+        )
+    return key
+
+
+def _clean(text: str, settings: EvaluateConfig) -> str:
+    """Text of a server without the key, be it plain, in a URL, in hex or inside of base64.
+
+    Halves of surrogate pairs, which no file takes, become question marks.
+    """
+    key = os.environ.get(settings.endpoint_key, "")
+    text = text.encode("utf-8", "replace").decode()
+    if len(key) < _HIDDEN:
+        return text
+    plain = key.encode()
+    forms = [key, urllib.parse.quote(key, safe=""), plain.hex()]
+    # The characters that depend on the key alone, whatever number of bytes stands before it.
+    for before, first in enumerate((0, 2, 3)):
+        whole = base64.b64encode(bytes(before) + plain).decode()
+        inner = whole[first : (before + len(plain)) * 8 // 6]
+        forms += [inner, inner.translate(str.maketrans("+/", "-_"))]
+    return re.sub("|".join(map(re.escape, forms)), "[the key]", text, flags=re.I)
+
+
+def served_models(settings: EvaluateConfig) -> tuple[str, ...]:
+    """The models to ask: those of `evaluate.endpoint_models`, else the one that is served.
+
+    Raises ValueError where the server cannot be asked, or serves several.
+    """
+    client = connect(settings)
+    if settings.endpoint_models:
+        return settings.endpoint_models
+    where = f"{settings.endpoint}/models"
+
+    async def listed() -> tuple[str, ...]:
+        async with client, asyncio.timeout(settings.endpoint_seconds):
+            return tuple(_clean(model.id, settings) for model in (await client.models.list()).data)
+
+    try:
+        names = asyncio.run(listed())
+    except (openai.APIError, TimeoutError) as error:
+        raise ValueError(f"{where}: got {_said(error, settings)}, want a list of models") from None
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: got {_said(error, settings)}, want {{'data': [{{'id': ...}}]}}"
+        ) from None
+    if len(names) != 1:
+        raise ValueError(
+            f"{where}: got models {names}, want just one, or some of them in "
+            "evaluate.endpoint_models"
+        )
+    return names
+
+
+async def ask(
+    client: Any, settings: EvaluateConfig, model: str, messages: Sequence[Message], seed: int
+) -> Answer:
+    """One answer to one prompt. Raises ValueError for what another try would not mend."""
+    sent = _parameters(settings, seed)
+    try:
+        async with asyncio.timeout(settings.endpoint_seconds):
+            completion = await client.chat.completions.create(
+                model=model, messages=[to_chat(message) for message in messages], extra_body=sent
+            )
+    except (
+        openai.AuthenticationError,
+        openai.PermissionDeniedError,
+        openai.NotFoundError,
+    ) as error:
+        raise ValueError(
+            f"{settings.endpoint}: got {_said(error, settings)}, want a model {model!r} and a key "
+            f"for it in {settings.endpoint_key}"
+        ) from None
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        _refuse_parameters(error, settings, sent)
+        return Answer("", False, None, _said(error, settings))
+    # The last two are what reading broken JSON raises.
+    except (openai.APIError, TimeoutError, ValueError, RecursionError) as error:
+        return Answer("", False, None, _said(error, settings))
+    return _read(completion, settings)
+
+
+def _parameters(settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+    """What a request says of sampling: those of `evaluate.endpoint_parameters`; top_k where on."""
+    sampling = settings.sampling
+    values = {
+        "max_tokens": sampling.max_new_tokens,
+        "max_completion_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": seed,
+    }
+    names = [n for n in settings.endpoint_parameters if n != "top_k" or sampling.top_k]
+    return {name: values[name] for name in names}
+
+
+def _refuse_parameters(error: Any, settings: EvaluateConfig, sent: dict[str, Any]) -> None:
+    """Raises ValueError where the server says that it does not take a parameter that was sent."""
+    said = _said(error, settings)
+    named = [name for name in sent if re.search(rf"(?<!\w){name}(?!\w)", said)]
+    if not named or not _NOT_TAKEN.search(said):
+        return
+    rest: list[str] = [name for name in settings.endpoint_parameters if name not in named]
+    if "max_tokens" in named:
+        rest.insert(0, "max_completion_tokens")
+    raise ValueError(
+        f"{settings.endpoint}: got {said}, want a request without "
+        f'{" and ".join(named)}: --set "evaluate.endpoint_parameters={tuple(rest)}"'
+    )
+
+
+def _read(completion: Any, settings: EvaluateConfig) -> Answer:
+    """The answer in what the server sent, every field that we use looked at first.
+
+    The client does not check what it was sent: a web page comes back as text, a wrong field as it
+    is.
+    """
+    tokens = getattr(getattr(completion, "usage", None), "completion_tokens", None)
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        tokens = None
+
+    def failed(got: Any) -> Answer:
+        shown = " ".join(_clean(str(got), settings).split())[:300]
+        want = "a chat completion: choices[0] with message.content and finish_reason"
+        return Answer("", False, tokens, f"got {shown!r}, want {want}")
+
+    choices = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        return failed(getattr(completion, "error", None) or completion)
+    finish = getattr(choices[0], "finish_reason", None)
+    message = getattr(choices[0], "message", None)
+    content = getattr(message, "content", None)
+    text = text_of(content)
+    if message is None or text is None:
+        return failed(f"content {content}")
+    if finish not in (*_WHOLE, *_CUT_OFF):
+        return failed(f"finish_reason {finish}")
+    truncated = finish in _CUT_OFF
+    if not text and not truncated:
+        return failed(f"no text, finish_reason {finish}")
+    return Answer(_clean(text, settings), truncated, tokens, None)
+
+
+def text_of(content: Any) -> str | None:
+    """The text of a message's content: text, a list of parts of text, or null ('').
+
+    None for anything else: a part that is no text, a number.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        return None
+    found = ""
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            return None
+        found += text
+    return found
+
+
+def to_chat(message: Message) -> dict[str, Any]:
+    """A message in the form of the API, pictures as PNG data URLs."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {"role": message["role"], "content": content}
+    parts = [
+        {"type": "text", "text": part["text"]}
+        if part["type"] == "text"
+        else {"type": "image_url", "image_url": {"url": _png_url(part["image"])}}
+        for part in content
+    ]
+    return {"role": message["role"], "content": parts}
+
+
+def _png_url(picture: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _said(error: Exception, settings: EvaluateConfig) -> str:
+    """An error in one line, with what the server said."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {settings.endpoint_seconds} s"
+    said, response = str(error), getattr(error, "response", None)
+    # Some versions of the client leave out what is no JSON.
+    if response is not None and not isinstance(getattr(error, "body", None), dict):
+        said += f" {response.text}"
+    return f"{type(error).__name__}: {' '.join(_clean(said, settings).split())}"[:300]

@@ -1,0 +1,320 @@
+"""Stage 2, distillation: the student answers from the picture, and moves to what the teacher, who
+reads the same board as text, would have said at every one of the student's own tokens.
+
+Axes: B rollouts, R response tokens, D width, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import tree
+from mgsd_jax.config import Config, DistillationConfig
+from mgsd_jax.data import loaders, segments
+from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.batch import Inputs
+from mgsd_jax.data.boards import Board
+from mgsd_jax.model import qwen3vl
+from mgsd_jax.model.flops import forward_flops
+from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.parallel import processes, sharding
+from mgsd_jax.sampling import answers, sampler
+from mgsd_jax.stages import loading
+from mgsd_jax.training import guards, losses, monitor, optimizer, sessions
+from mgsd_jax.training.divergences import TokenStats
+from mgsd_jax.workdir import folders
+
+
+class DistillationBatch(NamedTuple):
+    """Prompts of both readers, and the student's responses."""
+
+    student: Inputs
+    teacher: Inputs
+    tokens: jax.Array  # [B, R] int32
+    mask: jax.Array  # [B, R] bool, True through the first end token
+    weights: jax.Array | None = None  # [B, R] float32 of the tokens in the loss; None: the mask
+
+
+BATCH_AXES: Any = DistillationBatch(
+    sessions.INPUT_AXES,
+    sessions.INPUT_AXES,
+    tokens=sessions.FIRST,
+    mask=sessions.FIRST,
+    weights=sessions.FIRST,
+)
+
+
+def loss_config(settings: DistillationConfig) -> losses.DistillLossConfig:
+    """The settings of the loss; 'sampled_reverse_kl' has its own function and no divergence."""
+    is_jsd = settings.objective == "jsd"
+    return losses.DistillLossConfig(
+        objective="reverse_kl"
+        if settings.objective == "sampled_reverse_kl"
+        else settings.objective,
+        jsd_teacher_weight=settings.jsd_teacher_weight if is_jsd else None,
+        forward_kl_mix=settings.forward_kl_mix,
+        token_chunk=settings.token_chunk,
+        token_kl_cap=settings.token_kl_cap or None,
+    )
+
+
+def response_hidden(
+    model: Qwen3VL, variables: Any, prompt: Inputs, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Hidden states [B * R, D] that predict each response token after this prompt."""
+    inputs = qwen3vl.append_response(prompt, tokens, mask > 0)
+    # The state at a token predicts the next one: the last prompt token's is the first, and the last
+    # response token's is not needed.
+    hidden = qwen3vl.apply_hidden(model, variables, inputs, prompt.tokens.shape[1] - 1)[:, :-1]
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def loss_fn(
+    trained: Any,
+    frozen: Any,
+    teacher_variables: Any,
+    batch: DistillationBatch,
+    *,
+    student: Qwen3VL,
+    teacher: Qwen3VL,
+    settings: DistillationConfig,
+    vocab_mask: np.ndarray,
+) -> tuple[jax.Array, jax.Array, TokenStats]:
+    """Weighted divergence over the response tokens in nats, its weight, and statistics [B, R]."""
+    variables = tree.combine(trained, frozen)
+    students = response_hidden(student, variables, batch.student, batch.tokens, batch.mask)
+    teachers = jax.lax.stop_gradient(
+        response_hidden(teacher, teacher_variables, batch.teacher, batch.tokens, batch.mask)
+    )
+    valid = batch.mask.reshape(-1) > 0
+    weights = valid.astype(jnp.float32) if batch.weights is None else batch.weights.reshape(-1)
+    is_sampled = settings.objective == "sampled_reverse_kl"
+    divergence = losses.sampled_reverse_kl if is_sampled else losses.reverse_kl
+    loss, stats = divergence(
+        students,
+        qwen3vl.head(variables["params"]),
+        teachers,
+        qwen3vl.head(teacher_variables["params"]),
+        weights,
+        config=loss_config(settings),
+        targets=batch.tokens.reshape(-1),
+        vocab_mask=jnp.asarray(vocab_mask),
+        valid=valid,
+        mesh=student.mesh,
+    )
+    return loss, weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats)
+
+
+def make_update(
+    student: Qwen3VL,
+    teacher: Qwen3VL,
+    settings: DistillationConfig,
+    tx: optax.GradientTransformation,
+    banned_ids: tuple[int, ...],
+) -> Callable[..., tuple[optimizer.TrainState, dict[str, Any], TokenStats]]:
+    """One jitted program: teacher forward, student forward and backward, optimiser.
+
+    update(state, frozen, teacher_params, batch) -> (state, metrics, statistics [B, R]); the state
+    is donated. Without teacher_params ({}) the student holds the teacher: with
+    `settings.teacher_decay` it is the state's average, else the student without its adapters.
+    `banned_ids` can be sampled by neither reader.
+    """
+    vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
+    mesh = student.mesh
+
+    def update(
+        state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
+    ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
+        if settings.teacher_decay:
+            teacher_variables = tree.combine(state.average, frozen)
+        else:
+            teacher_variables = {"params": teacher_params or frozen["params"]}
+
+        def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
+            return loss_fn(
+                sharding.constrain_state(trained, mesh),
+                frozen,
+                teacher_variables,
+                sharding.constrain_batch(batch, mesh),
+                student=student,
+                teacher=teacher,
+                settings=settings,
+                vocab_mask=vocab_mask,
+            )
+
+        grads, loss, stats = optimizer.accumulate(
+            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+        )
+        state, norms = optimizer.update(
+            state, grads, tx, loss=loss.sum, in_place=student.kernel.is_plain
+        )
+        if settings.teacher_decay:
+            state = optimizer.move_average(state, settings.teacher_decay)
+        state = sharding.constrain_state(state, mesh)
+        return state, {"loss": loss, **norms}, sharding.constrain_batch(stats, mesh)
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def with_references(sampled: sampler.Rollout, references: Any) -> tuple[jax.Array, jax.Array]:
+    """(tokens, mask) [B, R] of the responses to learn from: references where a row has one."""
+    if references is None:
+        return sampled.tokens, sampled.mask
+    has_one = references.mask[:, :1]
+    return (
+        jnp.where(has_one, references.tokens, sampled.tokens),
+        jnp.where(has_one, references.mask, sampled.mask),
+    )
+
+
+def token_weights(groups: np.ndarray, settings: DistillationConfig) -> np.ndarray | None:
+    """Weights [B, R] of the tokens by the `segments.segments` that they are in; None: all 1."""
+    if not settings.token_weights:
+        return None
+    table = dict.fromkeys(prompts_lib.SEGMENTS, 1.0) | dict(settings.token_weights)
+    return np.array([*table.values(), 0.0], np.float32)[groups]  # group -1: no token
+
+
+def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -> float:
+    """FLOPs of an update: one teacher forward, and three times the student's."""
+    rows, predicted = batch.tokens.shape
+    pictures = batch.student.pictures
+    patches = 0 if pictures is None else pictures.patches.shape[1] * pictures.patches.shape[2]
+    lengths = (x.tokens.shape[1] + predicted for x in (batch.student, batch.teacher))
+    students, teachers = (
+        forward_flops(model.config, tokens=length, patches=p, predicted=predicted)
+        for model, length, p in zip((student, teacher), lengths, (patches, 0), strict=True)
+    )
+    return rows * (3 * students + teachers)
+
+
+def _own(mask: np.ndarray, prompts: loaders.PromptRows) -> np.ndarray:
+    """The mask without the rows whose response is not the student's own."""
+    references = prompts.batch.references
+    return mask if references is None else mask & ~references.mask[:, :1]
+
+
+def run(config: Config, workdir: str) -> None:
+    """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
+    settings = config.distillation
+    folder = epath.Path(workdir) / "distillation"
+    training = sessions.boards(config, workdir, "train")
+    held_out = monitor.spread(sessions.boards(config, workdir, "val"), settings.eval_boards)
+    loading.check_finished(settings.student, config, workdir)
+    loading.check_finished(settings.teacher, config, workdir)
+    sections = ("model", "data", "distillation", "checkpoint", "seed")
+    with folders.claimed(folder, config, sections) as claim:
+        _train(config, workdir, claim, training, held_out)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    claim: folders.Claim,
+    training: Sequence[Board],
+    held_out: Sequence[Board],
+) -> None:
+    settings = config.distillation
+    mesh = sharding.open_mesh(config.mesh)
+    prompts_a_step = settings.batch_size * settings.rollouts
+    sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
+
+    # The student, the part of it that learns, and the frozen teacher.
+    student, trained, frozen = loading.load_student(
+        settings, config, workdir, claim.folder, claim.notes, mesh, metric="val/success"
+    )
+    teacher = loading.load_teacher(settings, config, workdir, mesh, student)
+
+    # Prompts of the training boards.
+    encoder = sessions.encoder(config, student.processor)
+    loader = loaders.prompt_loader(
+        training,
+        encoder,
+        context=settings.teacher_context,
+        batch_size=settings.batch_size,
+        rollouts=settings.rollouts,
+        seed=config.seed,
+        noise=settings.teacher_noise,
+        teacher_board=settings.teacher_board,
+        reference_share=settings.reference_share,
+        response_length=settings.sampling.max_new_tokens,
+        process=sharding.process_share(mesh),
+        agree=processes.largest,
+    )
+
+    # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
+    # gradient and update in one.
+    lay_out = sharding.make_layout(mesh, student.model.dtype)
+    banned = (student.processor.image_token_id, student.processor.video_token_id)
+    rollout = sampler.make_rollout(
+        student.model,
+        sampler.Sampling(**config_lib.to_dict(settings.sampling)),
+        eos_ids=student.processor.eos_ids,
+        banned_ids=banned,
+        pad_id=student.processor.pad_id,
+    )
+    answer = answers.make_answerer(student.model, encoder, config.evaluate)
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+
+    update = make_update(student.model, teacher.model, settings, tx, banned)
+    rng = sharding.make_key(config.seed, mesh)
+    choose = jax.jit(with_references)
+    state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
+
+    with sessions.opened(
+        claim, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
+    ) as session:
+        state = session.state
+        for step in range(session.start, settings.steps):
+            with session.timers.phase("data"):
+                prompts = next(loader)
+            with session.timers.phase("rollout"):
+                asked = sharding.to_global(prompts.batch, mesh)
+                sampled = rollout(
+                    lay_out(tree.combine(state.params, frozen)),
+                    asked.student,
+                    jax.random.fold_in(rng, step),
+                    asked.row_ids,
+                )
+                learned = choose(sampled, asked.references)
+                own = sharding.to_local(
+                    (sampled.tokens, sampled.mask, sampled.truncated, sampled.logprobs)
+                )
+                tokens, mask = own[:2] if asked.references is None else sharding.to_local(learned)
+            groups = segments.segments(student.processor, tokens, mask > 0)
+            weights: Any = token_weights(groups, settings)
+            if weights is not None:
+                weights = sharding.to_global(weights, mesh)
+            batch = DistillationBatch(
+                asked.student, asked.teacher, tokens=learned[0], mask=learned[1], weights=weights
+            )
+            started = time.perf_counter()
+            state, measured, stats = update(state, frozen, teacher.params, batch)
+            # The host scores the rollouts while the device works on the update.
+            responses = segments.decode_rows(student.processor, own[0], own[1])
+            measured |= monitor.rollout_metrics(prompts.boards, responses, own[2], own[1])
+            stats = sharding.to_local(stats)
+            measured |= monitor.token_metrics(groups, stats)
+            measured |= guards.rollout_measures(
+                tokens, _own(mask, prompts), own[3], stats.student_logprob, settings.sampling
+            )
+            spent = session.timers.seconds
+            spent["update"] = time.perf_counter() - started
+            measured["tokens_per_s/rollout"] = own[1].sum() / spent["rollout"]
+            measured |= sessions.speed(
+                update_flops(student.model, teacher.model, batch),
+                2 * mask.size,
+                spent["update"],
+            )
+            if sessions.is_due(step + 1, settings.eval_every, settings.steps):
+                with session.timers.phase("validation"):
+                    rows = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
+                    measured |= monitor.validation_metrics(rows)
+            session.finish_step(step + 1, state, measured)

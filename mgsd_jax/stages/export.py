@@ -1,0 +1,150 @@
+"""A trained model as a Hugging Face folder, and its adapters alone as a PEFT folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from mgsd_jax import config as config_lib
+from mgsd_jax.checks.fields import read_json
+from mgsd_jax.config import Config
+from mgsd_jax.data.tokenizer import for_all_readers
+from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.stages import loading, parity
+from mgsd_jax.weights import files, hf, lora
+from mgsd_jax.weights.files import FloatType
+from mgsd_jax.weights.table import Tree
+from mgsd_jax.workdir import paths
+
+TOKENIZER = "tokenizer_config.json"
+# Tokenizer, processor and generation files as transformers 4.57 and 5 name them, which are copied.
+# At least one file of every set in WANTED must be there for a reader to work.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    TOKENIZER,
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+RECORD = "export.json"  # what the export was made from
+WANTED = (
+    ("tokenizer.json", "vocab.json"),
+    (TOKENIZER,),
+    ("preprocessor_config.json", "processor_config.json"),
+)
+
+
+def run(config: Config, workdir: str) -> None:
+    """Writes the model at `config.export.source`, or its adapters, to `config.export.folder`.
+
+    An earlier export of the same source is replaced; any other folder there is refused. With
+    `config.export.check` nothing is written: the folder is held against transformers.
+    """
+    settings = config.export
+    folder = paths.local(config_lib.resolve(settings.folder, config, workdir), "export.folder")
+    if settings.check:
+        parity.check(folder, config.data)
+        return
+    source = config_lib.resolve(settings.source, config, workdir)
+    is_own = (folder / RECORD).is_file() and _made_from(folder) == source
+    with files.new_folder(folder, replaces=is_own) as partial:
+        write = _write_adapters if settings.adapters else _write_model
+        measured = write(config, workdir, partial)
+        files.write_json(partial / parity.FILE, measured)
+        files.write_json(partial / RECORD, {"source": source})
+    logging.info("%s: exported from %s", folder, source)
+
+
+def _made_from(folder: Path) -> object:
+    return read_json(folder / RECORD).get("source")
+
+
+def _write_model(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
+    """Writes the whole model; returns its parity file's content."""
+    settings = config.export
+    loaded = loading.load(settings.source, config, workdir)
+    dtype = jnp.dtype(settings.dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
+    loaded = dataclasses.replace(loaded, params={})  # held once
+    size = settings.max_shard_gb * 1e9
+    write_folder(
+        params,
+        loaded.model.config,
+        loaded.folder,
+        folder,
+        dtype=settings.dtype,
+        max_shard_bytes=size,
+    )
+    return parity.measure(loaded.model, {"params": params}, loaded.processor, config.data)
+
+
+def _write_adapters(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
+    """Writes the adapters alone; returns the parity file's content of base and adapters."""
+    adapters, spec, base = loading.load_adapters(config.export.source, config, workdir)
+    loaded = loading.load(base, config, workdir)
+    lora.save_peft(adapters, spec, loaded.model.config, folder, base_model=base)
+    variables = {"params": loaded.params, "adapters": adapters}
+    return parity.measure(loaded.model, variables, loaded.processor, config.data)
+
+
+def write_folder(
+    params: Tree,
+    config: ModelConfig,
+    source_folder: str | Path,
+    folder: Path,
+    *,
+    dtype: FloatType = "bfloat16",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write a model into a folder as transformers, vLLM and SGLang load it.
+
+    Tokenizer, processor and generation files come from `source_folder`, and so do settings of its
+    config.json that we do not read. All processes take part, the first one writes.
+
+    Raises ValueError where the source lacks such a file (all of them listed) or the parameters do
+    not fit the config; OSError naming the file where the disk is full.
+    """
+    side_files = _side_files(Path(source_folder))
+    hf.save_params(params, config, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    if jax.process_index() != 0:
+        return
+    for name, content in side_files.items():
+        files.write_bytes(folder / name, content)
+    settings = read_json(Path(source_folder) / "config.json")
+    files.write_json(folder / "config.json", _hf_config(settings, config, dtype))
+
+
+def _hf_config(source: dict[str, Any], config: ModelConfig, dtype: FloatType) -> dict[str, Any]:
+    """The source's config.json (its eos_token_id and the like) with our part of it written anew."""
+    written = source | config.to_hf()
+    for section in ("text_config", "vision_config"):
+        written[section] = source.get(section, {}) | written[section]
+    for part in (written, written["text_config"], written["vision_config"]):
+        part.pop("torch_dtype", None)  # the same under its older name
+        part["dtype"] = dtype
+    return written
+
+
+def _side_files(source: Path) -> dict[str, bytes]:
+    there = {n: (source / n).read_bytes() for n in SIDE_FILES if (source / n).is_file()}
+    problems = [
+        f"got no {' or '.join(any_of)}" for any_of in WANTED if not there.keys() & set(any_of)
+    ]
+    if problems:
+        raise files.problem_list(f"{source}: want the side files of a model", problems)
+    settings = read_json(source / TOKENIZER)
+    readable = for_all_readers(settings)
+    if readable != settings:
+        there[TOKENIZER] = (json.dumps(readable, indent=2, ensure_ascii=False) + "\n").encode()
+    return there

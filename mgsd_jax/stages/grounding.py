@@ -1,0 +1,156 @@
+"""Stage 1, grounding: supervised records teach the model to read a board off its picture.
+
+Axes: B batch, T tokens, D width.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+from mgsd_jax import tree
+from mgsd_jax.config import Config, GroundingConfig
+from mgsd_jax.data import loaders
+from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.data.boards import Board
+from mgsd_jax.model import qwen3vl
+from mgsd_jax.model.flops import forward_flops
+from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.parallel import processes, sharding
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.stages import loading
+from mgsd_jax.training import losses, optimizer, sessions
+from mgsd_jax.workdir import folders
+
+BATCH_AXES: Any = GroundingBatch(
+    sessions.INPUT_AXES, targets=sessions.FIRST, loss_mask=sessions.FIRST
+)
+
+
+def loss_fn(
+    trained: Any, frozen: Any, batch: GroundingBatch, *, model: Qwen3VL, token_chunk: int
+) -> tuple[jax.Array, jax.Array, dict[str, Mean]]:
+    """Summed cross-entropy of the answers' tokens in nats, their number, and summed metrics."""
+    variables = tree.combine(trained, frozen)
+    hidden = qwen3vl.apply_hidden(model, variables, batch.inputs)
+    weights = jnp.asarray(batch.loss_mask).reshape(-1)
+    loss, stats = losses.token_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        qwen3vl.head(variables["params"]),
+        jnp.asarray(batch.targets).reshape(-1),
+        weights,
+        token_chunk=token_chunk,
+        mesh=model.mesh,
+    )
+    count = weights.sum()
+    return loss, count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)}
+
+
+def make_update(
+    model: Qwen3VL, settings: GroundingConfig, tx: optax.GradientTransformation
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The jitted update, its state donated, and the jitted loss on held-out batches.
+
+    update(state, frozen, batch) -> (state, metrics); validate(trained, frozen, batch) -> what
+    `loss_fn` returns.
+    """
+    loss_of = functools.partial(loss_fn, model=model, token_chunk=settings.token_chunk)
+
+    def update(
+        state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
+    ) -> tuple[optimizer.TrainState, dict[str, Any]]:
+        def microbatch_loss(trained: Any, batch: GroundingBatch) -> Any:
+            trained = sharding.constrain_state(trained, model.mesh)
+            return loss_of(trained, frozen, sharding.constrain_batch(batch, model.mesh))
+
+        grads, loss, sums = optimizer.accumulate(
+            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+        )
+        state, norms = optimizer.update(
+            state, grads, tx, loss=loss.sum, in_place=model.kernel.is_plain
+        )
+        state = sharding.constrain_state(state, model.mesh)
+        return state, {"loss": loss, **sums, **norms}
+
+    return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
+
+
+def update_flops(model: Qwen3VL, batch: GroundingBatch) -> float:
+    """FLOPs of an update: a forward pass and a backward pass of twice as many."""
+    rows, length = batch.targets.shape
+    pictures = batch.inputs.pictures
+    patches = 0 if pictures is None else pictures.patches.shape[1] * pictures.patches.shape[2]
+    predicted = round(float(batch.loss_mask.sum()) / rows)
+    flops = forward_flops(model.config, tokens=length, patches=patches, predicted=predicted)
+    return 3 * rows * flops
+
+
+def run(config: Config, workdir: str) -> None:
+    """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
+    settings = config.grounding
+    folder = epath.Path(workdir) / "grounding"
+    training = sessions.boards(config, workdir, "train")
+    validation_boards = sessions.boards(config, workdir, "val")
+    loading.check_finished(settings.student, config, workdir)
+    sections = ("model", "data", "grounding", "checkpoint", "seed")
+    with folders.claimed(folder, config, sections) as claim:
+        _train(config, workdir, claim, training, validation_boards)
+
+
+def _train(
+    config: Config,
+    workdir: str,
+    claim: folders.Claim,
+    training: Sequence[Board],
+    validation_boards: Sequence[Board],
+) -> None:
+    settings = config.grounding
+    mesh = sharding.open_mesh(config.mesh)
+    sharding.check_batch(mesh, "grounding.batch_size", settings.batch_size, settings.microbatches)
+
+    # The model, and which part of it learns.
+    student, trained, frozen = loading.load_student(
+        settings, config, workdir, claim.folder, claim.notes, mesh, metric="val/loss"
+    )
+
+    # Records from the training boards, and fixed ones from the validation boards.
+    encoder = sessions.encoder(config, student.processor)
+    options: dict[str, Any] = {
+        "mixture": settings.mixture,
+        "batch_size": settings.batch_size,
+        "process": sharding.process_share(mesh),
+        "agree": processes.largest,
+    }
+    loader = loaders.grounding_loader(training, encoder, seed=config.seed, **options)
+    validation = loaders.grounding_loader(
+        validation_boards, encoder, seed=config.seed + 1, **options
+    )
+    held_out = [sharding.to_global(next(validation), mesh) for _ in range(settings.eval_batches)]
+
+    # One jitted update, its state donated.
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+    update, validate = make_update(student.model, settings, tx)
+    state = optimizer.init(trained, tx, mesh)
+
+    with sessions.opened(
+        claim, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
+    ) as session:
+        state = session.state
+        for step in range(session.start, settings.steps):
+            with session.timers.phase("data"):
+                batch = sharding.to_global(next(loader), mesh)
+            started = time.perf_counter()
+            state, measured = jax.block_until_ready(update(state, frozen, batch))
+            seconds = time.perf_counter() - started
+            measured |= sessions.speed(
+                update_flops(student.model, batch), batch.targets.size, seconds
+            )
+            if sessions.is_due(step + 1, settings.eval_every, settings.steps):
+                sums = [validate(state.params, frozen, b)[:2] for b in held_out]
+                measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, w in sums))
+            session.finish_step(step + 1, state, measured)

@@ -1,0 +1,1 @@
+"""What a training stage is made of: losses, optimizer, session, guards and monitoring."""

@@ -1,0 +1,94 @@
+"""What a training run says of its rollouts: outcomes, and student against teacher by token.
+
+Axes: B batch, R response tokens.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.boards import Board
+from mgsd_jax.envs import facts
+from mgsd_jax.evaluation import rules
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.training.divergences import TokenStats
+
+Row = Mapping[str, Any]
+
+
+def rollout_metrics(
+    boards: Sequence[Board], responses: Sequence[str], truncated: np.ndarray, mask: np.ndarray
+) -> dict[str, Mean]:
+    """Parsed, legal, success, optimal overall and by task; response length; truncated share."""
+    sums: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
+    for board, response in zip(boards, responses, strict=True):
+        outcome = rules.judge(board.state, board.task, response)
+        for name in ("parsed", "legal", "success", "optimal"):
+            one = Mean(float(getattr(outcome, name)), 1.0)
+            sums[f"rollout/{name}"] += one
+            sums[f"rollout/{name}/{board.task}"] += one
+        stated = facts.read_facts(board.task, response)
+        exact = facts.measure(board.task, board.state, stated)["state_exact"]
+        sums["rollout/state_exact"] += Mean(float(exact), 1.0)
+    sums["rollout/length"] = Mean(float(mask.sum()), float(len(boards)))
+    sums["rollout/truncated"] = Mean(float(np.sum(truncated)), float(len(boards)))
+    return dict(sums)
+
+
+def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
+    """KL and agreement with the teacher by token group and by response position, and entropies.
+
+    `groups` are those of `segments`; a group or range of positions without a token is left out.
+    Agreement is the share of tokens at which both would take the same one next.
+    """
+    kl, agree, valid = np.asarray(stats.kl), np.asarray(stats.top1_agree), groups >= 0
+    count = float(valid.sum())
+    measured: dict[str, Mean] = {}
+
+    def add(name: str, position: str, inside: np.ndarray) -> None:
+        weight = float(inside.sum())
+        if weight:
+            measured[f"kl{name}/{position}"] = Mean(float(kl[inside].sum()), weight)
+            measured[f"agree{name}/{position}"] = Mean(float(agree[inside].sum()), weight)
+
+    for i, group in enumerate(prompts_lib.SEGMENTS):
+        add("", group, groups == i)
+    position = np.broadcast_to(np.arange(kl.shape[1]), kl.shape)
+    for low, high in ((0, 4), (4, 16), (16, 64), (64, 256), (256, 1 << 30)):
+        inside = valid & (position >= low) & (position < high)
+        add("_pos", f"{low}-{high - 1}" if high < 1 << 30 else f"{low}-", inside)
+    for name, values in (
+        ("student_entropy", stats.student_entropy),
+        ("teacher_entropy", stats.teacher_entropy),
+        ("teacher_agreement", stats.top1_agree),
+        ("kl_cap_share", stats.clipped),
+    ):
+        measured[name] = Mean(float(np.asarray(values)[valid].sum()), count)
+    return measured
+
+
+def validation_metrics(rows: Sequence[Row]) -> dict[str, Mean]:
+    """Success and exact states over the validation boards, each task and level weighing alike."""
+    cells: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        cells[row["task"], row["level"]].append(row)
+    success = [np.mean([row["outcome"]["success"] for row in cell]) for cell in cells.values()]
+    exact = [np.mean([row["state_exact"] for row in cell]) for cell in cells.values()]
+    return {
+        "val/success": Mean(float(np.mean(success)), 1.0),
+        "val/state_exact": Mean(float(np.mean(exact)), 1.0),
+    }
+
+
+def spread(boards: Sequence[Board], count: int) -> list[Board]:
+    """The first `count` boards, taken from every task and level in turn."""
+    cells: dict[tuple[str, int], list[Board]] = collections.defaultdict(list)
+    for i in range(min(len(boards), 1 << 14)):
+        cells[boards[i].task, boards[i].level].append(boards[i])
+    chosen: list[Board] = []
+    for turn in range(max((len(cell) for cell in cells.values()), default=0)):
+        chosen += [cell[turn] for cell in cells.values() if turn < len(cell)]
+    return chosen[:count]

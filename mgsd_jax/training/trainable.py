@@ -1,0 +1,47 @@
+"""Which part of a model is trained: adapters, or the parameters that a regex picks."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mgsd_jax import tree
+from mgsd_jax.config import LoraConfig, OptimConfig
+from mgsd_jax.weights import lora
+
+Variables = dict[str, Any]
+
+
+def _is_adapter(path: str) -> bool:
+    return path.startswith("adapters/") and path.endswith(("/a", "/b"))
+
+
+def split(
+    params: dict[str, Any],
+    optim: OptimConfig,
+    lora_config: LoraConfig,
+    rng: jax.Array,
+    adapters: dict[str, Any] | None = None,
+) -> tuple[Variables, Variables]:
+    """(trainable, frozen) parts of the model's variables; `tree.combine` joins them again.
+
+    With a LoRA rank the adapters, fresh ones where none are given, are trained and every parameter
+    is frozen; else the parameters
+    whose path `optim.trainable` matches are trained. Raises ValueError if nothing would be.
+    """
+    if lora_config.rank:
+        spec = lora.LoraSpec(lora_config.rank, lora_config.alpha, lora_config.targets)
+        if adapters is None:
+            scaled = lora.init_adapters(params, spec, rng)
+        else:
+            scaled = lora.with_scale(jax.tree.map(jnp.asarray, adapters), spec)
+        variables = {"params": params, "adapters": scaled}
+        return tree.partition(variables, lambda path, _: _is_adapter(path))
+    pattern = re.compile(optim.trainable)
+    trainable, frozen = tree.partition(
+        {"params": params}, lambda name, _: bool(pattern.search(name.removeprefix("params/")))
+    )
+    if not trainable:
+        raise ValueError(f"optim.trainable: got {optim.trainable!r}, want a regex of some path")
+    return trainable, frozen

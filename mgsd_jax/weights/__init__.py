@@ -1,0 +1,1 @@
+"""Weights in and out of Hugging Face folders: names, layouts, files, adapters."""

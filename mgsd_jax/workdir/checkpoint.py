@@ -1,0 +1,321 @@
+"""Checkpoints of a run: train state, data position and notes, written by orbax.
+
+A folder holds one sub-folder for each step with three items: `state` (arrays by path),
+`data_state` (JSON, a list with one entry for each process) and `meta` (JSON). A step appears
+under its name when it is complete; `checkpoint_files` finds those that are not, or no longer.
+Every process has to make every call here, in the same order.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from mgsd_jax import tree
+from mgsd_jax.parallel import processes
+from mgsd_jax.workdir import checkpoint_files as files
+from mgsd_jax.workdir import checkpoint_state as states
+from mgsd_jax.workdir import folders, paths
+
+PyTree = Any
+Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
+
+
+class Restored(NamedTuple):
+    """What `restore_latest` found."""
+
+    step: int
+    state: PyTree  # like the abstract state
+    data_state: dict[str, Any]  # of this process
+    meta: dict[str, Any]
+    skipped: tuple[str, ...]  # checkpoints that could not be used, each with the reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointer:
+    """An opened folder; see `open_checkpointer`."""
+
+    folder: epath.Path
+    manager: ocp.CheckpointManager
+    metric: str | None
+    best_mode: Literal["max", "min"]
+    skipped: tuple[str, ...]  # half-written and damaged checkpoints found on opening
+    pending: dict[str, int]  # step and bytes of the latest save, for its error message
+
+
+def open_checkpointer(
+    folder: epath.PathLike,
+    *,
+    keep_last: int,
+    keep_best: int = 0,
+    metric: str | None = None,
+    best_mode: Literal["max", "min"] = "max",
+) -> Checkpointer:
+    """Return a Checkpointer that keeps the last `keep_last` and the best `keep_best` checkpoints.
+
+    Best by `metric` in `best_mode`, ties to the later, NaN the worst. Half-written checkpoints of
+    a killed run are deleted, damaged ones are moved to `unreadable/`; both are logged and noted in
+    `skipped`. Raises ValueError, and touches nothing, where all checkpoints are damaged. Large
+    files are compared by their size here, and whole by whoever reads them.
+    """
+    if keep_last < 1 or keep_best < 0:
+        raise ValueError(f"got keep_last {keep_last}, keep_best {keep_best}, want >= 1 and >= 0")
+    if keep_best and metric is None:
+        raise ValueError(f"keep_best: got {keep_best} and no metric, want the metric's name")
+    folder = paths.absolute(folder)
+    found = _scan(folder)
+    skipped = tuple(f"{name}: {problem}" for name, problem in found.items() if problem)
+    damaged = [name for name, problem in found.items() if problem not in ("", files.HALF_WRITTEN)]
+    if damaged and "" not in found.values():
+        raise ValueError(f"{folder}: got no readable checkpoint: {'; '.join(skipped)}")
+    for reason in skipped:
+        logging.warning("%s: not using checkpoint %s", folder, reason)
+    _clean(folder, damaged)
+    policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
+    if keep_best:
+        policies.append(
+            ocp.checkpoint_managers.BestN(
+                get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+        )
+    pending: dict[str, int] = {}
+    # orbax calls this when the files are complete and before it renames: one commit has both.
+    on_complete = functools.partial(_write_file_list, folder, pending)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=_score if metric is not None else None,
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+        async_options=ocp.AsyncOptions(post_finalization_callback=on_complete),
+    )
+    manager = ocp.CheckpointManager(folder, item_handlers=states.handlers(), options=options)
+    return Checkpointer(folder, manager, metric, best_mode, skipped, pending)
+
+
+def save(
+    checkpointer: Checkpointer,
+    step: int,
+    state: PyTree,
+    data_state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+) -> bool:
+    """Save a checkpoint and return True; False where the last one is of this very step.
+
+    Returns once the arrays are copied off the devices (they may be donated then) and writes in
+    the background, after waiting for the save before. `state` has array leaves; `data_state` and
+    `meta` hold JSON values. Without `metrics` a checkpoint is never among the best. Raises
+    ValueError for a step before the last, and OSError, with folder and bytes, where no space is
+    left for this save or was left for the one before.
+    """
+    wait(checkpointer)
+    manager, folder = checkpointer.manager, checkpointer.folder
+    latest = manager.latest_step()
+    if latest == step:
+        logging.info("%s: checkpoint %d is there already", folder, step)
+        return False
+    if latest is not None and step < latest:
+        raise ValueError(f"{folder}: got step {step}, want one after {latest}")
+    leaves = dict(states.named_arrays(state))
+    data_states = processes.gather(folders.to_json(data_state, "data_state"))
+    items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(tree.nest(leaves.items())),
+        data_state=ocp.args.JsonSave({"processes": data_states}),
+        meta=ocp.args.JsonSave(folders.to_json(meta, "meta")),
+    )
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    checkpointer.pending.update(step=step, bytes=num_bytes)
+    with _explain_failure(checkpointer):
+        manager.save(step, args=items, metrics=_ranking(checkpointer, metrics), force=True)
+    return True
+
+
+def wait(checkpointer: Checkpointer) -> None:
+    """Wait until the save under way is on disk; raises what went wrong with it, as `save` does."""
+    with _explain_failure(checkpointer):
+        checkpointer.manager.wait_until_finished()
+
+
+def close(checkpointer: Checkpointer) -> None:
+    """Wait for the save under way, and let go of the folder."""
+    try:
+        wait(checkpointer)
+    finally:
+        checkpointer.manager.close()
+
+
+def restore_latest(checkpointer: Checkpointer, abstract_state: PyTree) -> Restored | None:
+    """Return the newest readable checkpoint, bit for bit; None where there never was one.
+
+    `abstract_state` has the tree, shapes and dtypes of the saved state, and the shardings that
+    the result gets, whatever it was saved with; leaves without one come back as np.ndarray.
+    A checkpoint that cannot be read is logged, noted in `skipped` and moved to `unreadable/`.
+    Raises ValueError where none can be read, and one that lists every difference where the
+    newest readable one has another tree, shape or dtype.
+    """
+    manager, folder = checkpointer.manager, checkpointer.folder
+    wanted = states.named_arrays(abstract_state)
+    failed: dict[str, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            _check_contents(folder, step)
+            read = states.read_items(manager, step, dict(wanted), ("data_state", "meta"))
+        except states.Unreadable as error:
+            failed[str(step)] = f"{step}: {error}"
+            logging.warning("%s: not using checkpoint %d: %s", folder, step, error)
+            continue
+        if failed:
+            _clean(folder, list(failed))
+            manager.reload()
+        arrays = dict(tree.named_leaves(read["state"]))
+        structure = jax.tree.structure(abstract_state)
+        state = jax.tree.unflatten(structure, [arrays[path] for path, _ in wanted])
+        data_state = _own(read["data_state"]["processes"], f"{folder}, step {step}")
+        skipped = (*checkpointer.skipped, *failed.values())
+        return Restored(step, state, data_state, read["meta"], skipped)
+    if failed:
+        reasons = "; ".join((*checkpointer.skipped, *failed.values()))
+        raise ValueError(f"{folder}: got no readable checkpoint: {reasons}")
+    return None
+
+
+def load_params(
+    folder: epath.PathLike,
+    abstract_params: PyTree | Callable[[PyTree], PyTree] | None = None,
+    *,
+    which: Literal["last", "best"] = "last",
+    metric: str | None = None,
+    field: str = "params",
+) -> PyTree:
+    """Return one field of the saved state of the newest or the best readable checkpoint.
+
+    Nothing else is read, and the folder is left as it is. `best` goes by the metric that ranked
+    the checkpoints when they were saved, which has to be `metric` where one is given. With
+    `abstract_params`, or what that makes of the saved shapes where it is a function, the result is
+    as from `restore_latest`, else nested dicts of np.ndarray.
+    Raises ValueError where nothing is readable or tree, shape or dtype differ.
+    """
+    folder = paths.absolute(folder)
+    found = _scan(folder)
+    skipped = [f"{name}: {problem}" for name, problem in found.items() if problem]
+    steps = sorted(int(name) for name, problem in found.items() if not problem)
+    # Metrics are read below, one by one: a damaged one must not keep the folder from opening.
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
+    )
+    with ocp.CheckpointManager(folder, item_handlers=states.handlers(), options=options) as manager:
+        if which == "best":
+            steps = _ranked(manager, steps, metric)
+        for step in reversed(steps):
+            try:
+                _check_contents(folder, step)
+                params = states.read_field(manager, step, abstract_params, field)
+            except states.Unreadable as error:
+                skipped.append(f"{step}: {error}")
+                continue
+            for reason in skipped:
+                logging.warning("%s: not using checkpoint %s", folder, reason)
+            logging.info("%s: loaded %s of checkpoint %d (%s)", folder, field, step, which)
+            return params
+    raise ValueError(
+        f"{folder}: got no readable checkpoint for {which!r}: {'; '.join(skipped) or 'none there'}"
+    )
+
+
+def _scan(folder: epath.Path) -> dict[str, str]:
+    """`files.scan` by one process, told to all, so that all restore the same checkpoint."""
+    return processes.gather(files.scan(folder) if jax.process_index() == 0 else None)[0]
+
+
+def _check_contents(folder: epath.Path, step: int) -> None:
+    """Raises Unreadable, in all processes, where a file of the step is not what was written."""
+    share = (jax.process_index(), jax.process_count())
+    for problem in processes.gather(files.damage(folder / str(step), share=share)):
+        if problem:
+            raise states.Unreadable(problem)
+
+
+def _clean(folder: epath.Path, damaged: Sequence[str]) -> None:
+    if jax.process_index() == 0:
+        for name in damaged:
+            files.set_aside(folder, name)
+        files.remove_half_written(folder)
+    processes.gather(None)
+
+
+def _write_file_list(folder: epath.Path, pending: Mapping[str, int]) -> None:
+    if jax.process_index() == 0:
+        files.write_file_list(folder, pending["step"])
+
+
+@contextlib.contextmanager
+def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
+    """After a save without space: it is said to be that, and the rest of it is deleted.
+
+    After any other failure, and with several processes, orbax may still be writing there.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        folder, pending = checkpointer.folder, checkpointer.pending
+        # tensorstore raises ValueError with the system's words in it.
+        if "No space left" not in str(error) and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+        if jax.process_count() == 1:
+            files.remove_half_written(folder)
+            checkpointer.manager.reload()
+        free = (
+            "" if paths.is_remote(folder) else f", {shutil.disk_usage(folder).free} bytes are free"
+        )
+        message = (
+            f"no space left for checkpoint {pending['step']}, which needs up to "
+            f"{pending['bytes']} bytes{free}; earlier checkpoints are kept"
+        )
+        raise OSError(errno.ENOSPC, message, str(folder)) from error
+
+
+def _own(data_states: list[Any], where: str) -> Any:
+    """This process's data state; any one where all are equal and the processes are others."""
+    if len(data_states) == jax.process_count():
+        return data_states[jax.process_index()]
+    if all(data_state == data_states[0] for data_state in data_states):
+        return data_states[0]
+    raise ValueError(
+        f"{where}: got data states of {len(data_states)} processes that differ, "
+        f"want as many as there are processes, {jax.process_count()}"
+    )
+
+
+def _ranking(
+    checkpointer: Checkpointer, metrics: Mapping[str, float] | None
+) -> dict[str, Any] | None:
+    """What is saved to rank a checkpoint by, also by a reader that knows no config."""
+    name = checkpointer.metric
+    if name is None or metrics is None:
+        return None
+    if name not in metrics:
+        raise ValueError(f"metrics: got {sorted(metrics)}, want {name!r} among them")
+    return {"name": name, "mode": checkpointer.best_mode, "value": float(metrics[name])}
+
+
+def _score(ranking: Mapping[str, Any]) -> float:
+    value = ranking["value"] if ranking["mode"] == "max" else -ranking["value"]
+    return -math.inf if math.isnan(value) else value
+
+
+def _ranked(manager: ocp.CheckpointManager, steps: list[int], metric: str | None) -> list[int]:
+    """The steps that have a rank, the best last."""
+    rankings = {step: manager.metrics(step) for step in steps}
+    ranked = {step: ranking for step, ranking in rankings.items() if ranking}
+    names = {ranking["name"] for ranking in ranked.values()}
+    if len(names) > 1 or (metric is not None and names - {metric}):
+        want = "one metric" if metric is None else repr(metric)
+        raise ValueError(f"{manager.directory}: got ranks by {sorted(names)}, want by {want}")
+    return sorted(ranked, key=lambda step: (_score(ranked[step]), step))

@@ -319,16 +319,30 @@ class Config:
     seed: Annotated[int, Between(0, 2**32 - 2)] = 0  # loaders take 32 bits, and one more
 
 
-def resolve(path: str, config: Config, workdir: str) -> str:
-    """The path with `{workdir}` and `{model}` filled in."""
-    return path.replace("{model}", config.model.path).replace("{workdir}", workdir)
+def resolve(config: Config, workdir: str) -> Config:
+    """The config with `{model}` and `{workdir}` filled in.
+
+    A stage does this once. Only `folders.claimed` is given the config as it was, so that a workdir
+    may be moved to another place and resumed there.
+    """
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{model}", config.model.path).replace("{workdir}", workdir)
+        if isinstance(value, tuple):
+            return tuple(map(fill, value))
+        if dataclasses.is_dataclass(value):
+            values = {f.name: fill(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return type(value)(**values)
+        return value
+
+    return fill(config)
 
 
-def excluded_folders(config: Config, workdir: str) -> tuple[str, ...]:
+def excluded_folders(config: Config) -> tuple[str, ...]:
     """The folders of benchmarks whose boards are never drawn: those named, and those evaluated."""
     evaluated = (folder for name, folder in config.evaluate.benchmarks if name != "maze_held_out")
-    folders = (*config.data.exclude, *evaluated)
-    return tuple(dict.fromkeys(resolve(folder, config, workdir) for folder in folders))
+    return tuple(dict.fromkeys((*config.data.exclude, *evaluated)))
 
 
 def override(config: Any, assignments: Sequence[str]) -> Any:

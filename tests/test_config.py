@@ -124,3 +124,25 @@ def test_every_field_is_read_somewhere() -> None:
         and kind.__name__ not in ("SamplingConfig", "LevelSet")
     ]
     assert unread == []
+
+
+def test_resolve_fills_in_every_path_and_nothing_else(config: Config) -> None:
+    changes = [
+        "model.path={workdir}/init",
+        "distillation.student=gs://b/other",
+        "data.exclude={workdir}/vsp, other",
+        "evaluate.benchmarks=(('frozenlake_vsp', '{workdir}/vsp'),)",
+    ]
+    config = config_lib.override(config, changes)
+    resolved = config_lib.resolve(config, "runs/a")
+    assert resolved.model.path == resolved.distillation.teacher == "runs/a/init"
+    assert resolved.evaluate.models[0] == ("base", "runs/a/init")
+    assert resolved.data.folder == "runs/a/data" and resolved.data.exclude == (
+        "runs/a/vsp",
+        "other",
+    )
+    assert resolved.evaluate.benchmarks == (("frozenlake_vsp", "runs/a/vsp"),)
+    assert resolved.distillation.student == "gs://b/other"
+    back = str(config_lib.to_dict(resolved)).replace("runs/a/init", "{model}")
+    want = str(config_lib.to_dict(config)).replace("{workdir}/init", "{model}")
+    assert back.replace("runs/a", "{workdir}") == want

@@ -40,13 +40,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     )
     init.run(config, str(workdir))
     generate.run(config, str(workdir))
-    loaded = loading.load("{model}", config, str(workdir), None)
+    loaded = loading.load(config.model.path, config)
     settings = config.distillation
     trained, frozen = trainable.split(
         loaded.params, settings.optim, settings.lora, jax.random.key(0)
     )
     loader = loaders.prompt_loader(
-        sessions.boards(config, str(workdir), "train"),
+        sessions.boards(config, "train"),
         sessions.encoder(config, loaded.processor),
         context="state",
         batch_size=4,
@@ -258,5 +258,5 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
             if (folder / "config.json").exists():
                 (folder / "config.json").unlink()  # another number of steps is another run
             distillation.run(one, str(tmp_path / name))
-        folders.append(loading.load(str(tmp_path / name / "distillation"), one, "", None).params)
+        folders.append(loading.load(str(tmp_path / name / "distillation"), one).params)
     jax.tree.map(np.testing.assert_array_equal, *folders)

@@ -62,9 +62,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.Path]) -> None:
     config, workdir = trained
-    start = dict(
-        tree.named_leaves({"params": loading.load("{model}", config, str(workdir)).params})
-    )
+    start = dict(tree.named_leaves({"params": loading.load(config.model.path, config).params}))
     grounded, distilled = weights(workdir / "grounding"), weights(workdir / "distillation")
     assert start.keys() == grounded.keys() == distilled.keys()
     for before, after in ((start, grounded), (grounded, distilled)):
@@ -151,8 +149,8 @@ def test_lora_trains_adapters_only_and_the_next_stage_merges_them(
     grounding.run(config, str(tmp_path))
     names = set(weights(tmp_path / "grounding"))
     assert names and all(name.startswith("adapters/language/") for name in names)
-    base = loading.load("{model}", config, str(tmp_path)).params
-    merged = loading.load("{workdir}/grounding", config, str(tmp_path)).params
+    base = loading.load(config.model.path, config).params
+    merged = loading.load(str(tmp_path / "grounding"), config).params
     moved = {
         name
         for (name, a), (_, b) in zip(
@@ -195,10 +193,8 @@ def test_part_of_the_parameters_can_be_frozen(
         config, [f"data.folder={workdir}/data", "grounding.optim.trainable=^language/"]
     )
     grounding.run(config, str(tmp_path))
-    base = dict(tree.named_leaves(loading.load("{model}", config, str(tmp_path)).params))
-    after = dict(
-        tree.named_leaves(loading.load("{workdir}/grounding", config, str(tmp_path)).params)
-    )
+    base = dict(tree.named_leaves(loading.load(config.model.path, config).params))
+    after = dict(tree.named_leaves(loading.load(str(tmp_path / "grounding"), config).params))
     assert base.keys() == after.keys()
     for name, leaf in base.items():
         if name.startswith("visual/"):
@@ -229,8 +225,8 @@ def test_evaluate_export_and_report(trained: tuple[Config, pathlib.Path]) -> Non
     assert sorted(again, key=key) == sorted(rows, key=key)
 
     export.run(config, str(workdir))
-    exported = loading.load("{workdir}/export", config, str(workdir)).params
-    trained_params = loading.load("{workdir}/distillation", config, str(workdir)).params
+    exported = loading.load(str(workdir / "export"), config).params
+    trained_params = loading.load(str(workdir / "distillation"), config).params
     for (name, a), (_, b) in zip(
         tree.named_leaves(exported), tree.named_leaves(trained_params), strict=True
     ):
@@ -252,10 +248,10 @@ def test_transformers_answers_the_same_with_the_export(
     config = config_lib.override(config, [f"export.folder={tmp_path}/hf", "export.dtype=float32"])
     export.run(config, str(workdir))
     model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    loaded = loading.load(str(tmp_path / "hf"), config, str(workdir))
+    loaded = loading.load(str(tmp_path / "hf"), config)
     encoder = sessions.encoder(config, loaded.processor)
     settings = dataclasses.replace(config.evaluate, batch_size=6)
-    boards = sessions.boards(config, str(workdir), "test")
+    boards = sessions.boards(config_lib.resolve(config, str(workdir)), "test")
     rows = answers.make_answerer(loaded.model, encoder, settings)(
         {"params": loaded.params}, boards, "picture"
     )

@@ -330,7 +330,7 @@ def exported(nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, path=str(nano_folder))
     )
-    loaded = loading.load("{model}", config, str(workdir))
+    loaded = loading.load(config.model.path, config)
     specs = [lora.LoraSpec(2, 5.0, "q_proj"), lora.LoraSpec(3, 4.0, "(q|down)_proj")]
     trained = {}
     for i, (name, spec) in enumerate(zip(("grounding", "distillation"), specs, strict=True)):

@@ -25,7 +25,7 @@ SOURCE = "grounding/model/source.json"
 def finish(folder: pathlib.Path) -> None:
     (folder / SOURCE).parent.mkdir(exist_ok=True)
     (folder / SOURCE).touch()
-    loading.check_finished("{workdir}/grounding", tiny_config(folder), str(folder))
+    loading.check_finished(str(folder / "grounding"))
 
 
 READERS: dict[str, Callable[[pathlib.Path], Any]] = {

@@ -79,7 +79,7 @@ def drawn(config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def right_answers(config: c.Config, workdir: str, boards: Sequence[Board]) -> Any:
+def right_answers(config: c.Config, boards: Sequence[Board]) -> Any:
     """What `evaluate._askers` returns, of a model that answers all boards right."""
 
     def asker(mode: c.Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:

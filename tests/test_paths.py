@@ -140,7 +140,7 @@ def test_boards_and_side_files_come_from_the_bucket(
     assert list(part) == list(whole) and part[3:5] == [whole[3], whole[4]]
 
     # A stage folder in the bucket: side files copied there, weights from the local base.
-    loaded = loading.load("{model}", config, "gs://b/run")
+    loaded = loading.load(config.model.path, config)
     options = {"lora_config": config.grounding.lora, "is_complete": True, "metric": "m"}
     loading.write_source(
         epath.Path("gs://b/run/grounding"), loaded, weights=config.model.path, **options
@@ -148,9 +148,9 @@ def test_boards_and_side_files_come_from_the_bucket(
     saver = checkpoint.open_checkpointer("gs://b/run/grounding/checkpoints", keep_last=1)
     checkpoint.save(saver, 1, {"params": {"params": loaded.params}}, {}, {})
     checkpoint.close(saver)
-    again = loading.load("{workdir}/grounding", config, "gs://b/run")
+    again = loading.load("gs://b/run/grounding", config)
     assert again.processor.eos_ids == loaded.processor.eos_ids
     assert again.model.config == loaded.model.config
     with pytest.raises(ValueError, match=r"gs://b/base: got a remote folder of weights, want a lo"):
         (tmp_path / "init").rename(bucket / "b" / "base")
-        loading.load("gs://b/base", config, "gs://b/run")
+        loading.load("gs://b/base", config)

@@ -258,7 +258,7 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
         register_operators()
     import transformers
 
-    config, folder = run_config(run), run / "run" / "export"
+    config, folder = c.resolve(run_config(run), str(run / "run")), run / "run" / "export"
     for file in REAL.glob("*.json"):  # all but the config, which is the tiny model's
         copied = folder / file.name
         if file.name != "config.json" and copied.exists():
@@ -267,7 +267,7 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(load_processor(folder), BUILT_IN, config.data)
     rows = [json.loads(line) for line in (run / "run/evaluate/rows.jsonl").read_text().splitlines()]
-    for board, row in zip(sessions.boards(config, str(run / "run"), "test"), rows, strict=True):
+    for board, row in zip(sessions.boards(config, "test"), rows, strict=True):
         encoded = answers.encode_prompt(encoder, board, "picture")
         tokens = torch.tensor(encoded.tokens)[None].long()
         picture = encoded.pictures[0]

@@ -66,7 +66,7 @@ def bytes_a_chip(values: Any) -> int:
 
 def make_model(config: Config, path: str, mesh: Mesh | None) -> Qwen3VL:
     """The model of `path` as `loading.load` would make it; what a stage leaves has its base's."""
-    path = config.model.path if "{workdir}" in path else config_lib.resolve(path, config, "")
+    path = config.model.path if "{workdir}" in path else path.replace("{model}", config.model.path)
     return Qwen3VL(
         find_config(path),
         dtype=jnp.dtype(config.model.compute_dtype),

@@ -18,17 +18,17 @@ def run(config: Config, workdir: str) -> None:
     With `report.runs` it writes `{workdir}/report/comparison.html` of these runs instead.
     """
     root = epath.Path(workdir)
+    resolved = config_lib.resolve(config, workdir)
     if config.report.runs:
-        folders = [config_lib.resolve(folder, config, workdir) for folder in config.report.runs]
         path = build_comparison(
-            folders, root / "report" / "comparison.html", model=config.report.model
+            resolved.report.runs, root / "report" / "comparison.html", model=config.report.model
         )
         logging.info("%s: written", path)
         return
     models = ", ".join(f"{name} = {source}" for name, source in config.evaluate.models)
     stages = ("generate", *STAGES, "evaluate", "report")
     path = build_report(
-        config_lib.resolve(config.evaluate.folder, config, workdir),
+        resolved.evaluate.folder,
         {name: root / name for name in STAGES},
         root / "report" / "index.html",
         title=f"Planning from pictures: {root.name}",

@@ -203,20 +203,20 @@ def _own(mask: np.ndarray, prompts: loaders.PromptRows) -> np.ndarray:
 
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
+    given, config = config, config_lib.resolve(config, workdir)
     settings = config.distillation
     folder = epath.Path(workdir) / "distillation"
-    training = sessions.boards(config, workdir, "train")
-    held_out = monitor.spread(sessions.boards(config, workdir, "val"), settings.eval_boards)
-    loading.check_finished(settings.student, config, workdir)
-    loading.check_finished(settings.teacher, config, workdir)
+    training = sessions.boards(config, "train")
+    held_out = monitor.spread(sessions.boards(config, "val"), settings.eval_boards)
+    loading.check_finished(settings.student)
+    loading.check_finished(settings.teacher)
     sections = ("model", "data", "distillation", "checkpoint", "seed")
-    with folders.claimed(folder, config, sections) as claim:
-        _train(config, workdir, claim, training, held_out)
+    with folders.claimed(folder, given, sections) as claim:
+        _train(config, claim, training, held_out)
 
 
 def _train(
     config: Config,
-    workdir: str,
     claim: folders.Claim,
     training: Sequence[Board],
     held_out: Sequence[Board],
@@ -228,9 +228,9 @@ def _train(
 
     # The student, the part of it that learns, and the frozen teacher.
     student, trained, frozen = loading.load_student(
-        settings, config, workdir, claim.folder, claim.notes, mesh, metric="val/success"
+        settings, config, claim.folder, claim.notes, mesh, metric="val/success"
     )
-    teacher = loading.load_teacher(settings, config, workdir, mesh, student)
+    teacher = loading.load_teacher(settings, config, mesh, student)
 
     # Prompts of the training boards.
     encoder = sessions.encoder(config, student.processor)

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import Benchmark, Config, Mode
+from mgsd_jax.config import Config, Mode
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
@@ -41,18 +41,17 @@ def run(config: Config, workdir: str) -> None:
     Rows are on disk before the next batch is asked. What is answered already is not asked again;
     failed requests are. Raises ValueError for boards, models or an endpoint that cannot be used.
     """
-    folder = epath.Path(config_lib.resolve(config.evaluate.folder, config, workdir))
-    boards, cases = _test_boards(config, workdir)
-    models, make_asker = _askers(config, workdir, boards)
+    given, config = config, config_lib.resolve(config, workdir)
+    boards, cases = _test_boards(config)
+    models, make_asker = _askers(config, boards)
     if jax.process_index() == 0 and config.evaluate.benchmarks and not config.evaluate.endpoint:
         for name, source in models:
-            source = config_lib.resolve(source, config, workdir)
             testsets.warn_of_seen(name, source, boards)
     identities: dict[str, str] = {}
     if not config.evaluate.endpoint:
-        identities = {name: loading.identity(path, config, workdir) for name, path in models}
+        identities = {name: loading.identity(path) for name, path in models}
     sections = ("data", "evaluate", "checkpoint", "seed")
-    with folders.claimed(folder, config, sections) as claim:
+    with folders.claimed(config.evaluate.folder, given, sections) as claim:
         _answer(config, claim, boards, cases, models, identities, make_asker)
 
 
@@ -131,34 +130,28 @@ def _key(name: str, mode: Mode, board: Board, attempt: int) -> rows_lib.Key:
     return (name, mode, board.task, board.level, board.index, attempt)
 
 
-def _test_boards(config: Config, workdir: str) -> tuple[list[Board], list[str]]:
+def _test_boards(config: Config) -> tuple[list[Board], list[str]]:
     if config.evaluate.benchmarks:
-        named: list[tuple[Benchmark, str]] = [
-            (name, config_lib.resolve(folder, config, workdir))
-            for name, folder in config.evaluate.benchmarks
-        ]
-        return testsets.read_testsets(named)
-    boards = [
-        board._replace(picture_path=None) for board in sessions.boards(config, workdir, "test")
-    ]
+        return testsets.read_testsets(config.evaluate.benchmarks)
+    boards = [board._replace(picture_path=None) for board in sessions.boards(config, "test")]
     return boards, [testsets.case_name(board) for board in boards]
 
 
 def _askers(
-    config: Config, workdir: str, boards: Sequence[Board]
+    config: Config, boards: Sequence[Board]
 ) -> tuple[Sequence[tuple[str, str]], Callable[[str], Asker]]:
     """The (name, source) of who answers, and how to make one of them ready to be asked."""
     settings = config.evaluate
     if not settings.endpoint:
-        return settings.models, lambda source: _local_asker(source, config, workdir, boards)
+        return settings.models, lambda source: _local_asker(source, config, boards)
     models = [(name, name) for name in endpoint.served_models(settings)]
     return models, lambda name: _endpoint_asker(name, config, boards)
 
 
-def _local_asker(source: str, config: Config, workdir: str, boards: Sequence[Board]) -> Asker:
+def _local_asker(source: str, config: Config, boards: Sequence[Board]) -> Asker:
     settings = config.evaluate
     mesh = sharding.open_mesh(config.mesh)
-    loaded = loading.load(source, config, workdir, mesh, is_frozen=True)
+    loaded = loading.load(source, config, mesh, is_frozen=True)
     base = sessions.encoder(config, loaded.processor)
     encoder = BenchmarkEncoder(base.processor, base.prompts, base.data)
     answer = make_answerer(loaded.model, encoder, settings, config.seed)

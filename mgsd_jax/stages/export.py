@@ -51,29 +51,29 @@ def run(config: Config, workdir: str) -> None:
     An earlier export of the same source is replaced; any other folder there is refused. With
     `config.export.check` nothing is written: the folder is held against transformers.
     """
+    config = config_lib.resolve(config, workdir)
     settings = config.export
-    folder = paths.local(config_lib.resolve(settings.folder, config, workdir), "export.folder")
+    folder = paths.local(settings.folder, "export.folder")
     if settings.check:
         parity.check(folder, config.data)
         return
-    source = config_lib.resolve(settings.source, config, workdir)
-    is_own = (folder / RECORD).is_file() and _made_from(folder) == source
+    is_own = (folder / RECORD).is_file() and _made_from(folder) == settings.source
     with files.new_folder(folder, replaces=is_own) as partial:
         write = _write_adapters if settings.adapters else _write_model
-        measured = write(config, workdir, partial)
+        measured = write(config, partial)
         files.write_json(partial / parity.FILE, measured)
-        files.write_json(partial / RECORD, {"source": source})
-    logging.info("%s: exported from %s", folder, source)
+        files.write_json(partial / RECORD, {"source": settings.source})
+    logging.info("%s: exported from %s", folder, settings.source)
 
 
 def _made_from(folder: Path) -> object:
     return read_json(folder / RECORD).get("source")
 
 
-def _write_model(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
+def _write_model(config: Config, folder: Path) -> dict[str, Any]:
     """Writes the whole model; returns its parity file's content."""
     settings = config.export
-    loaded = loading.load(settings.source, config, workdir)
+    loaded = loading.load(settings.source, config)
     dtype = jnp.dtype(settings.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
     loaded = dataclasses.replace(loaded, params={})  # held once
@@ -89,10 +89,10 @@ def _write_model(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
     return parity.measure(loaded.model, {"params": params}, loaded.processor, config.data)
 
 
-def _write_adapters(config: Config, workdir: str, folder: Path) -> dict[str, Any]:
+def _write_adapters(config: Config, folder: Path) -> dict[str, Any]:
     """Writes the adapters alone; returns the parity file's content of base and adapters."""
-    adapters, spec, base = loading.load_adapters(config.export.source, config, workdir)
-    loaded = loading.load(base, config, workdir)
+    adapters, spec, base = loading.load_adapters(config.export.source, config)
+    loaded = loading.load(base, config)
     lora.save_peft(adapters, spec, loaded.model.config, folder, base_model=base)
     variables = {"params": loaded.params, "adapters": adapters}
     return parity.measure(loaded.model, variables, loaded.processor, config.data)

@@ -45,9 +45,10 @@ def run(config: Config, workdir: str) -> None:
     An interrupted run goes on where it stopped. Raises ValueError for a folder that holds boards
     of other settings (naming them) or other files, and where a level has too few boards.
     """
+    config = config_lib.resolve(config, workdir)
     data = config.data
-    root = epath.Path(config_lib.resolve(data.folder, config, workdir))
-    folders = config_lib.excluded_folders(config, workdir)
+    root = epath.Path(data.folder)
+    folders = config_lib.excluded_folders(config)
     keys = [(epath.Path(folder).name, benchmark_keys([folder])) for folder in folders]
     exclude = frozenset[str]().union(*(of_folder for _, of_folder in keys))
     settings = make_settings(data, config.seed, [(n, len(k)) for n, k in keys], exclude)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 
+from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, GroundingConfig
 from mgsd_jax.data import loaders
@@ -92,19 +93,19 @@ def update_flops(model: Qwen3VL, batch: GroundingBatch) -> float:
 
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
+    given, config = config, config_lib.resolve(config, workdir)
     settings = config.grounding
     folder = epath.Path(workdir) / "grounding"
-    training = sessions.boards(config, workdir, "train")
-    validation_boards = sessions.boards(config, workdir, "val")
-    loading.check_finished(settings.student, config, workdir)
+    training = sessions.boards(config, "train")
+    validation_boards = sessions.boards(config, "val")
+    loading.check_finished(settings.student)
     sections = ("model", "data", "grounding", "checkpoint", "seed")
-    with folders.claimed(folder, config, sections) as claim:
-        _train(config, workdir, claim, training, validation_boards)
+    with folders.claimed(folder, given, sections) as claim:
+        _train(config, claim, training, validation_boards)
 
 
 def _train(
     config: Config,
-    workdir: str,
     claim: folders.Claim,
     training: Sequence[Board],
     validation_boards: Sequence[Board],
@@ -115,7 +116,7 @@ def _train(
 
     # The model, and which part of it learns.
     student, trained, frozen = loading.load_student(
-        settings, config, workdir, claim.folder, claim.notes, mesh, metric="val/loss"
+        settings, config, claim.folder, claim.notes, mesh, metric="val/loss"
     )
 
     # Records from the training boards, and fixed ones from the validation boards.

@@ -74,9 +74,10 @@ def run(config: Config, workdir: str) -> None:
 
     Raises ValueError where the folder holds anything but a model of that shape.
     """
+    config = config_lib.resolve(config, workdir)
     if config.nano is None:
         raise ValueError("config.nano: got None, want the shape of the model to write")
-    folder = paths.local(config_lib.resolve(config.nano.folder, config, workdir), "nano.folder")
+    folder = paths.local(config.nano.folder, "nano.folder")
     if _is_of_shape(folder, config.nano):
         _write(config, config.nano, folder)
     else:

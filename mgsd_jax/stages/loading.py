@@ -52,22 +52,15 @@ class Loaded:
     base: str
 
 
-def load(
-    path: str,
-    config: Config,
-    workdir: str,
-    mesh: Mesh | None = None,
-    *,
-    is_frozen: bool = False,
-) -> Loaded:
+def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool = False) -> Loaded:
     """The model at `path`: a Hugging Face folder, or the folder of a stage (see above).
 
-    `path` may hold `{workdir}` and `{model}`. Weights get `config.model.param_dtype`, or where they
+    Weights get `config.model.param_dtype`, or where they
     will not learn (`is_frozen`) what the model reads them in, one by one as they are read, and go
     straight to where `sharding.TRAIN_RULES` lay them on the mesh. Raises ValueError where the path
     is neither.
     """
-    root = epath.Path(config_lib.resolve(path, config, workdir))
+    root = epath.Path(path)
     folder = root / "model" if (root / "model" / "source.json").is_file() else root
     problem = _unfinished(root)
     if problem and (folder == root or not _last_step(root)):
@@ -97,7 +90,7 @@ def load(
     def read(path: str, leaf: jax.Array) -> jax.Array:
         return sharding.cast_leaf(path, jnp.asarray(leaf), model.dtype) if is_frozen else leaf
 
-    params = load_params(root, model_config, config, workdir, mesh, read)
+    params = load_params(root, model_config, config, mesh, read)
     base = "" if folder != root else str(paths.absolute(root))
     return Loaded(model, params, processor, str(folder), base)
 
@@ -105,7 +98,6 @@ def load(
 def load_student(
     settings: GroundingConfig | DistillationConfig,
     config: Config,
-    workdir: str,
     folder: epath.Path,
     notes: list[Callable[[], None]],
     mesh: Mesh | None,
@@ -119,12 +111,12 @@ def load_student(
     model that they were made for. To `notes` comes what the stage's `folder` will say: where the
     weights come from, and by which `metric` a checkpoint is the best.
     """
-    weights = config_lib.resolve(settings.student, config, workdir)
+    weights = settings.student
     adapters = None
     if settings.lora.rank:
         adapters, weights = _adapters_of(epath.Path(weights), settings.lora, weights, config)
     _check_source(folder / "model" / "source.json", weights)
-    student = load(weights, config, workdir, mesh, is_frozen=settings.lora.rank > 0)
+    student = load(weights, config, mesh, is_frozen=settings.lora.rank > 0)
     _check_trainable(student)
     trained, frozen = trainable.split(
         student.params, settings.optim, settings.lora, jax.random.key(config.seed), adapters
@@ -146,7 +138,7 @@ def load_student(
 
 
 def load_teacher(
-    settings: DistillationConfig, config: Config, workdir: str, mesh: Mesh | None, student: Loaded
+    settings: DistillationConfig, config: Config, mesh: Mesh | None, student: Loaded
 ) -> Loaded:
     """The frozen teacher, beside the student as `load_student` returns it.
 
@@ -156,11 +148,11 @@ def load_teacher(
     """
     if settings.teacher_decay:
         return student
-    teacher = paths.absolute(config_lib.resolve(settings.teacher, config, workdir))
+    teacher = paths.absolute(settings.teacher)
     if settings.lora.rank and student.base == str(teacher):
         logging.info("%s: the teacher is the student without its adapters, held once", teacher)
         return student
-    loaded = load(settings.teacher, config, workdir, mesh, is_frozen=True)
+    loaded = load(settings.teacher, config, mesh, is_frozen=True)
     _check_trainable(loaded)
     _check_vocabulary(student, loaded)
     return loaded
@@ -207,9 +199,9 @@ def _adapters_of(
     return trained["adapters"], source["weights"]
 
 
-def check_finished(path: str, config: Config, workdir: str) -> None:
+def check_finished(path: str) -> None:
     """Raises ValueError where `path`, as `load` takes it, is of a stage that has not finished."""
-    problem = _unfinished(epath.Path(config_lib.resolve(path, config, workdir)))
+    problem = _unfinished(epath.Path(path))
     if problem:
         raise ValueError(problem)
 
@@ -238,13 +230,13 @@ def _last_step(root: epath.Path) -> int:
     return max((int(n) for n, p in found.items() if p != checkpoint_files.HALF_WRITTEN), default=0)
 
 
-def identity(path: str, config: Config, workdir: str) -> str:
+def identity(path: str) -> str:
     """What tells the model at `path`, as `load` takes it, from others that were there or will be.
 
     Of a stage it is when its training first began and its newest step, of a model's folder a sample
     of its weights: a copy has the same.
     """
-    return _identity(epath.Path(config_lib.resolve(path, config, workdir)))
+    return _identity(epath.Path(path))
 
 
 def _identity(root: epath.Path) -> str:
@@ -266,7 +258,6 @@ def load_params(
     root: epath.Path,
     model_config: ModelConfig,
     config: Config,
-    workdir: str,
     mesh: Mesh | None = None,
     finish: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf,
 ) -> Params:
@@ -293,9 +284,7 @@ def load_params(
     if source["complete"]:
         return tree.map_named(finish, trained["params"])
     _check_source(source_file, source["weights"])
-    base = functools.partial(
-        load_params, epath.Path(source["weights"]), model_config, config, workdir, mesh
-    )
+    base = functools.partial(load_params, epath.Path(source["weights"]), model_config, config, mesh)
     if source["lora"].rank:
         merged = lora.merger(lora.with_scale(trained["adapters"], _spec(source)))
         return base(lambda path, leaf: finish(path, merged(path, leaf)))
@@ -304,12 +293,12 @@ def load_params(
     return tree.combine(tree.map_named(finish, trained["params"]), rest)
 
 
-def load_adapters(path: str, config: Config, workdir: str) -> tuple[Params, lora.LoraSpec, str]:
+def load_adapters(path: str, config: Config) -> tuple[Params, lora.LoraSpec, str]:
     """The adapters of a stage and of those before it as one; the Hugging Face folder they adapt.
 
     Raises ValueError where a stage of them trained parameters.
     """
-    root = epath.Path(config_lib.resolve(path, config, workdir))
+    root = epath.Path(path)
     parts, specs = [], []
     while (root / "model" / "source.json").is_file():
         source, trained = _read_stage(root, config, None)

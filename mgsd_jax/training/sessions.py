@@ -48,14 +48,14 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def boards(config: Config, workdir: str, split: Split) -> Sequence[Board]:
+def boards(config: Config, split: Split) -> Sequence[Board]:
     """The boards of a split: read from `data.folder`, or drawn on the fly."""
     data = config.data
     if data.source == "folder":
         # Only training boards are many: every process checks its part of them and reads on demand.
         share = (jax.process_index(), jax.process_count()) if split == "train" else (0, 1)
-        return read_split(config_lib.resolve(data.folder, config, workdir), split, share)
-    excluded = benchmark_keys(config_lib.excluded_folders(config, workdir))
+        return read_split(data.folder, split, share)
+    excluded = benchmark_keys(config_lib.excluded_folders(config))
     levels = tuple((kind.task, level) for kind in data.boards for level in kind.levels)
     return cast(
         Sequence[Board], StreamedBoards(levels, split, config.seed, excluded, _STREAM_LENGTH)

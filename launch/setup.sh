@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: a virtual environment of this checkout, installed once per
-# version of setup.py. PYTHON picks the interpreter, EXTRAS the extras (test, tpu, cuda).
+# version of pyproject.toml. PYTHON picks the interpreter, EXTRAS the extras (test, tpu, cuda).
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,7 +24,7 @@ install_package() {
   python=$(find_python)
   VENV=${VENV:-$ROOT/.venv}
   stamp=$VENV/.installed${extras:+-$extras}
-  if [ ! -x "$VENV/bin/python" ] || [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+  if [ ! -x "$VENV/bin/python" ] || [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     # One that was stopped in the making has a python and no pip.
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$VENV"
     echo "setup: installing mgsd_jax${extras:+[$extras]} into $VENV"

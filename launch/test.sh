@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# One command for every check: style, types, tests. Arguments go to pytest:
-#   bash launch/test.sh [-m "not slow"] [tests/test_losses.py ...]
+# One command for every check: style, types, tests. With --quick the tests marked slow are left out;
+# other arguments go to pytest:
+#   bash launch/test.sh [--quick] [-k name] [tests/test_losses.py ...]
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_package test
+if [ "${1:-}" = --quick ]; then
+  shift
+  set -- -m "not slow" "$@"
+fi
 
 export JAX_PLATFORMS=cpu
 "$VENV/bin/ruff" check .

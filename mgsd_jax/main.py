@@ -59,7 +59,7 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
 JOINT = ("grounding", "distillation", "evaluate")
 
 _STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "score"], "What to do.")
-_CONFIG = flags.DEFINE_string("config", None, "Python file that defines get_config().")
+_CONFIG = flags.DEFINE_string("config", None, "File with a get_config(), or a recipe such as nano.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything that it writes.")
 _SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value. Repeatable.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as data.prompts.")
@@ -70,8 +70,20 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there a
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
 
 
+def find_config(name: str) -> str:
+    """The path of a config: `name` itself, or the recipe of that name in ./configs.
+
+    A wheel carries ./configs inside the package, where a checkout has it beside the package.
+    """
+    package = pathlib.Path(__file__).parent
+    found = (folder / "configs" / f"{name}.py" for folder in (package, package.parent))
+    is_name = not pathlib.Path(name).exists() and pathlib.PurePath(name).name == name
+    return next((str(path) for path in found if is_name and path.is_file()), name)
+
+
 def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
     """The checked config of a file, with `--set` assignments applied; raises ValueError."""
+    path = find_config(path)
     if not pathlib.Path(path).is_file():
         raise ValueError(f"--config: got {path!r}, want an existing Python file")
     try:

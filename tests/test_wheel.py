@@ -1,0 +1,107 @@
+"""A wheel has what the package needs, and works where there is no checkout."""
+
+import configparser
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+from email.parser import Parser
+
+import pytest
+
+from mgsd_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
+# The quickstart's stages with a step each, on a few boards of one task.
+FEW = (
+    'data.boards=(("frozenlake",(3,),8,4,2),)',
+    *("grounding.steps=1", "grounding.batch_size=2", "grounding.microbatches=1"),
+    *("distillation.steps=1", "distillation.batch_size=2", "distillation.microbatches=1"),
+    *("distillation.eval_boards=1", "distillation.sampling.max_new_tokens=4"),
+    *("evaluate.batch_size=2", "evaluate.sampling.max_new_tokens=4", "evaluate.modes=picture"),
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with an installed wheel and nothing else of this checkout."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("mgsd_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    done = subprocess.run(
+        [*pip, "--no-index", "--no-compile", "--target", target, source],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_a_wheel_has_every_file_of_the_package_and_the_configs(installed: pathlib.Path) -> None:
+    for folder, kept in ((ROOT / "mgsd_jax", "mgsd_jax"), (ROOT / "configs", "mgsd_jax/configs")):
+        for file in folder.rglob("*"):
+            if file.is_file() and file.parent.name != "__pycache__":
+                copy = installed / kept / file.relative_to(folder)
+                assert copy.is_file() and copy.read_bytes() == file.read_bytes(), file
+    others = {path.name for path in installed.iterdir()} - {"mgsd_jax", "bin"}
+    assert len(others) == 1 and others.pop().startswith("mgsd_jax-")
+
+
+def test_its_metadata_say_whose_it_is_and_what_it_needs(installed: pathlib.Path) -> None:
+    (info,) = installed.glob("mgsd_jax-*.dist-info")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    said = Parser().parsestr((info / "METADATA").read_text())
+    assert (said["Name"], said["Version"]) == ("mgsd_jax", project["version"])
+    assert said["License-Expression"] == "Apache-2.0"
+    assert {file.name for file in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
+    needed = [line for line in said.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert len(needed) == len(project["dependencies"])
+    commands = configparser.ConfigParser()
+    commands.read(info / "entry_points.txt")
+    assert dict(commands["console_scripts"]) == {"mgsd_jax": "mgsd_jax.main:entry"}
+
+
+def test_a_recipe_is_found_by_its_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main.load_config("nano", []) == main.load_config(str(ROOT / "configs" / "nano.py"), [])
+    with pytest.raises(ValueError, match="--config: "):
+        main.load_config("no_such_recipe", [])
+    monkeypatch.chdir(tmp_path)
+    assert main.find_config("a/nano") == "a/nano"
+    (tmp_path / "nano").touch()  # a file of the user's comes first
+    assert main.find_config("nano") == "nano"
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
+    installed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    command = installed / "bin" / "mgsd_jax"
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(installed)}
+
+    def call(*arguments: str) -> str:
+        done = subprocess.run(
+            [command, *arguments],
+            cwd=tmp_path,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "--workdir" in call("--help")
+    changes = [f"--set={change}" for change in FEW]
+    for stage in ("generate", "grounding", "distillation", "evaluate", "export", "report"):
+        call(f"--stage={stage}", "--config=nano", "--workdir=run", *changes)
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()

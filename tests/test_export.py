@@ -16,13 +16,14 @@ from helpers_tiny import tiny_config
 from safetensors.numpy import load_file, save_file
 
 from mgsd_jax import tree
-from mgsd_jax.config import Config, ExportConfig, NanoConfig
+from mgsd_jax.config import Config, ExportConfig, LoraConfig, NanoConfig
 from mgsd_jax.data.processor import encode, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
+from mgsd_jax.model import lora
 from mgsd_jax.model.config import ModelConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.stages import export, init, loading, parity
-from mgsd_jax.weights import files, hf, lora
+from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.workdir import checkpoint
 
 CONFIG = tiny()
@@ -331,20 +332,20 @@ def exported(nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         config, model=dataclasses.replace(config.model, path=str(nano_folder))
     )
     loaded = loading.load(config.model.path, config)
-    specs = [lora.LoraSpec(2, 5.0, "q_proj"), lora.LoraSpec(3, 4.0, "(q|down)_proj")]
+    specs = [LoraConfig(2, 5.0, "q_proj"), LoraConfig(3, 4.0, "(q|down)_proj")]
     trained = {}
     for i, (name, spec) in enumerate(zip(("grounding", "distillation"), specs, strict=True)):
         fresh = lora.init_adapters(loaded.params, spec, jax.random.key(i))
         draw = np.random.default_rng(i).standard_normal
         trained[name] = tree.map_named(
             lambda path, leaf, draw=draw: 0.1 * draw(leaf.shape).astype(np.float32),
-            lora.trainable(fresh),
+            tree.partition(fresh, lambda path, _: not path.endswith("/scale"))[0],
         )
         loading.write_source(
             loading.epath.Path(workdir) / name,
             loaded,
             weights=str(workdir / "grounding" if i else nano_folder),
-            lora_config=loading.LoraConfig(spec.rank, spec.alpha, spec.targets),
+            lora_config=spec,
             is_complete=False,
             metric="",
         )
@@ -401,11 +402,11 @@ def test_what_a_check_needs_is_said(
 
 
 def test_adapters_of_a_chain_are_one_peft_folder(exported: Exported) -> None:
-    settings = json.loads((exported.adapters / lora.PEFT_CONFIG).read_text())
+    settings = json.loads((exported.adapters / peft.CONFIG_FILE).read_text())
     assert settings["base_model_name_or_path"] == exported.config.model.path
     assert (settings["r"], settings["lora_alpha"]) == (5, pytest.approx(20 / 3))
     names = {file.name for file in exported.adapters.iterdir()}
-    assert names == {lora.PEFT_CONFIG, lora.PEFT_WEIGHTS, parity.FILE, export.RECORD}
+    assert names == {peft.CONFIG_FILE, peft.WEIGHTS_FILE, parity.FILE, export.RECORD}
 
 
 def test_a_model_without_adapters_has_none_to_export(exported: Exported, tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from helpers_model import (
     to_inputs,
 )
 
+from mgsd_jax.config import LoraConfig
 from mgsd_jax.data.batch import Inputs
+from mgsd_jax.model import lora
 from mgsd_jax.model.attention import attend
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, init_params, logits
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.rope import mrope_tables, rotate, vision_tables
-from mgsd_jax.weights import lora
 
 CONFIG = tiny()
 PARAMS = random_params(CONFIG)
@@ -223,7 +224,7 @@ def test_cache_shorter_than_the_prompt_is_refused() -> None:
 
 
 def test_adapters_add_what_merging_them_would() -> None:
-    spec = lora.LoraSpec(rank=2, alpha=6.0, targets=r"q_proj|down_proj|visual/.*linear_fc1")
+    spec = LoraConfig(rank=2, alpha=6.0, targets=r"q_proj|down_proj|visual/.*linear_fc1")
     inputs = to_inputs(CONFIG, ROWS, side="left")
     adapters = lora.init_adapters(PARAMS, spec, jax.random.key(0))
 

@@ -19,12 +19,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgsd_jax import tree
-from mgsd_jax.config import MeshConfig
+from mgsd_jax.config import LoraConfig, MeshConfig
 from mgsd_jax.data.batch import Inputs, Pictures
+from mgsd_jax.model import lora
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 from mgsd_jax.parallel import axes, sharding
 from mgsd_jax.training import optimizer
-from mgsd_jax.weights import files, hf, lora, table
+from mgsd_jax.weights import files, hf, table
 
 CONFIG = tiny(num_hidden_layers=4, tie_word_embeddings=False)
 MESHES = [
@@ -150,7 +151,7 @@ def test_rules_cover_the_released_models(name: str) -> None:
         is_large = leaf.size > 1_000_000
         is_split = "fsdp" in str(placed[path].spec)
         assert is_split or not is_large, path
-    spec = lora.LoraSpec(16, 16.0, "")
+    spec = LoraConfig(16, 16.0, "")
     adapters = jax.eval_shape(lambda: lora.init_adapters(params, spec, jax.random.key(0)))
     sharding.param_shardings(adapters, mesh)
 
@@ -158,7 +159,7 @@ def test_rules_cover_the_released_models(name: str) -> None:
 def test_rules_split_the_right_axes() -> None:
     mesh = sharding.make_mesh()
     params = table.abstract_params(CONFIG, "float32")
-    spec = lora.LoraSpec(4, 8.0, "")
+    spec = LoraConfig(4, 8.0, "")
     adapters = jax.eval_shape(lambda: lora.init_adapters(params, spec, jax.random.key(0)))
     # trainers keep both under one roof: the rules hold below a prefix too
     placed = dict(
@@ -222,7 +223,7 @@ def test_rollouts_split_nothing_over_fsdp() -> None:
     mesh = jax.sharding.AbstractMesh((2, 8, 4), axes.AXES)
     for config in RELEASED.values():
         params = table.abstract_params(config, "bfloat16")
-        spec = lora.LoraSpec(16, 16.0, "")
+        spec = LoraConfig(16, 16.0, "")
         adapters = jax.eval_shape(
             lambda p=params, s=spec: lora.init_adapters(p, s, jax.random.key(0))
         )
@@ -435,7 +436,7 @@ def test_saving_sharded_parameters(sizes: dict[str, int], saved: Path, tmp_path:
 @eight
 def test_merging_keeps_the_sharding() -> None:
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    params, spec = random_params(), lora.LoraSpec(4, 8.0, "")
+    params, spec = random_params(), LoraConfig(4, 8.0, "")
     adapters = tree.map_named(
         lambda _, leaf: leaf + 0.1, lora.init_adapters(params, spec, jax.random.key(0))
     )

@@ -15,7 +15,7 @@ from mgsd_jax.config import Config
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.stages import loading, parity
-from mgsd_jax.weights import files, hf, lora
+from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.weights.files import FloatType
 from mgsd_jax.weights.table import Tree
 from mgsd_jax.workdir import paths
@@ -91,9 +91,9 @@ def _write_model(config: Config, folder: Path) -> dict[str, Any]:
 
 def _write_adapters(config: Config, folder: Path) -> dict[str, Any]:
     """Writes the adapters alone; returns the parity file's content of base and adapters."""
-    adapters, spec, base = loading.load_adapters(config.export.source, config)
+    adapters, size, base = loading.load_adapters(config.export.source, config)
     loaded = loading.load(base, config)
-    lora.save_peft(adapters, spec, loaded.model.config, folder, base_model=base)
+    peft.save(adapters, size, loaded.model.config, folder, base_model=base)
     variables = {"params": loaded.params, "adapters": adapters}
     return parity.measure(loaded.model, variables, loaded.processor, config.data)
 

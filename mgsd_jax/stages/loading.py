@@ -23,12 +23,13 @@ from mgsd_jax import tree
 from mgsd_jax.checks import fields
 from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig
 from mgsd_jax.data.processor import Processor, load_processor
+from mgsd_jax.model import lora
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import sharding
 from mgsd_jax.training import trainable
-from mgsd_jax.weights import hf, lora, table
+from mgsd_jax.weights import hf, table
 from mgsd_jax.workdir import checkpoint, checkpoint_files, folders, paths
 
 Params = dict[str, Any]
@@ -286,20 +287,20 @@ def load_params(
     _check_source(source_file, source["weights"])
     base = functools.partial(load_params, epath.Path(source["weights"]), model_config, config, mesh)
     if source["lora"].rank:
-        merged = lora.merger(lora.with_scale(trained["adapters"], _spec(source)))
+        merged = lora.merger(lora.with_scale(trained["adapters"], source["lora"]))
         return base(lambda path, leaf: finish(path, merged(path, leaf)))
     names = {name for name, _ in tree.named_leaves(trained["params"])}
     _, rest = tree.partition(base(finish), lambda name, _: name in names)
     return tree.combine(tree.map_named(finish, trained["params"]), rest)
 
 
-def load_adapters(path: str, config: Config) -> tuple[Params, lora.LoraSpec, str]:
+def load_adapters(path: str, config: Config) -> tuple[Params, LoraConfig, str]:
     """The adapters of a stage and of those before it as one; the Hugging Face folder they adapt.
 
     Raises ValueError where a stage of them trained parameters.
     """
     root = epath.Path(path)
-    parts, specs = [], []
+    parts, sizes = [], []
     while (root / "model" / "source.json").is_file():
         source, trained = _read_stage(root, config, None)
         if not source["lora"].rank:
@@ -307,13 +308,13 @@ def load_adapters(path: str, config: Config) -> tuple[Params, lora.LoraSpec, str
                 f"{root}: got a stage that trained parameters, want adapters; "
                 "export the whole model (export.adapters=false)"
             )
-        specs.append(_spec(source))
-        parts.append(lora.with_scale(trained["adapters"], specs[-1]))
+        sizes.append(source["lora"])
+        parts.append(lora.with_scale(trained["adapters"], source["lora"]))
         _check_source(root / "model" / "source.json", source["weights"])
         root = epath.Path(source["weights"])
     if not parts:
         raise ValueError(f"{root}: got no model/source.json, want a stage that trained adapters")
-    return (*lora.join(parts, specs[0]), str(root))
+    return (*lora.join(parts, sizes[0]), str(root))
 
 
 def _read_stage(
@@ -328,11 +329,6 @@ def _read_stage(
         metric=source["metric"],
     )
     return source, trained
-
-
-def _spec(source: dict[str, Any]) -> lora.LoraSpec:
-    settings: LoraConfig = source["lora"]
-    return lora.LoraSpec(settings.rank, settings.alpha, settings.targets)
 
 
 def _read_source(file: epath.Path) -> dict[str, Any]:

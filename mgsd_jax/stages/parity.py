@@ -28,7 +28,7 @@ from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.sampling import sampler
-from mgsd_jax.weights.lora import PEFT_CONFIG
+from mgsd_jax.weights import peft
 
 FILE = "parity.json"
 _PROMPTS, _WITH_PICTURE, _TOKENS = 20, 15, 8
@@ -180,7 +180,7 @@ def _with_picture(
 def _base_folder(folder: Path) -> Path:
     """The folder of the whole model; ValueError where transformers lacks what runs it."""
     packages = ["torch"]
-    settings = folder / PEFT_CONFIG
+    settings = folder / peft.CONFIG_FILE
     if settings.is_file():
         packages.append("peft")
         folder = Path(read_json(settings)["base_model_name_or_path"])

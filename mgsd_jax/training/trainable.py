@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mgsd_jax import tree
 from mgsd_jax.config import LoraConfig, OptimConfig
-from mgsd_jax.weights import lora
+from mgsd_jax.model import lora
 
 Variables = dict[str, Any]
 
@@ -31,11 +31,10 @@ def split(
     whose path `optim.trainable` matches are trained. Raises ValueError if nothing would be.
     """
     if lora_config.rank:
-        spec = lora.LoraSpec(lora_config.rank, lora_config.alpha, lora_config.targets)
         if adapters is None:
-            scaled = lora.init_adapters(params, spec, rng)
+            scaled = lora.init_adapters(params, lora_config, rng)
         else:
-            scaled = lora.with_scale(jax.tree.map(jnp.asarray, adapters), spec)
+            scaled = lora.with_scale(jax.tree.map(jnp.asarray, adapters), lora_config)
         variables = {"params": params, "adapters": scaled}
         return tree.partition(variables, lambda path, _: _is_adapter(path))
     pattern = re.compile(optim.trainable)

@@ -2,7 +2,7 @@
 
     python benchmarks/dispatch.py
 
-The programs of the 4B recipe (configs/distillation_4b.py: the same functions, trees and numbers of
+The programs of the 4B recipe (configs/qwen3vl.py:4b: the same functions, trees and numbers of
 arrays, the state donated) with every width made tiny, so that little is computed; each is called on
 zeros, `--calls` times. `ms` is the median, `least_ms` the least: the computation starts while the
 call still wraps its results, and on a machine of few cores takes the core away from it. The host's
@@ -31,7 +31,7 @@ from mgsd_jax.parallel import sharding
 from mgsd_jax.preflight.programs import Program, programs_of
 from mgsd_jax.weights.released import RELEASED
 
-RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "distillation_4b.py"
+RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "qwen3vl.py"
 TINY = (
     "data.prompt_buckets=(16,)",
     "data.teacher_buckets=(16,)",

@@ -51,7 +51,7 @@ GIB = 2.0**30
 # (config file, what is set in it): 4B at the lengths of the recipe's prompts, in one microbatch.
 SIZES = {
     "4b": (
-        "distillation_4b.py",
+        "qwen3vl.py:4b",
         ("data.prompt_buckets=(384,)", "data.teacher_buckets=(512,)"),
     ),
     "nano": ("nano.py", ("distillation.optim.trainable=.*",)),

@@ -1,8 +1,10 @@
 """Both stages of Qwen3-VL-4B-Instruct on one GPU of 80 GB, adapters in both.
 
 Command:   python -m mgsd_jax.main --stage=STAGE --config=configs/gpu_4b.py --workdir=DIR
-           with generate, grounding, distillation, evaluate, export, report for STAGE.
-Hardware:  one GPU of 80 GB; gpu_4b_24gb.py is for 24 GB.
+           with generate, grounding, distillation, evaluate, export, report for STAGE; with
+           configs/gpu_4b.py:24gb on a smaller card.
+Hardware:  one GPU of 80 GB, or of 24 GB (:24gb). Of the smaller one JAX takes three quarters unless
+           XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 is set.
 Expected:  memory by arithmetic, see `benchmarks/memory.py`. Speed and accuracy: not measured.
 
 The base weights are held once, in bfloat16: the student is the base with adapters, the teacher is
@@ -17,16 +19,21 @@ import runpy
 
 from mgsd_jax import config as c
 
-_SHARED = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen3vl.py")))
+_QWEN3VL = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen3vl.py")))
 ADAPTERS = c.LoraConfig(rank=16, alpha=32.0)
 LONGEST = 1024  # new tokens: twice the longest right answer (511, Maze level 6)
 
 
-def get_config() -> c.Config:
-    """The 4B run with adapters, prompts in the smallest buckets that hold them all."""
-    full: c.Config = _SHARED["get_config"]()
+def get_config(memory: str = "80gb") -> c.Config:
+    """The 4B run with adapters, prompts in the smallest buckets that hold them all.
+
+    In 24 GB it has 16 prompts a step, one row a microbatch, and smaller chunks of logits.
+    """
+    if memory not in ("24gb", "80gb"):
+        raise ValueError(f"memory: got {memory!r}, want 24gb or 80gb")
+    full: c.Config = _QWEN3VL["get_config"]("4b")
     sampling = c.SamplingConfig(max_new_tokens=LONGEST)
-    return dataclasses.replace(
+    large = dataclasses.replace(
         full,
         mesh=c.MeshConfig(),
         data=dataclasses.replace(
@@ -49,4 +56,15 @@ def get_config() -> c.Config:
             full.evaluate, sampling=dataclasses.replace(sampling, temperature=0.0)
         ),
         preflight=c.PreflightConfig(topology="v5p:1x1x1", hbm_gib=79.0),
+    )
+    if memory == "80gb":
+        return large
+    return dataclasses.replace(
+        large,
+        grounding=dataclasses.replace(large.grounding, microbatches=32, token_chunk=512),
+        distillation=dataclasses.replace(
+            large.distillation, batch_size=16, steps=2800, microbatches=16, token_chunk=512
+        ),
+        evaluate=dataclasses.replace(large.evaluate, batch_size=16),
+        preflight=dataclasses.replace(large.preflight, hbm_gib=22.0),
     )

@@ -1,10 +1,13 @@
-"""First run of making the nano base model, which plans well from text and sees poorly.
+"""The three runs that make the nano base model, which plans well from text and sees poorly.
 
 Command:   bash launch/nano_base.sh WORKDIR
-Hardware:  2 CPU cores, half an hour.
+           (configs/nano_base.py:text, then :sight, then :finish)
+Hardware:  2 CPU cores; half an hour, ten minutes and six minutes.
 Expected:  see docs/nano.md.
 
-It teaches the decoder to plan from text. `nano_sight.py` and `nano_finish.py` are the other two.
+The boards with pictures are drawn in colours that no real board has (`data.channels`). What the
+base learns of where things are and how to name them carries over; what they look like does not. So
+it sees real boards, but poorly, as a large model sees boards that it was never trained on.
 """
 
 import dataclasses
@@ -13,12 +16,21 @@ import runpy
 
 from mgsd_jax import config as c
 
-_NANO = pathlib.Path(__file__).parent / "nano.py"
+_NANO = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))
+_PICTURE_OPTIM = c.OptimConfig(lr=1e-3, warmup=0.05, b2=0.99)
 
 
-def get_config() -> c.Config:
-    """Text plans alone; every other setting is that of the quickstart."""
-    nano: c.Config = runpy.run_path(str(_NANO))["get_config"]()
+def get_config(run: str = "text") -> c.Config:
+    """One of the runs, each of which goes on from the model of the one before."""
+    runs = {"text": text, "sight": sight, "finish": finish}
+    if run not in runs:
+        raise ValueError(f"run: got {run!r}, want text, sight or finish")
+    return runs[run]()
+
+
+def text() -> c.Config:
+    """The decoder learns to plan from text; every other setting is that of the quickstart."""
+    nano: c.Config = _NANO["get_config"]()
     return dataclasses.replace(
         nano,
         model=dataclasses.replace(nano.model, path="{workdir}/init"),
@@ -35,4 +47,63 @@ def get_config() -> c.Config:
         ),
         export=c.ExportConfig(source="{workdir}/grounding", folder="{workdir}/export"),
         checkpoint=c.CheckpointConfig(every=100),
+    )
+
+
+def sight() -> c.Config:
+    """Places are learned from FrozenLake, the board with the most to see.
+
+    Levels that stand more than once are drawn more often. Level 5 of FrozenLake is there for its
+    geometry, which is MiniBehaviour's.
+    """
+    before = text()
+    boards = (
+        c.LevelSet("frozenlake", levels=(3, 4, 4, 5, 5, 5), train=0, val=0, test=0),
+        c.LevelSet("maze", levels=(3, 3), train=0, val=0, test=0),
+        c.LevelSet("minibehaviour", levels=(5, 5, 5), train=0, val=0, test=0),
+    )
+    return dataclasses.replace(
+        before,
+        data=dataclasses.replace(
+            before.data, boards=boards, sequence_buckets=(98, 120), channels=(1, 2, 0)
+        ),
+        grounding=dataclasses.replace(
+            before.grounding,
+            student="{workdir}/text/grounding",
+            optim=_PICTURE_OPTIM,
+            batch_size=48,
+            steps=600,
+            mixture=(
+                ("cells", 0.3),
+                ("questions", 0.3),
+                ("plan_from_picture", 0.3),
+                ("plan_from_text", 0.1),
+            ),
+        ),
+    )
+
+
+def finish() -> c.Config:
+    """Mostly MiniBehaviour: agent and printer are found between updates 150 and 250."""
+    before = sight()
+    boards = (
+        c.LevelSet("frozenlake", levels=(3, 4, 5), train=0, val=0, test=0),
+        c.LevelSet("maze", levels=(3,), train=0, val=0, test=0),
+        c.LevelSet("minibehaviour", levels=(5, 5, 5, 5, 5), train=0, val=0, test=0),
+    )
+    return dataclasses.replace(
+        before,
+        data=dataclasses.replace(before.data, boards=boards),
+        grounding=dataclasses.replace(
+            before.grounding,
+            student="{workdir}/sight/grounding",
+            steps=300,
+            mixture=(
+                ("cells", 0.4),
+                ("questions", 0.2),
+                ("plan_from_picture", 0.2),
+                ("plan_from_text", 0.2),
+            ),
+        ),
+        seed=1,
     )

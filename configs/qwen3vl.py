@@ -1,12 +1,20 @@
-"""What the recipes of the released models share: the settings of the public release, on a slice.
+"""Qwen3-VL-4B and 8B Instruct by the settings of the public release, on a slice of TPUs.
 
-Command:   none of its own: grounding_4b.py, distillation_4b.py, evaluate_4b.py and those of 8b
-           read it. `get_config()` is the whole 4B run in one config. With the folders of public
-           benchmarks in `--set evaluate.benchmarks=...` (or data.exclude) from --stage=generate on,
-           their boards stay out of training.
-Hardware:  a TPU slice of 16 v5e chips, or more memory.
-Expected:  not measured (no pretrained weights at hand). Published macro averages: 11.2 -> 30.5 for
-           4B, 17.2 -> 35.6 for 8B.
+Command:   python -m mgsd_jax.main --stage=STAGE --config=configs/qwen3vl.py:4b --workdir=DIR
+           with generate, grounding, distillation, evaluate, export, report for STAGE; :8b is the
+           larger model. With the folders of public benchmarks in `--set evaluate.benchmarks=...`
+           (or data.exclude) from --stage=generate on, their boards stay out of training.
+Hardware:  a TPU slice of 16 v5e chips (v5e:4x4), or more memory.
+Expected:  by the compiler, of a chip's 15.75 GiB, and at least for a step of 131,072 tokens in
+           grounding, 65,536 sampled and 196,608 read in distillation, 65,536 in evaluate:
+           4b grounding 1.72 GiB, 1.55 s (docs/preflight/4b_v5e-4x4.md)
+           4b distillation 7.42 GiB, 8.31 s (docs/preflight/4b_v5e-4x4.md)
+           4b evaluate 4.63 GiB, 6.97 s (docs/preflight/evaluate_4b_v5e-4x4.md)
+           8b grounding 2.86 GiB, 2.74 s (docs/preflight/8b_v5e-4x4.md)
+           8b distillation 13.92 GiB, 13.8 s (docs/preflight/8b_v5e-4x4.md)
+           8b evaluate 7.62 GiB, 11.5 s (docs/preflight/evaluate_8b_v5e-4x4.md)
+           Speed and accuracy: not measured (no pretrained weights at hand). Published macro
+           averages: 11.2 -> 30.5 for 4B, 17.2 -> 35.6 for 8B.
 """
 
 from mgsd_jax import config as c
@@ -19,15 +27,16 @@ BOARDS = (
 )
 
 
-def recipe(size: str, stages: tuple[str, ...]) -> c.Config:
-    """All sections for a model of this size; preflight compiles the programs of `stages`.
+def get_config(size: str = "4b") -> c.Config:
+    """All stages for a model of this size, 4b or 8b; the release changes nothing else between them.
 
-    The release changes nothing between sizes. The mesh splits widths over 4 chips (fewer where 4 do
-    not divide), because a rollout holds all weights on the chips of one 'tensor' group, and rows
-    over the rest.
+    The mesh splits widths over 4 chips (fewer where 4 do not divide), because a rollout holds all
+    weights on the chips of one 'tensor' group, and rows over the rest.
     """
+    if size not in ("4b", "8b"):
+        raise ValueError(f"size: got {size!r}, want 4b or 8b")
     return c.Config(
-        model=c.ModelConfig(path=f"models/Qwen3-VL-{size}-Instruct"),
+        model=c.ModelConfig(path=f"models/Qwen3-VL-{size.upper()}-Instruct"),
         data=c.DataConfig(
             boards=BOARDS,
             picture_size=256,
@@ -67,10 +76,4 @@ def recipe(size: str, stages: tuple[str, ...]) -> c.Config:
             batch_size=32,
         ),
         checkpoint=c.CheckpointConfig(every=20),
-        preflight=c.PreflightConfig(stages=stages),  # type: ignore[arg-type] - checked on loading
     )
-
-
-def get_config() -> c.Config:
-    """The 4B run."""
-    return recipe("4B", ("grounding", "distillation"))

@@ -9,11 +9,11 @@ WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR}
 mkdir -p "$WORKDIR"
 trap 'exit 130' INT
 run() {
-  "$VENV/bin/python" -m mgsd_jax.main --config="configs/$1.py" "${@:2}"
+  "$VENV/bin/python" -m mgsd_jax.main --config="configs/nano_base.py:$1" "${@:2}"
 }
-run nano_sight --stage=init --workdir="$WORKDIR"
-run nano_base --stage=grounding --workdir="$WORKDIR/text" --set model.path="$WORKDIR/init"
-run nano_sight --stage=grounding --workdir="$WORKDIR/sight" --set model.path="$WORKDIR/init" \
+run sight --stage=init --workdir="$WORKDIR"
+run text --stage=grounding --workdir="$WORKDIR/text" --set model.path="$WORKDIR/init"
+run sight --stage=grounding --workdir="$WORKDIR/sight" --set model.path="$WORKDIR/init" \
   --set grounding.student="$WORKDIR/text/grounding"
-run nano_finish --stage=grounding --workdir="$WORKDIR"
-run nano_finish --stage=export --workdir="$WORKDIR"
+run finish --stage=grounding --workdir="$WORKDIR"
+run finish --stage=export --workdir="$WORKDIR"

@@ -3,6 +3,7 @@
   python -m mgsd_jax.main --stage=grounding --config=configs/nano.py --workdir=runs/nano \
       --set grounding.optim.lr=1e-3
 
+`--config=configs/qwen3vl.py:8b` gives an argument, such as the size of a model, to the config file.
 Stages, in the order of a whole run:
   init          write a nano model with random weights (config.nano)
   generate      draw boards, write the train, val and test splits with a manifest
@@ -59,7 +60,11 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
 JOINT = ("grounding", "distillation", "evaluate")
 
 _STAGE = flags.DEFINE_enum("stage", None, [*STAGES, "score"], "What to do.")
-_CONFIG = flags.DEFINE_string("config", None, "File with a get_config(), or a recipe such as nano.")
+_CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "File with a get_config(), or a recipe such as nano; qwen3vl:8b adds an argument.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything that it writes.")
 _SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value. Repeatable.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as data.prompts.")
@@ -82,54 +87,65 @@ def find_config(name: str) -> str:
 
 
 def load_config(path: str, assignments: Sequence[str]) -> config_lib.Config:
-    """The checked config of a file, with `--set` assignments applied; raises ValueError."""
-    path = find_config(path)
-    if not pathlib.Path(path).is_file():
+    """The checked config of `CONFIG` or `CONFIG:ARGUMENT`, with `--set` assignments applied.
+
+    Raises ValueError, also for whatever the file itself raises.
+    """
+    file, arguments = find_config(path), []
+    if not pathlib.Path(file).is_file():
+        name, _, argument = path.rpartition(":")
+        file, arguments = find_config(name), [argument]
+    if not pathlib.Path(file).is_file():
         raise ValueError(f"--config: got {path!r}, want an existing Python file")
     try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = None if get_config is None else get_config()
-    # A file of the user's: it may do anything, and whatever it does is the file's.
-    except (Exception, SystemExit) as error:
-        steps = traceback.extract_tb(error.__traceback__)
-        lines = [step.lineno for step in steps if step.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines = [error.lineno]
-        line = f", line {lines[-1]}" if lines else ""
-        found = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"--config {path}{line}: got {found}, want a Config") from error
+        get_config = runpy.run_path(file).get("get_config")
+        config = None if get_config is None else get_config(*arguments)
+    except (Exception, SystemExit) as error:  # the user's file may do anything
+        raise ValueError(_config_error(path, file, error)) from error
     if get_config is None:
-        raise ValueError(f"--config {path}: got no get_config(), want a function of that name")
+        raise ValueError(f"--config {path}: no get_config() found, want a function of that name")
     if not isinstance(config, config_lib.Config):
-        raise ValueError(
-            f"--config {path}: got {type(config).__name__} from get_config(), want a Config"
-        )
+        kind = type(config).__name__
+        raise ValueError(f"--config {path}: got {kind} from get_config(), want a Config")
     return config_lib.check(config_lib.override(config, assignments))
 
 
-def is_shown(record: std_logging.LogRecord) -> bool:
-    """Whether the log has this line. Those of orbax are for --verbosity=1.
+def _config_error(path: str, file: str, error: BaseException) -> str:
+    """What a config file has raised, and in which of its lines."""
+    steps = traceback.extract_tb(error.__traceback__)
+    lines = [step.lineno for step in steps if step.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    where = f"--config {path}, line {lines[-1]}" if lines else f"--config {path}"
+    said = " ".join(str(error).split())
+    if isinstance(error, ValueError):  # it says itself what was got and wanted
+        return f"{where}: {said}"
+    return f"{where}: got {type(error).__name__}: {said}, want a Config"
 
-    It tells a dozen of every save, and of one that fails a traceback a thread; `checkpoint` says
-    what failed.
+
+def is_shown(record: std_logging.LogRecord) -> bool:
+    """Log filter: hides what orbax logs unless --verbosity=1.
+
+    Orbax logs about a dozen lines for every save, and a traceback for every thread of a save that
+    fails; `checkpoint` says what failed.
     """
     return "orbax" not in record.pathname or logging.vlog_is_on(1)
 
 
-def _hear_unraisable(unraisable: Any) -> None:
-    """After a failed write tensorstore tells of the others to a loop that orbax has closed."""
+def _hide_closed_loop(unraisable: Any) -> None:
+    """Hides what tensorstore reports to orbax's closed event loop after a failed write."""
     if "Event loop is closed" not in str(unraisable.exc_value) or logging.vlog_is_on(1):
         sys.__unraisablehook__(unraisable)
 
 
-def _wanted(name: str, value: str | None) -> str:
-    if not value:
-        raise ValueError(f"--{name}: got nothing, want it for --stage={_STAGE.value}")
-    return value
+def _required(flag: flags.FlagHolder[str | None]) -> str:
+    if not flag.value:
+        raise ValueError(f"--{flag.name} is required for --stage={_STAGE.value}")
+    return flag.value
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """The arguments that are no flags. Help ends with 0, a wrong flag with 2 and one line."""
+    """Returns the arguments that are not flags; exits with 0 after --help, 2 for a wrong flag."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -151,18 +167,16 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(is_shown)
-    sys.unraisablehook = _hear_unraisable
+    sys.unraisablehook = _hide_closed_loop
     are_several = False
     try:
         if len(argv) > 1:
             raise ValueError(f"got stray arguments {list(argv[1:])}, want flags only")
         if _STAGE.value is None:
-            raise ValueError(f"--stage: got nothing, want one of {[*STAGES, 'score']}")
+            raise ValueError(f"--stage is required, one of {[*STAGES, 'score']}")
         if _STAGE.value == "score":
-            if not _INPUT.value:
-                raise ValueError("--input: got nothing, want a JSON lines file to score")
-            return score.run(_INPUT.value, _OUTPUT.value)
-        path, workdir = (_wanted(flag.name, flag.value) for flag in (_CONFIG, _WORKDIR))
+            return score.run(_required(_INPUT), _OUTPUT.value)
+        path, workdir = _required(_CONFIG), _required(_WORKDIR)
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
         config = load_config(path, [*_SET.value, *prompts])
         ranges.coerce(workdir, config_lib.Path, "--workdir")
@@ -178,18 +192,18 @@ def main(argv: Sequence[str]) -> int:
         logging.error("%s: stopped by Ctrl-C; the same command goes on from here", _STAGE.value)
         processes.leave_interrupted()
     except Exception as error:
-        exit_code = _exit_code(error)
+        exit_code, line = explain(error, _WORKDIR.value)
         if exit_code == 1 and not are_several:
             raise
-        logging.error("%s", _line(error), exc_info=exit_code == 1 or logging.vlog_is_on(1))
+        logging.error("%s", line, exc_info=exit_code == 1 or logging.vlog_is_on(1))
         if are_several:
             processes.leave(error, exit_code)
-        if exit_code == 74:  # whoever has something left to write would fail again, and say so
+        if exit_code == 74:  # threads with something left to write would fail, and say so, again
             processes.end(exit_code)
         return exit_code
 
 
-# What the system says of a path that no other try would mend, and what is wanted instead.
+# Errors of the system about a path that trying again does not help, with what is wanted instead.
 _PATHS = {
     errno.EACCES: "one that may be read, or written where it is an output",
     errno.EPERM: "one that may be changed",
@@ -202,44 +216,31 @@ _PATHS = {
     errno.ELOOP: "one whose links lead somewhere",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_SAID_FULL = tuple(os.strerror(number) for number in _FULL)  # by what is no OSError: Rust, C++
 
 
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    return any(said in str(error) for said in _SAID_FULL)
+def explain(error: Exception, workdir: str | None = None) -> tuple[int, str]:
+    """The exit code of an error, and the line to log.
 
-
-def _is_about_a_path(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None
-
-
-def _lacks_gcsfs(error: BaseException) -> bool:
+    2 for a bad input, 74 (EX_IOERR) for a full disk, 1 for anything else.
+    """
+    line = str(error)
+    number, path = None, getattr(error, "filename", None)
+    if isinstance(error, OSError):
+        number = error.errno
+    # Libraries in Rust and C++ raise other errors, with the system's words in them.
+    if number in _FULL or any(os.strerror(full) in line for full in _FULL):
+        if path is None:
+            where = f" in {workdir}" if workdir else ""
+            line = f"no space left{where}: {line}; the same command goes on when there is some"
+        return 74, line
+    if number in _PATHS and path is not None:
+        said = os.strerror(number).lower()
+        return 2, f"{path}: got {said!r} from the system, want {_PATHS[number]}"
     cause = error.__cause__ or error
-    return isinstance(cause, ImportError) and cause.name == "gcsfs"
-
-
-def _line(error: Exception) -> str:
-    """What an error says; where it is the system's about a path, in the words of our own."""
-    if isinstance(error, OSError) and _is_about_a_path(error):
-        said = str(error.strerror).lower()
-        return f"{error.filename}: got {said!r} from the system, want {_PATHS[error.errno or 0]}"
-    if _lacks_gcsfs(error):
-        return "got a gs:// path and no package gcsfs, want it: pip install 'mgsd_jax[gcs]'"
-    if _is_full(error) and getattr(error, "filename", None) is None:
-        where = f" in {_WORKDIR.value}" if _WORKDIR.value else ""
-        return f"no space left{where}: {error}; the same command goes on when there is some"
-    return str(error)
-
-
-def _exit_code(error: Exception) -> int:
-    """2 for a bad input, 74 (EX_IOERR) for a full disk, 1 for what has to be looked into."""
-    if _is_full(error):
-        return 74
-    if _is_about_a_path(error) or _lacks_gcsfs(error):
-        return 2
-    return 2 if isinstance(error, ValueError) and not processes.is_runtime_error(error) else 1
+    if isinstance(cause, ImportError) and cause.name == "gcsfs":
+        return 2, "gs:// paths need the package gcsfs: pip install 'mgsd_jax[gcs]'"
+    is_input = isinstance(error, ValueError) and not processes.is_runtime_error(error)
+    return (2 if is_input else 1), line
 
 
 def entry() -> None:

@@ -14,6 +14,11 @@ from mgsd_jax.main import load_config
 ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ("rows.py",)  # settings of many runs, no config
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name not in TABLES)
+ARGUMENTS = {
+    "qwen3vl": ("4b", "8b"),
+    "gpu_4b": ("80gb", "24gb"),
+    "nano_base": ("text", "sight", "finish"),
+}
 
 
 @pytest.fixture
@@ -85,7 +90,7 @@ def test_bad_config_files_are_named(tmp_path: pathlib.Path) -> None:
         load_config(str(tmp_path / "absent.py"), [])
     file = tmp_path / "a.py"
     file.write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"a.py: got no get_config"):
+    with pytest.raises(ValueError, match=r"a.py: no get_config"):
         load_config(str(file), [])
     file.write_text("def get_config():\n    return 1\n")
     with pytest.raises(ValueError, match="got int from get_config"):
@@ -94,7 +99,9 @@ def test_bad_config_files_are_named(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_loads_and_says_how_to_run(path: pathlib.Path) -> None:
-    load_config(str(path), [])
+    default = load_config(str(path), [])
+    configs = [load_config(f"{path}:{argument}", []) for argument in ARGUMENTS.get(path.stem, ())]
+    assert configs[:1] in ([], [default]) and len(set(configs)) == len(configs)
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert text is not None
     for word in ("Command:", "Hardware:", "Expected:"):

@@ -64,7 +64,7 @@ def test_the_log_leaves_out_the_details_of_every_save(path: str, level: int, sho
     ],
 )
 def test_errors_have_exit_codes(error: Exception, code: int) -> None:
-    assert main._exit_code(error) == code
+    assert main.explain(error)[0] == code
 
 
 def parse(*arguments: str) -> Any:
@@ -117,6 +117,7 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None
         ("x = '\\0" + "(" * 1000, "a.py, line 1: got SyntaxError"),
         ("\0", "got SyntaxError: source code"),
         ("def get_config():\n    return get_config()\n", "line 2: got RecursionError"),
+        ("def get_config():\n    raise ValueError('size: got 9b')", "a.py, line 2: size: got 9b"),
     ],
 )
 def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathlib.Path) -> None:
@@ -124,7 +125,33 @@ def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathl
     with pytest.raises(ValueError) as raised:
         main.load_config(str(tmp_path / "a.py"), [])
     assert line in str(raised.value) and "\n" not in str(raised.value)
-    assert main._exit_code(raised.value) == 2
+    assert main.explain(raised.value)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("qwen3vl.py:9b", ": size: got '9b', want 4b or 8b"),
+        ("qwen3vl.py:", "size: got '', want 4b or 8b"),
+        ("gpu_4b.py:8b", "memory: got '8b', want 24gb or 80gb"),
+        ("nano_base.py:all", "run: got 'all', want text, sight or finish"),
+        (
+            "nano.py:4b",
+            "nano.py:4b: got TypeError: get_config() takes 0 positional",
+        ),
+        ("qwen3vl.py:4b:8b", "qwen3vl.py:4b:8b', want an existing Python file"),
+        ("qwen3vl:4b", "qwen3vl:4b', want an existing Python file"),
+    ],
+)
+def test_a_wrong_argument_of_a_config_file_is_one_line(config: str, line: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        main.load_config(str(ROOT / "configs" / config), [])
+    assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_file_whose_name_has_a_colon_is_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.py:8b").write_text(pathlib.Path(NANO).read_text())
+    assert main.load_config(str(tmp_path / "a.py:8b"), []) == main.load_config(NANO, [])
 
 
 def test_what_the_system_says_of_a_path_is_one_line(tmp_path: pathlib.Path) -> None:
@@ -139,9 +166,9 @@ def test_what_the_system_says_of_a_path_is_one_line(tmp_path: pathlib.Path) -> N
     }.items():
         with pytest.raises(OSError) as raised:
             metrics.open_writer(tmp_path / name, is_main=True)
-        line = main._line(raised.value)
+        line = main.explain(raised.value)[1]
         assert line.startswith(f"{tmp_path}/{name}"[:200]) and want in line and "\n" not in line
-        assert main._exit_code(raised.value) == 2
+        assert main.explain(raised.value)[0] == 2
 
 
 def test_a_bucket_without_its_package_is_one_line() -> None:
@@ -149,19 +176,19 @@ def test_a_bucket_without_its_package_is_one_line() -> None:
         pytest.skip("gcsfs is installed")
     with pytest.raises(ImportError) as raised:
         metrics.open_writer("gs://bucket/run", is_main=True)
-    assert main._line(raised.value).endswith("pip install 'mgsd_jax[gcs]'")
-    assert main._exit_code(raised.value) == 2
+    assert main.explain(raised.value)[1].endswith("pip install 'mgsd_jax[gcs]'")
+    assert main.explain(raised.value)[0] == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--stage=grounding", "--workdir=x"), "--config: got nothing"),
-        (("--stage=grounding", f"--config={NANO}"), "--workdir: got nothing"),
-        (("--stage=score",), "--input: got nothing"),
+        (("--stage=grounding", "--workdir=x"), "--config is required for --stage=grounding"),
+        (("--stage=grounding", f"--config={NANO}"), "--workdir is required for --stage=grounding"),
+        (("--stage=score",), "--input is required for --stage=score"),
         (("--stage=score", "stray"), "got stray arguments ['stray'], want flags only"),
-        (("--config=a",), "--stage: got nothing, want one of ['init'"),
+        (("--config=a",), "--stage is required, one of ['init'"),
         (
             ("--stage=grounding", f"--config={NANO}", "--workdir=x", "--process=1"),
             "got --process 1 but no --coordinator, no --processes; want all three",

@@ -79,7 +79,7 @@ def result(name: str, **fields: float | str | None) -> Result:
 
 
 def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
-    config = load_config(str(ROOT / "configs" / "distillation_8b.py"), list(changes))
+    config = load_config(str(ROOT / "configs" / "qwen3vl.py:8b"), list(changes))
     mesh = tpu_mesh(config.preflight.topology, **dataclasses.asdict(config.mesh))
     return render(config, mesh, chip, results, "python -m x")
 
@@ -247,11 +247,12 @@ def test_arithmetic_is_that_of_the_stage(config: Config) -> None:
 def test_the_decode_loop_of_4b_copies_nothing() -> None:
     """Batch 64, cache 2,048, 16 v5e: no second cache, and no table gathered for every token."""
     changes = [
+        "preflight.stages=('evaluate',)",
         "evaluate.batch_size=64",
         "data.prompt_buckets=(512,)",
         "evaluate.sampling.max_new_tokens=1536",
     ]
-    config = load_config(str(ROOT / "configs" / "evaluate_4b.py"), changes)
+    config = load_config(str(ROOT / "configs" / "qwen3vl.py:4b"), changes)
     mesh = tpu_mesh("v5e:4x4", **dataclasses.asdict(config.mesh))
     decode = {program.name: program for program in programs_of(config, mesh)}["evaluate/decode"]
     program = decode.lower().compile()

@@ -1,6 +1,6 @@
 """Compiles every program of a run for a TPU slice that is not here: does it fit, and how fast?
 
-  python -m mgsd_jax.main --stage=preflight --config=configs/distillation_8b.py --workdir=DIR \
+  python -m mgsd_jax.main --stage=preflight --config=configs/qwen3vl.py:8b --workdir=DIR \
       --set preflight.topology=v5e:4x4
 
 libtpu compiles for a topology without a TPU. No weights are made or read. `preflight.json` and

@@ -172,8 +172,10 @@ def main() -> None:
 def show(study: pathlib.Path, rows: Any) -> None:
     """Prints the tables of what has been run, and draws WORKDIR/curves.svg."""
     print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
-    models = [m for m in study_tables.read_study(study, rows) if m.name in CURVES]
-    (study / "curves.svg").write_text(study_tables.curves_svg(models))
+    models = study_tables.read_study(study, rows)
+    (study / "curves.svg").write_text(
+        study_tables.curves_svg(m for m in models.values() if m.name in CURVES)
+    )
 
 
 def task_key(row: Any, seed: int) -> str:

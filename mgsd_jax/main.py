@@ -38,10 +38,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from absl import app, flags, logging
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import preflight, report
+from mgsd_jax import preflight
 from mgsd_jax.checks import ranges
 from mgsd_jax.parallel import processes
-from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, score
+from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, report, score
 from mgsd_jax.training import sessions
 from mgsd_jax.workdir import paths
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from test_report import LETTERS, LEVELS, Tags
 
-from mgsd_jax import report
 from mgsd_jax.config import Config
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
@@ -18,6 +17,8 @@ from mgsd_jax.evaluation import rows, scoring
 from mgsd_jax.evaluation.summary import error_of, summarize
 from mgsd_jax.main import load_config
 from mgsd_jax.report import compare, compare_page
+from mgsd_jax.report.markup import write
+from mgsd_jax.stages import report
 from mgsd_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_models_are_told_apart_and_a_base_that_answered_alike_is_one(
 
 
 def test_the_page_says_it_all_and_loads_nothing(runs: list[str], tmp_path: pathlib.Path) -> None:
-    path = report.build_comparison(runs, tmp_path / "comparison.html")
+    path = compare_page.build_comparison(runs, tmp_path / "comparison.html")
     text = path.read_text(encoding="utf-8")
     assert len(text) < 1_000_000
     tags = Tags(text)
@@ -148,7 +149,9 @@ def test_the_page_says_it_all_and_loads_nothing(runs: list[str], tmp_path: pathl
     ends = record["runs"]["strong"]["ends"]
     assert ends["kl"] == {"state": pytest.approx(0.2)}, "the mean of the last tenth"
     assert ends["kl_pos"] == {"0-3": 1.0}, "no response reaches position 256"
-    assert report.build_comparison(runs, tmp_path / "b.html").read_bytes() == path.read_bytes()
+    assert (
+        compare_page.build_comparison(runs, tmp_path / "b.html").read_bytes() == path.read_bytes()
+    )
 
 
 def test_boards_in_dispute_are_solved_by_one_and_not_by_the_other(
@@ -159,23 +162,23 @@ def test_boards_in_dispute_are_solved_by_one_and_not_by_the_other(
     for _, answers in chosen:
         assert not answers["weak"]["outcome"]["success"] and answers["strong"]["outcome"]["success"]
         assert all(row["plan"] for row in answers.values())
-    page = compare_page.page("t", comparison, ())
+    page = write("page", compare_page.make_page("t", comparison, ()))
     drawn = len(compare.disputed(comparison))
     assert page.count('class="route good"') == page.count('class="route bad"') == drawn > 6
 
 
 def test_failures_are_counted_whole(comparison: compare.Comparison) -> None:
     found = compare.frequent_failures(comparison, count=1000)
-    for place, name in enumerate(comparison.results):
+    for name in comparison.results:
         failed = [
             row
             for row in comparison.rows
             if row["model"] == name and error_of(row) not in ("success", "not_optimal")
         ]
-        assert sum(counts[place] for _, counts in found) == len(failed)
-    totals = [sum(counts) for _, counts in found]
+        assert sum(counts[name] for counts in found.values()) == len(failed)
+    totals = [counts.total() for counts in found.values()]
     assert totals == sorted(totals, reverse=True)
-    assert compare.frequent_failures(comparison, count=1) == found[:1]
+    assert compare.frequent_failures(comparison, count=1) == dict(list(found.items())[:1])
 
 
 def test_runs_without_a_board_in_common_are_not_compared(
@@ -193,7 +196,7 @@ def test_runs_without_a_board_in_common_are_not_compared(
     ((_, _, whole, parts),) = compare.pair_differences(found)
     assert whole is not None and whole["value"] is None and whole["n"] == 0
     assert parts["minibehaviour"] == whole
-    assert "no board in common" in compare_page.page("t", found, ())
+    assert "no board in common" in write("page", compare_page.make_page("t", found, ()))
     assert "weak ? other" in compare_page.headline(found)
 
 
@@ -201,7 +204,7 @@ def make_config(*assignments: str) -> Config:
     return load_config(str(ROOT / "configs" / "nano.py"), list(assignments))
 
 
-def test_the_report_stage_compares_the_runs_that_it_is_given(
+def test_the_report_compares_the_runs_that_it_is_given(
     runs: list[str], tmp_path: pathlib.Path
 ) -> None:
     report.run(make_config(f"report.runs={','.join(runs)}"), str(tmp_path))
@@ -220,7 +223,7 @@ def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path
     half = tmp_path / "half"
     shutil.copytree(runs[0], half)
     (half / "evaluate" / "summary.json").unlink()
-    with pytest.raises(ValueError, match=r"summary.json: got no such file.*to its end"):
+    with pytest.raises(ValueError, match=r"summary.json: not found.*to its end"):
         compare.compare([runs[0], str(half)])
     text = (half / "evaluate" / "rows.jsonl").read_text()
     (half / "evaluate" / "rows.jsonl").write_text(text.replace('{"id"', '{"id', 1))

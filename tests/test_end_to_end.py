@@ -12,10 +12,19 @@ import pytest
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import report, tree
+from mgsd_jax import tree
 from mgsd_jax.config import Config
 from mgsd_jax.sampling import answers
-from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, loading
+from mgsd_jax.stages import (
+    distillation,
+    evaluate,
+    export,
+    generate,
+    grounding,
+    init,
+    loading,
+    report,
+)
 from mgsd_jax.training import sessions
 from mgsd_jax.workdir import checkpoint
 

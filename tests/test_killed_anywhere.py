@@ -15,12 +15,11 @@ from helpers_kills import Killer
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
-from mgsd_jax import report
 from mgsd_jax.data import prompts
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rows, scoring
-from mgsd_jax.stages import evaluate, generate, init, score
+from mgsd_jax.stages import evaluate, generate, init, report, score
 
 TIMED = ("run.json", "runs.jsonl", "config.json")  # hold when a folder was begun
 

@@ -5,16 +5,17 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any, Literal
 
+import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import DELTAS, Cell, Plan
 from mgsd_jax.evaluation.summary import MODELS, Board, Row, board_of, sort_models
-from mgsd_jax.report.tables import reason_label
-from mgsd_jax.report.words import TASKS, model_label
+from mgsd_jax.report.markup import tag, write
+from mgsd_jax.report.words import TASKS, model_label, reason_label
 
 Point = tuple[float, float]  # x, y in pixels of the picture
 Kind = Literal["fixed", "broken", "failed", "solved"]
@@ -22,7 +23,7 @@ SIDE = 256  # pixels of a board picture
 RESPONSE_LIMIT = 1200  # characters of a response that are shown
 # How many boards of each kind the gallery takes from each task.
 QUOTA: Mapping[Kind, int] = {"fixed": 2, "broken": 1, "failed": 1, "solved": 1}
-# Of a cell: how far routes keep to the right, so that a way back does not hide the way there, and
+# In cells: how far a route keeps to the right, so that a way back does not hide the way there, and
 # how far a refused move is drawn.
 _LANE, _STUB = 0.11, 0.4
 _ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→", "pick": "PICK", "drop": "DROP"}
@@ -30,99 +31,111 @@ _ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→", "pick": "P
 
 @dataclasses.dataclass(frozen=True)
 class Pick:
-    """A board of the gallery, why it is there, and its picture row of each model."""
+    """A board of the gallery, why it is there, and what each model answered to its picture."""
 
-    kind: Kind
     board: Board
-    compared: tuple[str, str]  # models
+    why: str
     rows: Mapping[str, Row]
+    kind: Kind = "fixed"
 
 
 def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
-    """Return the boards to show: of each task and kind evenly spread ones by level and index.
+    """Return the boards to show: of each task and kind some, evenly spread by level and index.
 
     The kind compares the first and the last of base, grounded and distilled (of all models, where
     none of these is there): fixed or broken on the way, failed by both, or solved by both. The
     same rows always give the same gallery.
     """
-    answers: dict[Board, dict[str, Row]] = {}
-    for row in rows:
-        if row["mode"] == "picture":
-            # Of several tries the first one is shown.
-            answers.setdefault(board_of(row), {}).setdefault(row["model"], row)
+    answers = first_answers(rows)
     names = sort_models({name for by_model in answers.values() for name in by_model})
     known = [name for name in names if name in MODELS] or names
     picks = []
     for task in ENVS:
         found: dict[Kind, list[Pick]] = {kind: [] for kind in QUOTA}
         for board in sorted(board for board in answers if board[0] == task):
-            by_model = answers[board]
-            if len(by_model) == len(names):
-                ordered = {name: by_model[name] for name in names}
-                kind = _kind(ordered[known[0]], ordered[known[-1]])
-                found[kind].append(Pick(kind, board, (known[0], known[-1]), ordered))
+            if len(answers[board]) == len(names):
+                pick = _pick(board, {name: answers[board][name] for name in names}, known)
+                found[pick.kind].append(pick)
         for kind, count in QUOTA.items():
-            picks += _spread(found[kind], count)
+            picks += spread(found[kind], count)
     return tuple(picks)
 
 
-def _kind(first: Row, last: Row) -> Kind:
-    before, after = first["outcome"]["success"], last["outcome"]["success"]
+def first_answers(rows: Sequence[Row]) -> dict[Board, dict[str, Row]]:
+    """Return the first answer of each model to each picture."""
+    answers: dict[Board, dict[str, Row]] = {}
+    for row in rows:
+        if row["mode"] == "picture":
+            answers.setdefault(board_of(row), {}).setdefault(row["model"], row)
+    return answers
+
+
+def spread(found: Sequence[Any], count: int) -> list[Any]:
+    """Return `count` of what was found, evenly spread; all of it where there is no more."""
+    if len(found) <= count:
+        return list(found)
+    return [found[int((i + 0.5) * len(found) / count)] for i in range(count)]
+
+
+def _pick(board: Board, rows: Mapping[str, Row], known: Sequence[str]) -> Pick:
+    first, last = model_label(known[0]), model_label(known[-1])
+    before, after = (rows[name]["outcome"]["success"] for name in (known[0], known[-1]))
+    if before and after:
+        why = f"{last} solves it" if first == last else f"{first} and {last} both solve it"
+        return Pick(board, why, rows, "solved")
+    if after:
+        return Pick(board, f"{first} fails, {last} solves it", rows, "fixed")
     if before:
-        return "solved" if after else "broken"
-    return "fixed" if after else "failed"
+        return Pick(board, f"{first} solves it, {last} fails", rows, "broken")
+    why = f"{last} fails" if first == last else f"{first} and {last} both fail"
+    return Pick(board, why, rows, "failed")
 
 
-def _spread(picks: Sequence[Pick], count: int) -> list[Pick]:
-    if len(picks) <= count:
-        return list(picks)
-    return [picks[int((i + 0.5) * len(picks) / count)] for i in range(count)]
+def gallery(picks: Sequence[Pick]) -> Markup:
+    """Return the boards as HTML, one below the other."""
+    return write("cards", [card(pick, number) for number, pick in enumerate(picks)])
 
 
-def card(pick: Pick, number: int, why: str = "") -> str:
+def card(pick: Pick, number: int) -> Markup:
     """Return one board as HTML: a shortest route, then the route of every model beside it.
 
-    `why` it is shown follows from its kind unless it is given.
+    The picture is there once and referred to by its `number`.
     """
     task, level, index = pick.board
     env = ENVS[task]
     source = f"{task}, level {level}, index {index}"
     state = env.from_text(next(iter(pick.rows.values()))["task_text"], source=source)
-    first, last = map(model_label, pick.compared)
-    why = (
-        why
-        or {
-            "fixed": f"{first} fails, {last} solves it",
-            "broken": f"{first} solves it, {last} fails",
-            "failed": f"{last} fails" if first == last else f"{first} and {last} both fail",
-            "solved": f"{last} solves it" if first == last else f"{first} and {last} both solve it",
-        }[pick.kind]
-    )
-    picture = png_uri(env.render(state, SIDE))
-    image = f'<image id="board{number}" width="{SIDE}" height="{SIDE}" href="{picture}"/>'
-    shortest = env.shortest_plan(state)
     title = f"{TASKS[task]}, level {level}, board {index}"
+    name, shortest = f"board{number}", env.shortest_plan(state)
+    image = tag("image", id=name, width=SIDE, height=SIDE, href=png_uri(env.render(state, SIDE)))
     panels = [
-        _panel(
-            "shortest",
-            _drawing(image, task, state, shortest, "hint", f"{title}: a shortest route"),
-            f'<p class="outcome">{_actions(len(shortest))}</p>{_plan(shortest)}',
-        )
+        {
+            "name": "shortest",
+            "drawing": _drawing(image, task, state, shortest, "hint", f"{title}: a shortest route"),
+            "sign": "",
+            "outcome": _actions(len(shortest)),
+            "plan": _arrows(shortest),
+            "state": "",
+            "response": "",
+        }
     ]
-    use = f'<use href="#board{number}"/>'
-    for name, row in pick.rows.items():
-        words, is_good = outcome_words(row), row["outcome"]["success"]
-        alt = f"{title}, plan of {model_label(name)}: {words}"
-        style = "good" if is_good else "bad"
-        drawing = _drawing(use, task, state, tuple(row["plan"]), style, alt)
-        sign = "✓" if is_good else "✗"
-        text = f'<p class="outcome {style}"><b>{sign}</b> {escape(words)}</p>'
-        text += _plan(tuple(row["plan"])) + _state_words(row) + _response(row)
-        panels.append(_panel(model_label(name), drawing, text))
-    return (
-        f'<article class="card"><h3>{escape(title)} <small>{escape(why)}</small></h3>'
-        f'<div class="boards">{"".join(panels)}</div></article>'
-    )
+    for model, row in pick.rows.items():
+        words, plan = outcome_words(row), tuple(row["plan"])
+        style, sign = ("good", "✓") if row["outcome"]["success"] else ("bad", "✗")
+        alt = f"{title}, plan of {model_label(model)}: {words}"
+        panels.append(
+            {
+                "name": model_label(model),
+                "drawing": _drawing(tag("use", href=f"#{name}"), task, state, plan, style, alt),
+                "style": style,
+                "sign": sign,
+                "outcome": words,
+                "plan": _arrows(plan),
+                "state": _state_words(row),
+                "response": _shown(row["response"]),
+            }
+        )
+    return write("card", title, pick.why, panels)
 
 
 def outcome_words(row: Row) -> str:
@@ -142,7 +155,7 @@ def outcome_words(row: Row) -> str:
     return f"{words} at action {outcome['steps']} of {len(row['plan'])}"
 
 
-def png_uri(picture: Any) -> str:
+def png_uri(picture: np.ndarray) -> str:
     """Return a uint8 [height, width, 3] picture as a data URI: a PNG of at most 256 colours."""
     image = Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
@@ -154,32 +167,23 @@ def _actions(count: int) -> str:
     return f"{count} action{'' if count == 1 else 's'}"
 
 
-def _panel(name: str, drawing: str, text: str) -> str:
-    return f"<figure><figcaption>{escape(name)}</figcaption>{drawing}<div>{text}</div></figure>"
-
-
-def _plan(plan: Plan) -> str:
-    words = " ".join(_ARROWS[action] for action in plan) if plan else "no plan"
-    return f'<p class="plan">{words}</p>'
+def _arrows(plan: Plan) -> str:
+    return " ".join(_ARROWS[action] for action in plan) if plan else "no plan"
 
 
 def _state_words(row: Row) -> str:
     if row["state_f1"] is None:
         return ""
-    read = "exactly" if row["state_exact"] else f"F1 {row['state_f1']:.2f}"
-    return f'<p class="state">state read: {read}</p>'
+    return "exactly" if row["state_exact"] else f"F1 {row['state_f1']:.2f}"
 
 
-def _response(row: Row) -> str:
-    text = row["response"]
+def _shown(text: str) -> str:
     cut = f"\n[{len(text) - RESPONSE_LIMIT} more characters]" if len(text) > RESPONSE_LIMIT else ""
-    shown = escape(text[:RESPONSE_LIMIT] + cut) or "(nothing)"
-    return f"<details><summary>response</summary><pre>{shown}</pre></details>"
+    return text[:RESPONSE_LIMIT] + cut or "(nothing)"
 
 
-def _drawing(image: str, task: str, state: Any, plan: Plan, style: str, alt: str) -> str:
-    env = ENVS[task]
-    marks = ""
+def _drawing(image: Markup, task: str, state: Any, plan: Plan, style: str, alt: str) -> Markup:
+    env, marks = ENVS[task], []
     if plan and all(action in env.ACTIONS for action in plan):
         outcome, cells, unit = env.play(state, plan), env.trace(state, plan), SIDE / state.size
         moves, hands = [], []
@@ -195,12 +199,10 @@ def _drawing(image: str, task: str, state: Any, plan: Plan, style: str, alt: str
             down, across = DELTAS[refused]
             moves.append((refused, (x + _STUB * across * unit, y + _STUB * down * unit)))
         corners = _lane(start, moves, _LANE * unit)
-        marks = _route(start, corners, hands, outcome.success, 0.12 * unit)
-        marks = f'<g class="route {style}" style="--w:{0.09 * unit:.1f}px">{marks}</g>'
-    return (
-        f'<svg viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="{escape(alt)}">'
-        f"{image}{marks}</svg>"
-    )
+        route = _route(start, corners, hands, outcome.success, 0.12 * unit)
+        marks = [tag("g", *route, class_=f"route {style}", style=f"--w:{0.09 * unit:.1f}px")]
+    box = f"0 0 {SIDE} {SIDE}"
+    return tag("svg", image, *marks, viewBox=box, role="img", aria_label=alt)
 
 
 def _centre(cell: Cell, unit: float) -> Point:
@@ -228,7 +230,7 @@ def _lane(start: Point, moves: Sequence[tuple[str, Point]], width: float) -> lis
 
 
 def _right_of(point: Point, action: str, width: float) -> Point:
-    """The point that lies `width` to the right hand of one who goes this way."""
+    """The point `width` to the right hand of somebody who goes this way."""
     down, across = DELTAS[action]
     return point[0] - width * down, point[1] + width * across
 
@@ -239,24 +241,23 @@ def _route(
     hands: Sequence[tuple[Point, str]],
     is_solved: bool,
     size: float,
-) -> str:
+) -> list[Markup]:
     """A ring at the start, the line, letters at pick and drop, and a disc or a cross at the end."""
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-    end = f'<circle r="{size:.1f}"/>'
+    end = [tag("circle", r=size)]
     if not is_solved:
         arms = f"M{-size:.1f} {-size:.1f} {size:.1f} {size:.1f}"
         arms += f"M{size:.1f} {-size:.1f} {-size:.1f} {size:.1f}"
-        end = f'<path class="casing" d="{arms}"/><path d="{arms}"/>'
-    marks = [(start, f'<circle class="start" r="{2.6 * size:.1f}"/>')]
-    marks.append((corners[-1], f'<g class="end">{end}</g>'))
+        end = [tag("path", class_="casing", d=arms), tag("path", d=arms)]
+    marks = [(start, tag("circle", class_="start", r=2.6 * size))]
+    marks.append((corners[-1], tag("g", *end, class_="end")))
     for i, ((x, y), letter) in enumerate(hands):
+        # Beside those that are done at the same place.
         x += 3.6 * size * sum(place == (x, y) for place, _ in hands[:i])
-        letter = (
-            f'<g class="hand"><circle r="{1.7 * size:.1f}"/><text y="{0.85 * size:.1f}" '
-            f'font-size="{2.4 * size:.1f}">{letter}</text></g>'
-        )
-        marks.append(((x, y), letter))
-    text = f'<polyline class="casing" points="{line}"/><polyline points="{line}"/>'
-    return text + "".join(
-        f'<g transform="translate({x:.1f} {y:.1f})">{mark}</g>' for (x, y), mark in marks
-    )
+        text = tag("text", letter, y=0.85 * size, font_size=f"{2.4 * size:.1f}")
+        marks.append(((x, y), tag("g", tag("circle", r=1.7 * size), text, class_="hand")))
+    return [
+        tag("polyline", class_="casing", points=line),
+        tag("polyline", points=line),
+        *(tag("g", mark, transform=f"translate({x:.1f} {y:.1f})") for (x, y), mark in marks),
+    ]

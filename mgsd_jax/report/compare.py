@@ -3,8 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -22,7 +21,16 @@ from mgsd_jax.evaluation.summary import (
     sort_models,
     summarize,
 )
-from mgsd_jax.report.inputs import STAGES, Curve, Evaluation, Stage, read_evaluation, read_stage
+from mgsd_jax.report.boards import first_answers, spread
+from mgsd_jax.report.inputs import (
+    STAGES,
+    Curve,
+    Evaluation,
+    Stage,
+    Summary,
+    read_evaluation,
+    read_stage,
+)
 from mgsd_jax.workdir import paths
 from mgsd_jax.workdir.folders import CONFIG_FILE
 
@@ -39,7 +47,7 @@ class Run:
     folder: str
     evaluation: Evaluation
     stages: tuple[Stage, ...]
-    settings: Mapping[str, Any]  # 'distillation.optim.lr' -> value
+    settings: Mapping[str, object]  # 'distillation.optim.lr' -> value
     result: str  # a model of the evaluation
 
 
@@ -53,7 +61,7 @@ class Comparison:
 
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
-    summary: dict[str, Any]
+    summary: Summary
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -63,6 +71,15 @@ class Comparison:
     def shown(self) -> tuple[str, ...]:
         """The base that all share, if they do, and the results."""
         return (*(name for name in ("base",) if name in self.summary["models"]), *self.results)
+
+    @property
+    def shown_summary(self) -> Summary:
+        """The summary without the models that are not shown."""
+        changed = {
+            key: {name: self.summary[key][name] for name in self.shown}
+            for key in ("models", "diagnostics")
+        }
+        return {**self.summary, **changed}
 
 
 def compare(folders: Sequence[str], model: str = "") -> Comparison:
@@ -116,8 +133,8 @@ def read_run(folder: str, name: str, model: str = "") -> Run:
     return Run(name, str(root), evaluation, stages, _settings(workdir), model or known[-1])
 
 
-def _settings(workdir: epath.Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _settings(workdir: epath.Path) -> dict[str, object]:
+    found: dict[str, object] = {}
     for stage in (*STAGES, "evaluate"):
         path = workdir / stage / CONFIG_FILE
         if path.is_file():
@@ -126,7 +143,7 @@ def _settings(workdir: epath.Path) -> dict[str, Any]:
     return found
 
 
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     """The settings that are not the same in all runs, in order of name; absent ones are None."""
     names = sorted({name for run in runs for name in run.settings})
     values = {
@@ -141,67 +158,88 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     }
 
 
-def _merge(runs: Sequence[Run]) -> Iterable[Row]:
-    numbers: dict[tuple[Any, ...], int] = {}
+def number_boards(runs: Sequence[Run]) -> list[dict[Board, int]]:
+    """Return for each run the indices of its boards such that equal boards have the same one.
+
+    A board keeps the index that it has in the first run that has it, or gets the next free one. A
+    benchmark may hold a board twice: the first of one run is then the first of another.
+    """
+    contents: dict[str, tuple[str, int, Hashable]] = {}
+    numbers: dict[tuple[tuple[str, int, Hashable], int], int] = {}
     taken: set[Board] = set()
-    texts: dict[tuple[str, int, int], str] = {}
-    contents: dict[str, tuple[Any, ...]] = {}
-    renumbered = []
+    found = []
     for run in runs:
-        # A benchmark may hold a board twice: the first of one is paired with the first of another.
-        places: dict[Board, tuple[Any, ...]] = {}
-        counts: collections.Counter[tuple[Any, ...]] = collections.Counter()
-        rows = []
-        for row in sorted(run.evaluation.rows, key=lambda row: (board_of(row), row["mode"])):
-            board, text = board_of(row), row["task_text"]
+        texts = {board_of(row): row["task_text"] for row in run.evaluation.rows}
+        counts: collections.Counter[tuple[str, int, Hashable]] = collections.Counter()
+        indices: dict[Board, int] = {}
+        for (task, level, index), text in sorted(texts.items()):
             if text not in contents:
-                env = ENVS[row["task"]]
-                state = env.from_text(text, source=f"{run.folder}, {row['id']}")
-                contents[text] = (row["task"], row["level"], env.key(state))
-            if board not in places:
-                content = contents[text]
-                places[board] = (*content, counts[content])
-                counts[content] += 1
-            if places[board] not in numbers:
-                numbers[places[board]] = _free_index(board, taken)
-            named = (board[0], board[1], index := numbers[places[board]])
-            text = texts.setdefault(named, text)
-            rows.append({**row, "index": index, "task_text": text})
-        renumbered.append(rows)
-    shares_base = _answers_alike(renumbered, "base") and all(run.result != "base" for run in runs)
-    for i, (run, rows) in enumerate(zip(runs, renumbered, strict=True)):
-        for row in rows:
-            if row["model"] == run.result:
-                name = run.name
-            elif row["model"] == "base" and shares_base:
-                if i:
-                    continue
-                name = "base"
-            else:
-                name = f"{run.name}: {row['model']}"
-            yield {**row, "model": name, "id": f"{run.name}/{row['id']}"}
+                source = f"{run.folder}, {task}, level {level}, index {index}"
+                state = ENVS[task].from_text(text, source=source)
+                contents[text] = (task, level, ENVS[task].key(state))
+            board = (contents[text], counts[contents[text]])
+            counts[contents[text]] += 1
+            if board not in numbers:
+                numbers[board] = index
+                while (task, level, numbers[board]) in taken:
+                    numbers[board] += 1
+                taken.add((task, level, numbers[board]))
+            indices[task, level, index] = numbers[board]
+        found.append(indices)
+    return found
 
 
-def _free_index(board: Board, taken: set[Board]) -> int:
-    """The board's own index, or the next one that no other board of its level has; takes it."""
-    task, level, index = board
-    while (task, level, index) in taken:
-        index += 1
-    taken.add((task, level, index))
-    return index
+def name_models(runs: Sequence[Run], numbers: Sequence[Mapping[Board, int]]) -> list[dict[str, str | None]]:
+    """Return for each run the names of its models in the comparison, None for one left out.
+
+    The result of a run has the run's name, another model 'run: model'. A base that is no result and
+    answered alike in every run is there once, as 'base'.
+    """
+    shares_base = _answer_alike("base", runs, numbers) and all(run.result != "base" for run in runs)
+    named = []
+    for i, run in enumerate(runs):
+        models = run.evaluation.summary["models"]
+        names: dict[str, str | None] = {name: f"{run.name}: {name}" for name in models}
+        names[run.result] = run.name
+        if shares_base:
+            names["base"] = None if i else "base"
+        named.append(names)
+    return named
 
 
-def _answers_alike(runs: Sequence[Sequence[Row]], model: str) -> bool:
+def _answer_alike(model: str, runs: Sequence[Run], numbers: Sequence[Mapping[Board, int]]) -> bool:
     """Whether a model gave the same responses to the same questions in every run."""
-    tables = [
+    answers = [
         {
-            (board_of(row), row["mode"], row.get("attempt", 0)): row["response"]
-            for row in rows
+            (*board_of(row)[:2], indices[board_of(row)], row["mode"], row.get("attempt", 0)): row[
+                "response"
+            ]
+            for row in run.evaluation.rows
             if row["model"] == model
         }
-        for rows in runs
+        for run, indices in zip(runs, numbers, strict=True)
     ]
-    return bool(tables[0]) and all(table == tables[0] for table in tables[1:])
+    return bool(answers[0]) and all(each == answers[0] for each in answers[1:])
+
+
+def _merge(runs: Sequence[Run]) -> Iterator[Row]:
+    """The rows of all runs as of one evaluation."""
+    numbers = number_boards(runs)
+    texts: dict[Board, str] = {}  # equal boards may be written in several ways
+    for run, indices, names in zip(runs, numbers, name_models(runs, numbers), strict=True):
+        for row in sorted(run.evaluation.rows, key=lambda row: (board_of(row), row["mode"])):
+            if names[row["model"]] is None:
+                continue
+            task, level, index = board_of(row)
+            index, same = indices[task, level, index], row.get("same_as", index)
+            yield {
+                **row,
+                "model": names[row["model"]],
+                "id": f"{run.name}/{row['id']}",
+                "index": index,
+                "same_as": indices.get((task, level, same), index),
+                "task_text": texts.setdefault((task, level, index), row["task_text"]),
+            }
 
 
 def pair_differences(
@@ -227,41 +265,36 @@ def pair_differences(
 def disputed(comparison: Comparison, a_task: int = 4) -> list[tuple[Board, dict[str, Row]]]:
     """Boards that some results solve from the picture and some do not, evenly spread in a task.
 
-    Of a task that has boards with a plan of every result, only these.
+    Of a task that has boards with a plan of every result, only these: two routes say more than one.
     """
-    answers: dict[Board, dict[str, Row]] = {}
-    for row in comparison.rows:
-        if row["mode"] == "picture" and row["model"] in comparison.results:
-            answers.setdefault(board_of(row), {}).setdefault(row["model"], row)
+    names, answers = comparison.results, first_answers(comparison.rows)
     chosen = []
     for task in ENVS:
         found = [
-            (board, {name: rows[name] for name in comparison.results})
+            (board, {name: rows[name] for name in names})
             for board, rows in sorted(answers.items())
             if board[0] == task
-            and len(rows) == len(comparison.results)
-            and len({bool(row["outcome"]["success"]) for row in rows.values()}) == 2
+            and rows.keys() >= set(names)
+            and len({bool(rows[name]["outcome"]["success"]) for name in names}) == 2
         ]
-        # Two routes say more than one.
-        found = [each for each in found if all(row["plan"] for row in each[1].values())] or found
-        step = max(1.0, len(found) / a_task)
-        chosen += [found[int((i + 0.5) * step)] for i in range(min(a_task, len(found)))]
+        planned = [each for each in found if all(row["plan"] for row in each[1].values())]
+        chosen += spread(planned or found, a_task)
     return chosen
 
 
 def frequent_failures(
     comparison: Comparison, count: int = 8
-) -> list[tuple[tuple[str, str, str], list[int]]]:
-    """((task, error, reason), how many answers of each result) of the most frequent failures."""
-    counts: dict[tuple[str, str, str], collections.Counter[str]] = {}
+) -> dict[tuple[str, str, str], collections.Counter[str]]:
+    """The most frequent failures, (task, error, reason), each with its count by result."""
+    found: dict[tuple[str, str, str], collections.Counter[str]] = {}
     for row in comparison.rows:
         if row["mode"] == "picture" and row["model"] in comparison.results:
             error = error_of(row)
             if error not in ("success", "not_optimal"):
                 key = (row["task"], error, row["outcome"]["reason"])
-                counts.setdefault(key, collections.Counter())[row["model"]] += 1
-    ranked = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    return [(key, [found[name] for name in comparison.results]) for key, found in ranked[:count]]
+                found.setdefault(key, collections.Counter())[row["model"]] += 1
+    ranked = sorted(found.items(), key=lambda item: (-item[1].total(), item[0]))
+    return dict(ranked[:count])
 
 
 def curve_of(run: Run, stage: str, name: str) -> Curve | None:

@@ -1,9 +1,10 @@
 """What a report is made of: the rows and summary of an evaluation, the curves of the stages."""
 
+import collections
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -17,19 +18,21 @@ SUMMARY_FILE = "summary.json"
 _SUMMARY_KEYS = ("models", "diagnostics", "modality_gap", "differences", "gap_closed_by")
 STAGES = ("grounding", "distillation")
 PathLike = str | os.PathLike[str]
+Summary = Mapping[str, Any]  # as `summarize` returns it
+Part = Mapping[str, Any]  # of a summary: the measures of a model in a mode, in all or in a task
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One evaluation folder, its two files checked against each other."""
+    """The rows and the summary of one evaluation folder, checked against each other."""
 
     rows: tuple[Row, ...]
-    summary: dict[str, Any]
+    summary: Summary
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One metric over the steps of a stage; points that are not finite are only counted."""
+    """One metric over the steps of a stage; values that are not finite are only counted."""
 
     name: str
     steps: tuple[int, ...]
@@ -46,35 +49,42 @@ class Stage:
     missing: str | None
 
 
+def parts(summary: Summary, *modes: str) -> Iterator[tuple[str, str, Part]]:
+    """Yield (model, mode, measures) of each model in these modes, by default in all that plan."""
+    for model, by_mode in summary["models"].items():
+        for mode in modes or ("picture", "text", "blind"):
+            if mode in by_mode:
+                yield model, mode, by_mode[mode]
+
+
 def read_evaluation(folder: PathLike) -> Evaluation:
     """Return the rows and the summary of an evaluation folder.
 
-    Raises ValueError naming the file, got and want where one is absent, empty or no JSON, or where
-    the two are not of one evaluation (a model, a mode or a number of rows that differs).
+    Raises ValueError naming the file where one is absent, empty or not JSON, or where the two
+    differ in their models, modes or numbers of rows.
     """
     rows_path, summary_path = epath.Path(folder) / ROWS_FILE, epath.Path(folder) / SUMMARY_FILE
-    _want(rows_path)
+    _check_file(rows_path)
     rows = tuple(read_rows(folder))
     check_rows(rows, source=str(rows_path))
-    _want(summary_path)
+    _check_file(summary_path)
     summary = fields.read_json(summary_path)
     missing = [key for key in _SUMMARY_KEYS if key not in summary]
     if missing:
         raise ValueError(f"{summary_path}: got keys {sorted(summary)}, want {missing} as well")
     for key in _SUMMARY_KEYS:
         fields.field(summary, key, dict, summary_path)
-    counts: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["model"] not in summary["models"]:
             raise ValueError(
                 f"{rows_path}: got model {row['model']!r} (row {row['id']}), want one of "
                 f"{sorted(summary['models'])}, the models of {summary_path}"
             )
-        counts[row["model"], row["mode"]] = counts.get((row["model"], row["mode"]), 0) + 1
+    counts = dict(collections.Counter((row["model"], row["mode"]) for row in rows))
     stated = {
         (model, mode): part["n"]
-        for model, modes in summary["models"].items()
-        for mode, part in modes.items()
+        for model, by_mode in summary["models"].items()
+        for mode, part in by_mode.items()
     }
     if stated != counts:
         raise ValueError(
@@ -84,9 +94,9 @@ def read_evaluation(folder: PathLike) -> Evaluation:
 
 
 def read_stage(name: str, folder: PathLike | None) -> Stage:
-    """Return the curves in a stage's `metrics.jsonl`; an absent file or folder is said in words.
+    """Return the curves in the `metrics.jsonl` of a stage, or the reason why there are none.
 
-    Raises ValueError naming file and line where a line is no record.
+    Raises ValueError naming file and line where a line is not a record of metrics.
     """
     if folder is None:
         return Stage(name, (), f"no {name} run was given to this report")
@@ -109,9 +119,9 @@ def _curve(name: str, points: Mapping[int, float]) -> Curve:
     return Curve(name, steps, values, len(points) - len(finite))
 
 
-def _want(path: epath.Path) -> None:
+def _check_file(path: epath.Path) -> None:
     if not path.is_file():
         raise ValueError(
-            f"{path}: got no such file, want an evaluation folder with {ROWS_FILE} and "
-            f"{SUMMARY_FILE}; run --stage=evaluate to its end"
+            f"{path}: not found, want an evaluation folder with {ROWS_FILE} and {SUMMARY_FILE}; "
+            "run --stage=evaluate to its end"
         )

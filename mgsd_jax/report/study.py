@@ -1,23 +1,48 @@
-"""The tables of a study: rows trained with several seeds, on the same test boards, as markdown.
+"""The tables and curves of a study: rows trained with several seeds, on the same test boards.
 
 A study is a folder `{row}/{seed}` of workdirs; configs/study/rows.py says what the rows are.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
 from mgsd_jax.evaluation.rows import ROWS_FILE, read_rows
 from mgsd_jax.evaluation.stats import Strata
+from mgsd_jax.evaluation.summary import Row
+from mgsd_jax.report.curves import Frame
+from mgsd_jax.report.markup import tag
+from mgsd_jax.report.tables import Cell, grid, make_table
 from mgsd_jax.report.words import DASH, percent
-from mgsd_jax.workdir.metrics import read_metrics
+from mgsd_jax.workdir.metrics import METRICS_FILE, read_metrics
 
-Row = Mapping[str, Any]
 Getter = Callable[[Row], float | None]
 _STAGES = ("distillation", "grounding")
+_PAIRS = (
+    ("method", "base"),
+    ("method", "grounded"),
+    ("grounded", "base"),
+    ("method", "distillation_only"),
+    ("method", "grounding_only"),
+    ("method", "sft"),
+    ("distillation_only", "base"),
+    ("distillation_only", "sft"),
+    ("distillation_only", "grounding_only"),
+)
+_COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
+
+
+class StudyRow(Protocol):
+    """What a row of configs/study/rows.py says of itself."""
+
+    name: str
+    title: str
+    group: str
+    seeds: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,38 +65,36 @@ class Model:
 
 
 def read_study(
-    study: pathlib.Path, rows: Sequence[Any], evaluation: str = "evaluate"
-) -> tuple[Model, ...]:
-    """The models of a study, those without an evaluation of this name left out.
+    study: pathlib.Path, rows: Sequence[StudyRow], evaluation: str = "evaluate"
+) -> dict[str, Model]:
+    """Return the models of a study by name, those without an evaluation of this name left out.
 
     Raises ValueError where none has one, or two evaluations are of different boards.
     """
-    models = []
+    models = {}
     for row in rows:
-        runs = []
-        for seed in row.seeds:
-            folder = study / row.name / str(seed)
-            if (folder / evaluation / "summary.json").is_file():
-                found = tuple(read_rows(folder / evaluation))
-                runs.append(Run(seed, found, _curve(folder)))
-        if runs:
-            models.append(Model(row.name, row.title, row.group, tuple(runs)))
-    if not models:
-        raise ValueError(
-            f"{study}: got no {evaluation}/{ROWS_FILE}, want at least one; train first"
+        folders = {seed: study / row.name / str(seed) for seed in row.seeds}
+        runs = tuple(
+            Run(seed, tuple(read_rows(folder / evaluation)), _curve(folder))
+            for seed, folder in folders.items()
+            if (folder / evaluation / "summary.json").is_file()
         )
-    boards = {frozenset(by_board(run.rows)) for model in models for run in model.runs}
+        if runs:
+            models[row.name] = Model(row.name, row.title, row.group, runs)
+    if not models:
+        raise ValueError(f"{study}: {evaluation}/{ROWS_FILE} not found, want one; train first")
+    boards = {frozenset(by_board(run.rows)) for model in models.values() for run in model.runs}
     if len(boards) > 1:
         raise ValueError(f"{study}: got {len(boards)} different sets of boards, want one for all")
-    return tuple(models)
+    return models
 
 
 def _curve(folder: pathlib.Path) -> tuple[Mapping[str, float], ...]:
-    for stage in _STAGES:
-        path = folder / stage / "metrics.jsonl"
-        if path.is_file():
-            return tuple(read_metrics(path))
-    return ()
+    paths = [folder / stage / METRICS_FILE for stage in _STAGES]
+    return next((tuple(read_metrics(path)) for path in paths if path.is_file()), ())
+
+
+# Measures.
 
 
 def success(row: Row) -> float:
@@ -79,12 +102,12 @@ def success(row: Row) -> float:
 
 
 def answered_right(row: Row) -> float:
-    """The share of a board's questions that were answered right."""
+    """Return the share of a board's questions that were answered right."""
     return sum(row["perception"].values()) / len(row["perception"])
 
 
 def strata(run: Run, mode: str, get: Getter) -> Strata:
-    """The values of a measure in a mode, by task and level, in the order of the boards."""
+    """Return the values of a measure in a mode, by task and level, in the order of the boards."""
     rows = sorted(
         (row for row in run.rows if row["mode"] == mode),
         key=lambda row: (row["task"], row["level"], row["index"]),
@@ -96,102 +119,88 @@ def strata(run: Run, mode: str, get: Getter) -> Strata:
 
 
 def estimate(model: Model, mode: str, get: Getter = success) -> stats.Estimate:
-    """A macro mean over the runs, with its interval over seeds and boards."""
+    """Return a macro mean over the runs, with its interval over seeds and boards."""
     return stats.over_runs([strata(run, mode, get) for run in model.runs])
 
 
-def difference(ours: Model, theirs: Model, mode: str = "picture") -> stats.Difference:
-    """ours - theirs in macro success, over the seeds that both have."""
-    seeds = [run.seed for run in ours.runs if run.seed in {other.seed for other in theirs.runs}]
+def difference(ours: Model, theirs: Model) -> stats.Difference:
+    """Return ours - theirs in macro success from the picture, over the seeds that both have."""
+    seeds = {run.seed for run in ours.runs} & {run.seed for run in theirs.runs}
     if not seeds:
         raise ValueError(f"{ours.name}, {theirs.name}: got no seed in common, want one or more")
-
-    def of(model: Model) -> list[Strata]:
-        return [strata(run, mode, success) for run in model.runs if run.seed in seeds]
-
-    return stats.runs_difference(of(ours), of(theirs))
+    mine, others = (
+        [strata(run, "picture", success) for run in model.runs if run.seed in seeds]
+        for model in (ours, theirs)
+    )
+    return stats.runs_difference(mine, others)
 
 
 def gap_share(model: Model, base: Model, mode: str = "picture") -> float:
-    """(model - base) / (base from text - base) of mean macro success."""
+    """Return (model - base) / (base from text - base) of mean macro success."""
     low, high = estimate(base, "picture").value, estimate(base, "text").value
     return (estimate(model, mode).value - low) / (high - low)
 
 
 def updates_to(run: Run, level: float) -> int | None:
-    """The first validation at which macro success from pictures reached `level`, in updates."""
+    """Return the first validated update with macro success from pictures of `level` or more."""
     reached = [int(m["step"]) for m in run.curve if m.get("val/success", -1.0) >= level]
     return reached[0] if reached else None
 
 
 def seconds_an_update(run: Run) -> float | None:
-    """Median wall seconds of rollout and update; None where the stage has no rollouts."""
-    spent = sorted(m["rollout"] + m["update"] for m in run.curve if "rollout" in m)
-    return spent[len(spent) // 2] if spent else None
+    """Return the median wall seconds of rollout and update; None for a stage without rollouts."""
+    spent = [m["rollout"] + m["update"] for m in run.curve if "rollout" in m]
+    return statistics.median_high(spent) if spent else None
 
 
-# Markdown.
+# Tables, as markdown.
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def _table(label: str, names: Iterable[str], columns: Mapping[str, Iterable[str]]) -> str:
+    cells = {name: [Cell(text) for text in column] for name, column in columns.items()}
+    table = make_table("", (label,), [(name,) for name in names], cells)
+    return "\n".join(grid(table)) + "\n"
 
 
-def _spelled(found: stats.Estimate) -> str:
-    return f"{percent(found.value)} ({100 * found.low:.1f}–{100 * found.high:.1f})"
+def _shared_columns(shown: Sequence[tuple[Model, str]]) -> dict[str, list[str]]:
+    """What each (model, mode) has in every table: seeds, macro success, and success by task."""
+    found = [(len(model.runs), estimate(model, mode)) for model, mode in shown]
+    columns = {
+        "seeds": [str(count) for count, _ in found],
+        "macro, picture": [
+            f"{percent(e.value)} ({100 * e.low:.1f}–{100 * e.high:.1f})" for _, e in found
+        ],
+    }
+    for task, _ in by_task(shown[0][0].runs[0].rows):
+        columns[task] = [percent(_of_task(model, task, mode)) for model, mode in shown]
+    return columns
 
 
-def _tasks(model: Model) -> list[str]:
-    return [task for task, _ in by_task(model.runs[0].rows)]
+def _of_task(model: Model, task: str, mode: str) -> float:
+    levels = [strata(run, mode, success)[task].values() for run in model.runs]
+    return statistics.fmean(statistics.fmean(map(statistics.fmean, run)) for run in levels)
 
 
-def _of_task(model: Model, task: str, mode: str = "picture") -> str:
-    values = []
-    for run in model.runs:
-        part = strata(run, mode, success)[task]
-        levels = [sum(values) / len(values) for values in part.values()]
-        values.append(sum(levels) / len(levels))
-    return percent(sum(values) / len(values))
+def _means(models: Sequence[Model], mode: str, get: Getter = success) -> list[str]:
+    return [percent(estimate(model, mode, get).value) for model in models]
 
 
 def main_table(models: Sequence[Model], base: Model) -> str:
     """Success by task, the share of the gap closed, and what lies behind it."""
-    head = [
-        "model",
-        "seeds",
-        "macro, picture",
-        *_tasks(base),
-        "gap closed",
-        "State F1",
-        "states exact",
-    ]
-    head += ["questions", "macro, text", "blind"]
-    rows = []
-    for model in models:
-        rows.append(
-            [
-                model.title,
-                str(len(model.runs)),
-                _spelled(estimate(model, "picture")),
-                *(_of_task(model, task) for task in _tasks(base)),
-                percent(gap_share(model, base)),
-                percent(estimate(model, "picture", lambda row: row["state_f1"]).value),
-                percent(estimate(model, "picture", lambda row: row["state_exact"]).value),
-                percent(estimate(model, "perception", answered_right).value),
-                percent(estimate(model, "text").value),
-                percent(estimate(model, "blind").value),
-            ]
-        )
-    text = [
-        "base, from text",
-        str(len(base.runs)),
-        _spelled(estimate(base, "text")),
-        *(_of_task(base, task, "text") for task in _tasks(base)),
-        percent(1.0),
-        *[DASH] * 5,
-    ]
-    return _table(head, [*rows, text])
+    shown = [*((model, "picture") for model in models), (base, "text")]
+    columns = _shared_columns(shown)
+    columns["gap closed"] = [percent(gap_share(model, base, mode)) for model, mode in shown]
+    columns |= {
+        name: [*found, DASH]
+        for name, found in {
+            "State F1": _means(models, "picture", lambda row: row["state_f1"]),
+            "states exact": _means(models, "picture", lambda row: row["state_exact"]),
+            "questions": _means(models, "perception", answered_right),
+            "macro, text": _means(models, "text"),
+            "blind": _means(models, "blind"),
+        }.items()
+    }
+    return _table("model", [*(model.title for model in models), "base, from text"], columns)
 
 
 def ablation_table(models: Sequence[Model], reference: Model) -> str:
@@ -199,38 +208,28 @@ def ablation_table(models: Sequence[Model], reference: Model) -> str:
 
     The reference is there with its first seed, and with all where a model has more than one.
     """
-    head = [
-        "changed",
-        "seeds",
-        "macro, picture",
-        "minus the method",
-        "p",
-        *_tasks(reference),
-        "states exact",
-    ]
-    head += ["macro, text", "half way after", "s an update"]
-    rows = []
     references = [dataclasses.replace(reference, runs=reference.runs[:1])]
     if any(len(model.runs) > 1 for model in models):
         references.append(reference)
-    for model in (*references, *models):
-        against = None if model.name == reference.name else difference(model, reference)
-        half, spent = updates_to(model.runs[0], 0.5), seconds_an_update(model.runs[0])
-        rows.append(
-            [
-                model.title,
-                str(len(model.runs)),
-                _spelled(estimate(model, "picture")),
-                DASH if against is None else _points(against),
-                DASH if against is None else _p(against),
-                *(_of_task(model, task) for task in _tasks(reference)),
-                percent(estimate(model, "picture", lambda row: row["state_exact"]).value),
-                percent(estimate(model, "text").value),
-                DASH if half is None else str(half),
-                DASH if spent is None else f"{spent:.2f}",
-            ]
-        )
-    return _table(head, rows)
+    shown = [*references, *models]
+    against = [
+        None if model.name == reference.name else difference(model, reference) for model in shown
+    ]
+    half = [updates_to(model.runs[0], 0.5) for model in shown]
+    spent = [seconds_an_update(model.runs[0]) for model in shown]
+    columns = _shared_columns([(model, "picture") for model in shown])
+    columns = {
+        "seeds": columns.pop("seeds"),
+        "macro, picture": columns.pop("macro, picture"),
+        "minus the method": [DASH if found is None else _points(found) for found in against],
+        "p": [DASH if found is None else _p(found) for found in against],
+        **columns,
+        "states exact": _means(shown, "picture", lambda row: row["state_exact"]),
+        "macro, text": _means(shown, "text"),
+        "half way after": [DASH if step is None else str(step) for step in half],
+        "s an update": [DASH if seconds is None else f"{seconds:.2f}" for seconds in spent],
+    }
+    return _table("changed", [model.title for model in shown], columns)
 
 
 def _points(found: stats.Difference) -> str:
@@ -241,23 +240,45 @@ def _p(found: stats.Difference) -> str:
     return "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
 
 
-def claims(models: Mapping[str, Model], pairs: Sequence[tuple[str, str]]) -> str:
-    """A line a pair (ours, theirs): the difference over seeds and boards."""
-    rows = []
-    for ours, theirs in pairs:
-        if ours in models and theirs in models:
-            found = difference(models[ours], models[theirs])
-            name = f"{models[ours].title} − {models[theirs].title}"
-            rows.append([name, _points(found), _p(found)])
-    return _table(["difference in macro success, picture", "points", "p"], rows)
+def claims(models: Mapping[str, Model], pairs: Iterable[tuple[str, str]]) -> str:
+    """A line for each pair (ours, theirs): the difference over seeds and boards."""
+    there = [(models[a], models[b]) for a, b in pairs if a in models and b in models]
+    found = [difference(ours, theirs) for ours, theirs in there]
+    return _table(
+        "difference in macro success, picture",
+        [f"{ours.title} − {theirs.title}" for ours, theirs in there],
+        {"points": map(_points, found), "p": map(_p, found)},
+    )
 
 
-_COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 640, 320, 48, 16, 190, 36
+def write_tables(study: pathlib.Path, rows: Sequence[StudyRow], elsewhere: Sequence[str]) -> str:
+    """Return all tables of a study that can be made from what has been run."""
+    models = read_study(study, rows)
+    base = models["base"]
+    # The base has one run, and is the same whatever the seed of what it is compared with.
+    seeds = [run.seed for run in models.get("method", base).runs]
+    runs = tuple(dataclasses.replace(base.runs[0], seed=seed) for seed in seeds)
+    seeded = {**models, "base": dataclasses.replace(base, runs=runs)}
+    parts = ["## Main rows\n", main_table([m for m in models.values() if m.group == "main"], base)]
+    parts += ["\n## Differences\n", claims(seeded, _PAIRS)]
+    groups = dict.fromkeys(m.group for m in models.values() if m.group != "main")
+    for group in groups:
+        some = [m for m in models.values() if m.group == group]
+        parts += [f"\n## {group[0].upper()}{group[1:]}\n", ablation_table(some, models["method"])]
+    for name in elsewhere:
+        try:
+            there = read_study(study, rows, name)
+        except ValueError:
+            continue
+        parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
+    return "\n".join(parts)
 
 
-def curves_svg(models: Sequence[Model]) -> str:
-    """Success on the validation boards by update: a line a seed, the mean of a model bold."""
+def curves_svg(models: Iterable[Model]) -> str:
+    """Return success on the validation boards by update, as an SVG file of its own.
+
+    There is a thin line for each seed, and the mean of each model as a thick one.
+    """
     curves = {
         model.title: [
             {int(m["step"]): m["val/success"] for m in run.curve if "val/success" in m}
@@ -267,81 +288,24 @@ def curves_svg(models: Sequence[Model]) -> str:
     }
     curves = {title: found for title, found in curves.items() if all(found)}
     last = max((max(curve) for found in curves.values() for curve in found), default=1)
-
-    def points(curve: Mapping[int, float]) -> str:
-        return " ".join(
-            f"{_LEFT + (_WIDTH - _LEFT - _RIGHT) * step / last:.1f},"
-            f"{_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * value:.1f}"
-            for step, value in sorted(curve.items())
-        )
-
-    lines = []
-    for tenth in range(0, 11, 2):
-        (start, end) = (points({step: tenth / 10}) for step in (0, last))
-        y = start.split(",")[1]
-        lines.append(f'<polyline points="{start} {end}" stroke="#ccc"/>')
-        lines.append(
-            f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end" dy="4">{10 * tenth} %</text>'
-        )
-    for step in (0, last // 2, last):
-        x = points({step: 0.0}).split(",")[0]
-        lines.append(f'<text x="{x}" y="{_HEIGHT - 16}" text-anchor="middle">{step}</text>')
-    lines.append(f'<text x="{_LEFT}" y="{_HEIGHT - 2}">updates of distillation</text>')
-    for number, (title, found) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        shared = set.intersection(*(set(curve) for curve in found))
-        mean = {step: sum(curve[step] for curve in found) / len(found) for step in shared}
-        lines += [
-            f'<polyline points="{points(c)}" stroke="{colour}" opacity=".35"/>' for c in found
-        ]
-        lines.append(f'<polyline points="{points(mean)}" stroke="{colour}" stroke-width="3"/>')
-        where = f'x="{_WIDTH - _RIGHT + 10}" y="{_TOP + 16 + 18 * number}"'
-        lines.append(f'<text {where} style="fill:{colour}">{title}</text>')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" fill="none" '
-        'font-family="sans-serif" font-size="12"><style>text{fill:#333}</style>'
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>{"".join(lines)}</svg>\n'
-    )
-
-
-def write_tables(study: pathlib.Path, rows: Sequence[Any], elsewhere: Sequence[str]) -> str:
-    """All tables of a study that can be made from what has been run."""
-    models = {model.name: model for model in read_study(study, rows)}
-    base = models["base"]
-    parts = ["## Main rows\n", main_table([m for m in models.values() if m.group == "main"], base)]
-    pairs = (
-        ("method", "base"),
-        ("method", "grounded"),
-        ("grounded", "base"),
-        ("method", "distillation_only"),
-        ("method", "grounding_only"),
-        ("method", "sft"),
-        ("distillation_only", "base"),
-        ("distillation_only", "sft"),
-        ("distillation_only", "grounding_only"),
-    )
-    parts += ["\n## Differences\n", claims(_with_seeds(models), pairs)]
-    groups = dict.fromkeys(m.group for m in models.values() if m.group != "main")
-    for group in groups:
-        some = [m for m in models.values() if m.group == group]
-        parts += [f"\n## {group[0].upper()}{group[1:]}\n", ablation_table(some, models["method"])]
-    for name in elsewhere:
-        try:
-            there = {m.name: m for m in read_study(study, rows, name)}
-        except ValueError:
-            continue
-        parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
-    return "\n".join(parts)
-
-
-def _with_seeds(models: Mapping[str, Model]) -> dict[str, Model]:
-    """The base under every seed: it has none of its own."""
-    runs = models["base"].runs
-    base = dataclasses.replace(
-        models["base"],
-        runs=tuple(
-            dataclasses.replace(runs[0], seed=run.seed)
-            for run in models.get("method", models["base"]).runs
+    frame = Frame(48, 16, 402, 268, x=(0, last))
+    drawn = [
+        tag("style", "text{fill:#333}.grid line{stroke:#ccc}"),
+        tag("rect", width=640, height=320, fill="#fff"),
+        frame.axes(
+            [(step, str(step), "middle") for step in (0, last // 2, last)],
+            [(tenth / 10, f"{10 * tenth} %") for tenth in range(0, 11, 2)],
         ),
-    )
-    return {**models, "base": base}
+        tag("text", "updates of distillation", x=frame.left, y=318),
+    ]
+    for i, (title, found) in enumerate(curves.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        shared = sorted(set.intersection(*map(set, found)))
+        mean = [(step, statistics.fmean(curve[step] for curve in found)) for step in shared]
+        seeds = [
+            frame.line(sorted(curve.items()), stroke=colour, opacity="0.35") for curve in found
+        ]
+        drawn += [*seeds, frame.line(mean, stroke=colour, stroke_width=3)]
+        drawn.append(tag("text", title, x=460, y=32 + 18 * i, style=f"fill:{colour}"))
+    namespace = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": "0 0 640 320", "fill": "none"}
+    return tag("svg", *drawn, **namespace, font_family="sans-serif", font_size="12") + "\n"

@@ -1,10 +1,11 @@
 """The words and numbers of a report: labels, percentages with intervals, and the verdict."""
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
 from mgsd_jax.envs.base import Reason
 from mgsd_jax.evaluation.summary import MODELS, Measure
+from mgsd_jax.report.inputs import Summary
 
 DASH = "–"
 TASKS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}
@@ -90,44 +91,64 @@ def model_label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def order(summary: Mapping[str, Any]) -> str:
-    """Return who beats whom from the picture, as 'distilled > grounded ≈ base'.
+def reason_label(reason: str) -> str:
+    """Return a reason of `Outcome` in words."""
+    return REASONS[reason] if reason in REASONS else reason.replace("_", " ")
 
-    '>' and '<' where the paired 95 % interval of the difference leaves out 0, else '≈'.
+
+def compared(names: Sequence[str], summary: Summary) -> str:
+    """Return models in this order with what their paired differences say, as 'b > a ≈ c'.
+
+    '>' and '<' where the 95 % interval of the difference leaves out 0, '≈' where it does not, '?'
+    where the two have no board in common.
     """
-    names = _ranked(summary)
-    text = model_label(names[-1]) if names else "nothing evaluated from the picture"
-    for later, earlier in zip(names[:0:-1], names[-2::-1], strict=True):
-        text += f" {_sign(summary['differences'][f'{later} - {earlier}'])} {model_label(earlier)}"
+    text = model_label(names[0])
+    for name, other in itertools.pairwise(names):
+        text += f" {_sign(name, other, summary)} {model_label(other)}"
+    return text
+
+
+def _sign(name: str, other: str, summary: Summary) -> str:
+    differences = summary["differences"]
+    is_mirrored = f"{name} - {other}" not in differences
+    found = differences[f"{other} - {name}" if is_mirrored else f"{name} - {other}"]
+    if found["low"] is None:
+        return "?"
+    if found["low"] <= 0 <= found["high"]:
+        return "≈"
+    return ">" if (found["low"] > 0) != is_mirrored else "<"
+
+
+def order(summary: Summary) -> str:
+    """Return who beats whom from pictures, the last model first: 'Distilled > grounded ≈ base'."""
+    names = _known(summary)
+    text = compared(names, summary) if names else "nothing evaluated from the picture"
     return text[:1].upper() + text[1:]
 
 
-def verdict(summary: Mapping[str, Any]) -> str:
+def verdict(summary: Summary) -> str:
     """Return one sentence on what the evaluation shows, made from its numbers alone."""
-    names = _ranked(summary)
+    names = _known(summary)
     if not names:
         return "No model was evaluated from the picture, so there is nothing to compare."
-    macros = {name: summary["models"][name]["picture"]["macro"] for name in names}
-    last = names[-1]
-    text = f"From the picture alone, the {last} model solves {spelled(macros[last])} of the boards"
-    others = [_compared(summary, last, name, macros) for name in names[-2::-1]]
-    return "; ".join([", ".join([text, *others]), _closed(summary, last)]) + "."
+    last, *others = names
+    macro = _macro(last, summary)
+    text = f"From the picture alone, the {last} model solves {spelled(macro)} of the boards"
+    against = [_against(last, other, summary) for other in others]
+    return "; ".join([", ".join([text, *against]), _closed(last, summary)]) + "."
 
 
-def _ranked(summary: Mapping[str, Any]) -> list[str]:
+def _known(summary: Summary) -> list[str]:
+    """Those of MODELS that were asked from pictures, the last first."""
     models = summary["models"]
-    return [name for name in MODELS if name in models and "picture" in models[name]]
+    return [name for name in reversed(MODELS) if "picture" in models.get(name, ())]
 
 
-def _sign(difference: Measure) -> str:
-    if difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
-        return "≈"
-    return ">" if difference["low"] > 0 else "<"
+def _macro(name: str, summary: Summary) -> Measure:
+    return summary["models"][name]["picture"]["macro"]
 
 
-def _compared(
-    summary: Mapping[str, Any], name: str, other: str, macros: Mapping[str, Measure]
-) -> str:
+def _against(name: str, other: str, summary: Summary) -> str:
     difference = summary["differences"][f"{name} - {other}"]
     if difference["value"] is None:
         return f"on no board that {other} was asked too"
@@ -136,8 +157,8 @@ def _compared(
         ">": f"{size} more than {other}",
         "<": f"{size} fewer than {other}",
         "≈": f"not clearly different from {other}",
-    }[_sign(difference)]
-    mine, theirs = macros[name], macros[other]
+    }[_sign(name, other, summary)]
+    mine, theirs = _macro(name, summary), _macro(other, summary)
     overlap = mine["low"] <= theirs["high"] and theirs["low"] <= mine["high"]
     return (
         f"{side} at {percent(theirs['value'])} (paired {signed(difference)}; their own intervals "
@@ -145,17 +166,16 @@ def _compared(
     )
 
 
-def _closed(summary: Mapping[str, Any], name: str) -> str:
+def _closed(name: str, summary: Summary) -> str:
     gap = summary["modality_gap"].get("base")
     if gap is None:
         return "the gap to text input was not measured"
     if gap["value"] is None or gap["value"] <= 0:
         return "the base model does no better from text, so there is no gap to close"
+    size = f"{100 * gap['value']:.1f} points"
     closed = summary["gap_closed_by"].get(name)
     if closed is None or closed["value"] is None:
-        return f"the base model gains {100 * gap['value']:.1f} points from text input"
+        return f"the base model gains {size} from text input"
     limits = f" ({interval(closed, 0)})" if closed["low"] is not None else ""
-    return (
-        f"{percent(closed['value'], 0)}{limits} of the base model's gap to text input "
-        f"({100 * gap['value']:.1f} points) is closed"
-    )
+    share = percent(closed["value"], 0)
+    return f"{share}{limits} of the base model's gap to text input ({size}) is closed"

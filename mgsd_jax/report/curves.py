@@ -1,0 +1,254 @@
+"""Plots with axes: success over levels, metrics over steps, and runs drawn over each other."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from markupsafe import Markup
+
+from mgsd_jax.report.inputs import Curve, Summary, parts
+from mgsd_jax.report.markup import join, tag, write
+from mgsd_jax.report.plots import colour, icon, mark
+from mgsd_jax.report.words import DASH, MODES, TASKS, model_label, percent
+
+Point = tuple[float, float]
+_BINS = 150  # points drawn of a curve
+_DASHES = ("", "6 3", "2 3", "9 3 2 3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Where a plot lies in its picture, and the values of x and y at its sides."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    x: tuple[float, float] = (0.0, 1.0)
+    y: tuple[float, float] = (0.0, 1.0)
+
+    def at(self, x: float, y: float) -> Point:
+        """Return the place of a point in the picture."""
+        (first, last), (low, high) = self.x, self.y
+        share = (x - first) / (last - first) if last > first else 0.5
+        return self.left + self.width * share, self.top + self.height * (high - y) / (high - low)
+
+    def line(
+        self, points: Iterable[Point], shape: str = "polyline", **attributes: object
+    ) -> Markup:
+        """Return a line (or another `shape`) through the points."""
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in itertools.starmap(self.at, points))
+        return tag(shape, points=corners, **attributes)
+
+    def marks(self, points: Iterable[Point], shape: Markup, scale: float) -> Markup:
+        """Return the `shape`, made smaller, at every point."""
+        places = itertools.starmap(self.at, points)
+        moves = [f"translate({x:.1f} {y:.1f}) scale({scale})" for x, y in places]
+        return join([tag("g", shape, transform=move) for move in moves])
+
+    def axes(
+        self, x_ticks: Iterable[tuple[float, str, str]], y_ticks: Iterable[tuple[float, str]]
+    ) -> Markup:
+        """Return lines across the plot with their numbers, and (x, words, anchor) below it."""
+        right, below = self.left + self.width, self.top + self.height + 16
+        levels = [(self.at(0, y)[1], words) for y, words in y_ticks]
+        lines = [tag("line", x1=self.left, x2=right, y1=y, y2=y) for y, _ in levels]
+        numbers = [
+            tag("text", words, x=self.left - 5, y=y + 4, text_anchor="end") for y, words in levels
+        ]
+        names = [
+            tag("text", words, x=self.at(x, 0)[0], y=below, text_anchor=anchor)
+            for x, words, anchor in x_ticks
+        ]
+        return join([tag("g", *lines, class_="grid"), *numbers, *names])
+
+
+def level_plot(summary: Summary, task: str) -> Markup:
+    """Return success over the levels of a task: every model from pictures, the base from text."""
+    shown = [*(p for p in parts(summary, "text") if p[0] == "base"), *parts(summary, "picture")]
+    series = [
+        (model, mode, part["tasks"][task]["levels"])
+        for model, mode, part in shown
+        if task in part["tasks"]
+    ]
+    models = list(summary["models"])
+    levels = sorted({int(level) for *_, found in series for level in found})
+    frame = Frame(34, 10, 276, 150, x=(0, len(levels)))
+    drawn = [
+        frame.axes(
+            [(i + 0.5, str(level), "middle") for i, level in enumerate(levels)],
+            [(at / 100, str(at)) for at in (0, 25, 50, 75, 100)],
+        )
+    ]
+    heard = []
+    for i, (model, mode, found) in enumerate(series):
+        # Side by side, so that no mark hides another.
+        shift = _dodge(i, len(series), min(0.7 / len(series), 9 * len(levels) / frame.width))
+        measures = [
+            (levels.index(int(level)) + 0.5 + shift, part["success"])
+            for level, part in found.items()
+        ]
+        points = [(x, measure["value"]) for x, measure in measures]
+        dash = {"stroke_dasharray": "4 3"} if mode == "text" else {}
+        ends = [(frame.at(x, m["low"]), frame.at(x, m["high"])) for x, m in measures]
+        spans = [tag("line", class_="span", x1=x, x2=x, y1=low, y2=y) for (x, low), (_, y) in ends]
+        marks = frame.marks(points, mark(model, mode, models), 0.75)
+        line = frame.line(points, class_="link", **dash)
+        drawn.append(tag("g", line, *spans, marks, style=f"--c:{colour(model, models)}"))
+        shares = ", ".join(f"{n} {percent(part['success']['value'])}" for n, part in found.items())
+        heard.append(f"{model_label(model)} from {MODES[mode]}: level {shares}")
+    words = "level (side of the board)"
+    drawn.append(tag("text", words, x=172, y=193, text_anchor="middle", class_="axis-name"))
+    title = TASKS[task]
+    return _panel(title, drawn, 196, f"{title}, success over levels. {'; '.join(heard)}.")
+
+
+def curve_plot(curve: Curve) -> Markup:
+    """Return a metric over steps: the mean of each bin of steps, and a band from low to high."""
+    lost = f"; {curve.not_finite} not finite" if curve.not_finite else ""
+    if not curve.values:
+        return _panel(curve.name, [], 0, "", last=DASH + lost)
+    bins = bin_curve(curve)
+    first, last = curve.steps[0], curve.steps[-1]
+    frame, ticks = _frame(curve.values, (46, 6, 268, 104), (first, last))
+    band = [(step, high) for step, _, _, high in bins]
+    band += [(step, low) for step, _, low, _ in reversed(bins)]
+    x, y = frame.at(*bins[-1][:2])
+    drawn = [
+        frame.axes([(first, str(first), "start"), (last, f"step {last}", "end")], ticks),
+        frame.line(band, "polygon"),
+        frame.line([(step, mean) for step, mean, _, _ in bins]),
+        tag("circle", cx=x, cy=y, r=3),
+    ]
+    alt = (
+        f"{curve.name}: from {short(curve.values[0])} at step {first} to {short(curve.values[-1])} "
+        f"at step {last}, between {short(min(curve.values))} and {short(max(curve.values))}"
+    )
+    return _panel(curve.name, drawn, 132, alt, last=short(curve.values[-1]) + lost)
+
+
+def legend(runs: Sequence[str]) -> Markup:
+    """Return the marks and lines of the runs with their names."""
+    items = []
+    for run in runs:
+        line = tag("line", x1=0, x2=40, y1=8, y2=8, class_="over", **_stroke(run, runs))
+        items.append((icon(run, "picture", runs, line), model_label(run)))
+    return write("legend", items)
+
+
+def overlay(title: str, curves: Mapping[str, Curve], runs: Sequence[str]) -> Markup:
+    """Return one metric of several of the `runs` over steps, the mean of each bin of steps."""
+    series = {
+        run: [(step, mean) for step, mean, _, _ in bin_curve(curve, 60)]
+        for run, curve in curves.items()
+    }
+    first = min(curve.steps[0] for curve in curves.values())
+    last = max(curve.steps[-1] for curve in curves.values())
+    ticks = [(first, str(first), "start"), (last, f"step {last}", "end")]
+    return _overlay(title, series, runs, (first, last), ticks, marked=slice(-1, None))
+
+
+def categories(
+    title: str,
+    series: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    runs: Sequence[str],
+    *,
+    joined: bool,
+) -> Markup:
+    """Return a value for each name and run, `joined` by lines where the names have an order."""
+    ticks = [(i + 0.5, name, "middle") for i, name in enumerate(names)]
+    width = 0.0 if joined else min(0.06 * len(names), 0.6 / len(runs))
+    points = {
+        run: [
+            (i + 0.5 + _dodge(runs.index(run), len(runs), width), found[name])
+            for i, name in enumerate(names)
+            if name in found
+        ]
+        for run, found in series.items()
+    }
+    return _overlay(title, points, runs, (0, len(names)), ticks, marked=slice(None), joined=joined)
+
+
+def _overlay(
+    title: str,
+    series: Mapping[str, Sequence[Point]],
+    runs: Sequence[str],
+    x: tuple[float, float],
+    x_ticks: Iterable[tuple[float, str, str]],
+    *,
+    marked: slice,
+    joined: bool = True,
+) -> Markup:
+    values = [value for points in series.values() for _, value in points]
+    frame, y_ticks = _frame(values, (46, 8, 264, 132), x)
+    drawn, heard = [frame.axes(x_ticks, y_ticks)], []
+    for run, points in series.items():
+        if joined:
+            drawn.append(frame.line(points, class_="over", **_stroke(run, runs)))
+        drawn.append(frame.marks(points[marked], mark(run, "picture", runs), 0.7))
+        heard.append(f"{model_label(run)} {', '.join(short(y) for _, y in points[-6:])}")
+    return _panel(title, drawn, 162, f"{title}. {'; '.join(heard)}")
+
+
+def _frame(
+    values: Sequence[float], place: tuple[int, int, int, int], x: tuple[float, float]
+) -> tuple[Frame, list[tuple[float, str]]]:
+    """The frame of a plot of these values, and the numbers beside it."""
+    frame = Frame(*place, x=x, y=limits(min(values), max(values)))
+    return frame, [(tick, short(tick)) for tick in nice_ticks(*frame.y)]
+
+
+def _panel(
+    title: str, drawn: list[Markup], height: int, alt: str, last: str | None = None
+) -> Markup:
+    svg = tag("svg", *drawn, viewBox=f"0 0 320 {height}", role="img", aria_label=alt)
+    return write("panel", title, last, svg if drawn else "")
+
+
+def _stroke(run: str, runs: Sequence[str]) -> dict[str, str]:
+    dash = _DASHES[runs.index(run) % len(_DASHES)]
+    return {"style": f"--c:{colour(run, runs)}"} | ({"stroke_dasharray": dash} if dash else {})
+
+
+def _dodge(number: int, count: int, width: float) -> float:
+    """How far to the right the mark of one of `count` series is drawn, `width` apart."""
+    return (number - (count - 1) / 2) * width
+
+
+def bin_curve(curve: Curve, count: int = _BINS) -> list[tuple[float, float, float, float]]:
+    """Return (mean step, mean, lowest, highest) of at most `count` runs of neighbouring points."""
+    size = math.ceil(len(curve.values) / count)
+    bins = []
+    for start in range(0, len(curve.values), size):
+        steps, values = curve.steps[start : start + size], curve.values[start : start + size]
+        mean = sum(values) / len(values)
+        bins.append((sum(steps) / len(steps), mean, min(values), max(values)))
+    return bins
+
+
+def limits(low: float, high: float) -> tuple[float, float]:
+    """Return the range of y: some air around the values, but never below 0 unless they are."""
+    air = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+    return (max(0.0, low - air) if low >= 0 else low - air), high + air
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Return the 2 to 5 round numbers that lie between `low` and `high` > `low`."""
+    raw = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """Return a number in few characters: '0.412', '1.4e-6', '12.3k'."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits}e{int(exponent)}"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.0f}" if size >= 999.5 else f"{value:.3g}"

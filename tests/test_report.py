@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import re
+import tomllib
 from typing import Any, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from mgsd_jax.envs import ENVS, frozenlake
 from mgsd_jax.envs.base import Reason
 from mgsd_jax.evaluation.rules import judge
 from mgsd_jax.evaluation.summary import ERRORS, summarize
-from mgsd_jax.report import boards, curves, evaluation_page, inputs, words
+from mgsd_jax.report import boards, curves, evaluation_page, inputs, markup, words
 from mgsd_jax.report.evaluation_page import build_report
 from mgsd_jax.workdir import metrics
 
@@ -147,6 +148,35 @@ def test_every_picture_has_words_and_nothing_unescaped_comes_in(report: pathlib.
     assert "<title>A &amp; B</title>" in text and "&lt;config&gt;" in text
     assert "&lt;b&gt;&amp;&lt;/b&gt;" in text and "<b>&</b>" not in text
     assert "nan" not in re.sub(r"base64,[^\"]*|var\(--[a-z]+\)", "", text).lower().split()
+
+
+def test_what_a_model_or_a_user_wrote_stays_text(tmp_path: pathlib.Path) -> None:
+    """Names, responses, reasons, questions, titles and commands: none becomes an element."""
+    hostile = "</pre></style><script>alert(1)</script><img src=x onerror=\"alert('&lt;')\">"
+    rows = make_rows()
+    for row in rows:
+        if row["mode"] == "picture" and row["model"] == "grounded":
+            row |= {"model": hostile, "response": hostile, "id": hostile + row["id"]}
+            row["outcome"] |= {"success": False, "optimal": False, "reason": hostile}
+        elif row["mode"] == "perception":
+            row["perception"] = {hostile: True}
+    folder = write_folder(tmp_path / "evaluation", rows)
+    runs = {hostile: folder / "grounding"}
+    path = build_report(folder, runs, tmp_path / "r.html", title=hostile, commands=[hostile])
+    tags = Tags(path.read_text(encoding="utf-8"))
+    assert tags.stack == [] and not tags.of("img")
+    assert len(tags.of("script")) == len(tags.of("style")) == 1
+    assert not [name for _, attrs in tags.tags for name in attrs if name.startswith("on")]
+    labels = [str(attrs.get("aria-label")) for attrs in tags.of("svg")]
+    assert sum(hostile in label for label in labels) > 10
+
+
+def test_the_template_and_the_style_sheet_are_in_a_wheel() -> None:
+    package = pathlib.Path(markup.__file__).parents[1]
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["mgsd_jax"]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {package / "report" / "page.html", package / "report" / "report.css"} <= shipped
 
 
 def test_headline_is_computed(report: pathlib.Path) -> None:

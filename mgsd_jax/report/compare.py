@@ -189,7 +189,9 @@ def number_boards(runs: Sequence[Run]) -> list[dict[Board, int]]:
     return found
 
 
-def name_models(runs: Sequence[Run], numbers: Sequence[Mapping[Board, int]]) -> list[dict[str, str | None]]:
+def name_models(
+    runs: Sequence[Run], numbers: Sequence[Mapping[Board, int]]
+) -> list[dict[str, str | None]]:
     """Return for each run the names of its models in the comparison, None for one left out.
 
     The result of a run has the run's name, another model 'run: model'. A base that is no result and

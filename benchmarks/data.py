@@ -13,7 +13,8 @@ import time
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.data.batching import to_inputs
-from mgsd_jax.data.loaders import Encoder, StreamedBoards
+from mgsd_jax.data.encoder import Encoder
+from mgsd_jax.data.loaders import stream_boards
 from mgsd_jax.data.processor import load_processor
 from mgsd_jax.data.prompts import BUILT_IN
 
@@ -34,7 +35,7 @@ def main() -> None:
     encoder = Encoder(load_processor(arguments.folder), BUILT_IN, data)
     seconds = {}
     for task, level in LEVELS:
-        boards = StreamedBoards(((task, level),), "train", 0, frozenset(), 1 << 20)
+        boards = stream_boards([(task, level)], "train", seed=0)
         encoder.student(boards[0])  # sprites and tables are made once
         start = time.process_time()
         for first in range(0, arguments.examples // len(LEVELS), 32):

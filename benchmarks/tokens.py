@@ -18,9 +18,11 @@ import numpy as np
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.loaders import Encoder, StreamedBoards
+from mgsd_jax.data.encoder import Encoder
+from mgsd_jax.data.loaders import stream_boards
 from mgsd_jax.data.processor import load_processor
 from mgsd_jax.data.prompts import BUILT_IN
+from mgsd_jax.data.records import RECORDS
 from mgsd_jax.sampling import answers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,7 +34,7 @@ def lengths(encoder: Encoder, board: Board, rng: np.random.Generator) -> Iterato
         yield mode, len(answers.encode_prompt(encoder, board, mode).tokens)
     for context in get_args(config_lib.TeacherContext):
         yield context, len(encoder.teacher(board, context).tokens)
-    for kind in get_args(config_lib.Record):
+    for kind in RECORDS:
         yield kind, len(encoder.record(board, kind, rng)[0].tokens)
     yield "response", len(encoder.reference(board, rng))
 
@@ -46,7 +48,7 @@ def rooms(config: config_lib.Config) -> dict[str, int]:
     return {
         **dict.fromkeys(get_args(config_lib.Mode), prompt),
         **dict.fromkeys(("text", *get_args(config_lib.TeacherContext)), teacher),
-        **dict.fromkeys(get_args(config_lib.Record), record),
+        **dict.fromkeys(RECORDS, record),
         "response": config.distillation.sampling.max_new_tokens,
     }
 
@@ -62,11 +64,9 @@ def main() -> None:
     for levels in config.data.boards:
         for level in levels.levels:
             name, rng = f"{levels.task} {level}", np.random.default_rng(0)
-            drawn = StreamedBoards(
-                ((levels.task, level),), "train", 0, frozenset(), arguments.boards
-            )
-            for index in range(arguments.boards):
-                for kind, count in lengths(encoder, drawn[index], rng):
+            drawn = stream_boards([(levels.task, level)], "train", seed=0, count=arguments.boards)
+            for board in drawn:
+                for kind, count in lengths(encoder, board, rng):
                     kinds = longest.setdefault(name, {})
                     kinds[kind] = max(kinds.get(kind, 0), count)
     print(json.dumps({"room": rooms(config), "longest": longest}))

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, get_args
 from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, hints, plain
 
 Task = Literal["frozenlake", "maze", "minibehaviour"]
-Record = Literal["questions", "cells", "plan_from_text", "plan_from_picture"]
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
@@ -185,7 +184,8 @@ class GroundingConfig:
     batch_size: Count = 64
     microbatches: FreeCount = 1
     token_chunk: FreeCount = 2048  # tokens whose logits are held at once
-    mixture: Annotated[tuple[tuple[Record, Amount], ...], Items(1)] = (("questions", 1.0),)
+    # (kind of record in data/records.py, share)
+    mixture: Annotated[tuple[tuple[Name, Amount], ...], Items(1)] = (("questions", 1.0),)
     eval_every: Every = 100  # steps between validations of the loss
     eval_batches: Count = 4
 

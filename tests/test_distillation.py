@@ -11,11 +11,13 @@ import pytest
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
+from mgsd_jax.config import resolve
 from mgsd_jax.data import loaders, segments
+from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.sampling import sampler
 from mgsd_jax.stages import distillation, generate, init, loading
-from mgsd_jax.training import optimizer, sessions, trainable
+from mgsd_jax.training import optimizer, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
         loaded.params, settings.optim, settings.lora, jax.random.key(0)
     )
     loader = loaders.prompt_loader(
-        sessions.boards(config, "train"),
-        sessions.encoder(config, loaded.processor),
+        loaders.load_boards(resolve(config, str(workdir)), "train"),
+        load_encoder(config.data, loaded.processor),
         context="state",
         batch_size=4,
         rollouts=1,
@@ -73,7 +75,7 @@ def one_update(setup: Setup, weights: Any = None, **options: Any) -> tuple[Any, 
     """(state, loss, statistics) after an update with these settings."""
     settings = dataclasses.replace(setup.config.distillation, **options)
     tx = optax.sgd(1e-2)
-    banned = setup.loaded.processor.pad_ids
+    banned = setup.loaded.processor.banned_ids
     update = distillation.make_update(setup.loaded.model, setup.loaded.model, settings, tx, banned)
     trained = jax.tree.map(np.array, setup.trained)
     state = optimizer.init(trained, tx, keeps_average=settings.teacher_decay > 0)
@@ -95,7 +97,7 @@ def plain_logprobs(setup: Setup, prompt: Any, params: Any) -> np.ndarray:
     whole = qwen3vl.append_response(prompt, sampled.tokens, sampled.mask)
     hidden = qwen3vl.apply_hidden(setup.loaded.model, {"params": params}, whole)
     scores = np.array(qwen3vl.logits(hidden, qwen3vl.head(params)), np.float64)
-    scores[..., list(setup.loaded.processor.pad_ids)] = -1e30
+    scores[..., list(setup.loaded.processor.banned_ids)] = -1e30
     rows, columns = np.nonzero(sampled.mask)
     scores = scores[rows, prompt.tokens.shape[1] + columns - 1]  # what predicts each token
     scores -= scores.max(-1, keepdims=True)

@@ -14,6 +14,8 @@ from helpers_tiny import tiny_config
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config
+from mgsd_jax.data import loaders
+from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.sampling import answers
 from mgsd_jax.stages import (
     distillation,
@@ -25,7 +27,6 @@ from mgsd_jax.stages import (
     loading,
     report,
 )
-from mgsd_jax.training import sessions
 from mgsd_jax.workdir import checkpoint
 
 
@@ -258,9 +259,9 @@ def test_transformers_answers_the_same_with_the_export(
     export.run(config, str(workdir))
     model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     loaded = loading.load(str(tmp_path / "hf"), config)
-    encoder = sessions.encoder(config, loaded.processor)
+    encoder = load_encoder(config.data, loaded.processor)
     settings = dataclasses.replace(config.evaluate, batch_size=6)
-    boards = sessions.boards(config_lib.resolve(config, str(workdir)), "test")
+    boards = loaders.load_boards(config_lib.resolve(config, str(workdir)), "test")
     rows = answers.make_answerer(loaded.model, encoder, settings)(
         {"params": loaded.params}, boards, "picture"
     )

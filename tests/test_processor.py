@@ -330,7 +330,7 @@ def test_decode_drops_special_and_unknown_tokens(processor: Processor):
 def test_ids(plain_folder: Path, processor: Processor):
     vocabulary = processor.tokenizer.get_vocab()
     assert processor.image_token_id == vocabulary["<|image_pad|>"]
-    assert processor.pad_ids == (vocabulary["<|image_pad|>"], vocabulary["<|video_pad|>"])
+    assert processor.banned_ids == (vocabulary["<|image_pad|>"], vocabulary["<|video_pad|>"])
     assert processor.eos_ids == (vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"])
     assert processor.pad_id == vocabulary["<|endoftext|>"]
     assert processor.end_of_turn == "<|im_end|>"

@@ -24,13 +24,13 @@ from PIL import Image
 
 from mgsd_jax import config as c
 from mgsd_jax import main
-from mgsd_jax.data.loaders import Encoder, StreamedBoards
+from mgsd_jax.data.encoder import Encoder
+from mgsd_jax.data.loaders import load_boards, stream_boards
 from mgsd_jax.data.processor import Processor, decode, encode, encode_answer, load_processor
 from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.main import load_config
 from mgsd_jax.model.config import tiny
 from mgsd_jax.sampling import answers
-from mgsd_jax.training import sessions
 from mgsd_jax.weights import hf
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def encoder(processor: Processor) -> Encoder:
 
 
 def boards(task: str, level: int, count: int) -> list[Any]:
-    stream = StreamedBoards(((task, level),), "train", 0, frozenset(), count)
+    stream = stream_boards([(task, level)], "train", seed=0, count=count)
     return [stream[i] for i in range(count)]
 
 
@@ -104,7 +104,7 @@ def theirs() -> Any:
 
 def test_ids_and_end_of_turn(processor: Processor) -> None:
     assert processor.eos_ids == (151_645, 151_643)
-    assert processor.pad_id == 151_643 and processor.pad_ids == (151_655, 151_656)
+    assert processor.pad_id == 151_643 and processor.banned_ids == (151_655, 151_656)
     assert processor.end_of_turn == "<|im_end|>" and not processor.opens_thought
     assert processor.table_side == 48
     for answer in ("<answer>D</answer>", "", " (3,0)\n", "näïve 图 \U0001f600"):
@@ -267,7 +267,7 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(load_processor(folder), BUILT_IN, config.data)
     rows = [json.loads(line) for line in (run / "run/evaluate/rows.jsonl").read_text().splitlines()]
-    for board, row in zip(sessions.boards(config, "test"), rows, strict=True):
+    for board, row in zip(load_boards(config, "test"), rows, strict=True):
         encoded = answers.encode_prompt(encoder, board, "picture")
         tokens = torch.tensor(encoded.tokens)[None].long()
         picture = encoded.pictures[0]

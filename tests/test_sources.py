@@ -12,6 +12,8 @@ import pytest
 import mgsd_jax
 from mgsd_jax import config as c
 from mgsd_jax.data import loaders, splits
+from mgsd_jax.data import records as records_lib
+from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.data.processor import decode, load_processor
 from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.envs import ENVS
@@ -28,9 +30,9 @@ DATA = c.DataConfig(
     patch_buckets=(100,),
 )
 PROCESSOR = load_processor(BASE)
-ENCODER = loaders.Encoder(PROCESSOR, BUILT_IN, DATA)
+ENCODER = Encoder(PROCESSOR, BUILT_IN, DATA)
 LEVELS = (("frozenlake", 3), ("maze", 3), ("minibehaviour", 5))
-BOARDS = loaders.StreamedBoards(LEVELS, "train", 0, frozenset(), 50)
+BOARDS = loaders.stream_boards(LEVELS, "train", seed=0, count=50)
 MIXTURE = (("questions", 0.4), ("cells", 0.2), ("plan_from_text", 0.2), ("plan_from_picture", 0.2))
 
 
@@ -246,12 +248,33 @@ def test_the_teacher_may_be_told_wrong_facts_or_of_another_board() -> None:
         next(one)
 
 
-def test_bad_mixtures_and_no_boards_are_refused() -> None:
+def test_no_boards_are_refused() -> None:
     with pytest.raises(ValueError, match="boards: got none"):
         loaders.grounding_loader((), ENCODER, mixture=MIXTURE, batch_size=2, seed=0)
-    for mixture in ((), (("questions", 0.0),), (("questions", 1.0), ("questions", 1.0))):
-        with pytest.raises(ValueError, match="mixture"):
-            records(mixture=mixture)
+
+
+def test_a_record_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind from outside the package is encoded, mixed in and padded as the built-in ones are."""
+    mixture = (("size", 1.0),)
+    with pytest.raises(ValueError, match=r"mixture: got 'size', want kinds among questions, cells"):
+        records(mixture=mixture)
+
+    def size(prompts: Any, board: Any, draw: Any, rng: Any) -> records_lib.Example:
+        content = [{"type": "image", "image": draw(board)}, {"type": "text", "text": "Map size?"}]
+        return [{"role": "user", "content": content}], f"{board.level}x{board.level}"
+
+    monkeypatch.setitem(records_lib.RECORDS, "size", records_lib.Record(size, has_picture=True))
+    batch = next(records(mixture=mixture))
+    assert batch.inputs.pictures is not None and batch.inputs.pictures.valid.any(axis=(1, 2)).all()
+    rows = zip(batch.targets, batch.loss_mask, strict=True)
+    learned = [decode(PROCESSOR, row[mask > 0]) for row, mask in rows]
+    assert set(learned) <= {"3x3", "5x5"} and len(learned) == 4
+
+
+def test_a_mixture_without_pictures_has_none() -> None:
+    assert next(records(mixture=(("plan_from_text", 1.0),))).inputs.pictures is None
+    mixture = (("plan_from_text", 1.0), ("questions", 0.0))
+    assert next(records(mixture=mixture)).inputs.pictures is None
 
 
 def test_a_prompt_longer_than_the_limit_names_both() -> None:

@@ -15,93 +15,55 @@ import grain
 import numpy as np
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import DataConfig, Record, TeacherContext
+from mgsd_jax.config import Config, TeacherContext
 from mgsd_jax.data import batching
-from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.data.boards import Board
-from mgsd_jax.data.processor import Encoded, Processor, encode, encode_answer, encode_example
-from mgsd_jax.data.prompts import Prompts
+from mgsd_jax.data.benchmarks import benchmark_keys
+from mgsd_jax.data.boards import Board, LazyBoards, read_split
+from mgsd_jax.data.encoder import Encoder
+from mgsd_jax.data.processor import Encoded
+from mgsd_jax.data.records import RECORDS, check_kinds
 from mgsd_jax.data.splits import Split, draw
-from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.noise import disturb
 
 Batch = TypeVar("Batch")
 Sizes = tuple[int, ...]  # padded sizes of a batch: tokens by side, patches
 Agree = Callable[[Sizes], Sizes]  # each size's largest over the processes
+STREAM_LENGTH = 1 << 24  # boards in one pass over a stream
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamedBoards:
-    """An endless supply of boards of one split, the tasks and levels in turn; nothing on disk."""
+def stream_boards(
+    levels: Sequence[tuple[str, int]],
+    split: Split,
+    *,
+    seed: int,
+    exclude: frozenset[str] = frozenset(),
+    count: int = STREAM_LENGTH,
+) -> LazyBoards:
+    """Boards of one split drawn on demand, the (task, level) pairs in turn; nothing on disk.
 
-    levels: tuple[tuple[str, int], ...]  # (task, level)
-    split: Split
-    seed: int
-    exclude: frozenset[str]  # content keys of boards that must not appear
-    count: int
+    `exclude` holds the content keys of boards that must not appear.
+    """
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Board:
-        task, level = self.levels[index % len(self.levels)]
-        turn = index // len(self.levels)
-        state = draw(task, level, self.split, seed=self.seed, index=turn, exclude=self.exclude)
+    def make(place: int) -> Board:
+        (task, level), turn = levels[place % len(levels)], place // len(levels)
+        state = draw(task, level, split, seed=seed, index=turn, exclude=exclude)
         return Board(task, level, turn, state, None)
 
-
-def draw_picture(data: DataConfig, board: Board) -> np.ndarray:
-    """The board in the size, the sprites and the colours of the config, uint8 [H, W, 3]."""
-    size = config_lib.picture_size(data, board.level)
-    drawn = ENVS[board.task].render(board.state, size, sprites=data.sprites)
-    return drawn if data.channels == (0, 1, 2) else drawn[..., list(data.channels)]
+    return LazyBoards(count, make)
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """How a board becomes token ids and patches."""
+def load_boards(config: Config, split: Split, share: tuple[int, int] = (0, 1)) -> Sequence[Board]:
+    """The boards of a split: read from `data.folder`, or drawn on the fly.
 
-    processor: Processor
-    prompts: Prompts
-    data: DataConfig
-
-    def picture(self, board: Board) -> np.ndarray:
-        """The board drawn as configured, uint8 [H, W, 3]."""
-        return draw_picture(self.data, board)
-
-    def student(self, board: Board) -> Encoded:
-        """The student's prompt: instructions and the picture."""
-        messages = prompts_lib.student(self.prompts, board.task, self.picture(board))
-        return encode(self.processor, messages, add_generation_prompt=True)
-
-    def reference(self, board: Board, rng: np.random.Generator) -> np.ndarray:
-        """Tokens [R] of a right response, its plan any of the shortest."""
-        plan = ENVS[board.task].random_shortest_plan(board.state, rng)
-        answer = prompts_lib.response(board.task, board.state, plan)
-        return encode_answer(self.processor, answer)
-
-    def teacher(self, board: Board, context: TeacherContext) -> Encoded:
-        """The teacher's prompt: instructions and the board as text."""
-        messages = prompts_lib.teacher(self.prompts, board.task, board.state, context)
-        return encode(self.processor, messages, add_generation_prompt=True)
-
-    def record(self, board: Board, kind: Record, rng: np.random.Generator) -> tuple[Encoded, int]:
-        """A supervised record and the length of its prompt."""
-        if kind == "questions":
-            messages, answer = prompts_lib.grounding(
-                self.prompts, board.task, board.state, self.picture(board)
-            )
-        elif kind == "cells":
-            messages, answer = prompts_lib.cells(board.task, board.state, self.picture(board))
-        else:
-            plan = ENVS[board.task].random_shortest_plan(board.state, rng)
-            answer = prompts_lib.response(board.task, board.state, plan)
-            if kind == "plan_from_text":
-                messages = prompts_lib.teacher(self.prompts, board.task, board.state)
-            else:
-                messages = prompts_lib.student(self.prompts, board.task, self.picture(board))
-        return encode_example(self.processor, messages, answer)
+    With a `share` (i, n), process i of n checks its part of a folder and reads the rest on demand.
+    """
+    data = config.data
+    if data.source == "folder":
+        return read_split(data.folder, split, share)
+    excluded = benchmark_keys(config_lib.excluded_folders(config))
+    levels = tuple((kind.task, level) for kind in data.boards for level in kind.levels)
+    return stream_boards(levels, split, seed=config.seed, exclude=excluded)
 
 
 class PromptExample(NamedTuple):
@@ -160,7 +122,7 @@ def grounding_loader(
     boards: Sequence[Board],
     encoder: Encoder,
     *,
-    mixture: tuple[tuple[Record, float], ...],
+    mixture: Sequence[tuple[str, float]],
     batch_size: int,
     seed: int,
     process: tuple[int, int] = (0, 1),
@@ -169,12 +131,11 @@ def grounding_loader(
     """A loader of records of `mixture` by share, `batch_size` of them over all processes."""
     if not boards:
         raise ValueError("boards: got none, want at least one to train on")
-    kinds: list[Record] = [kind for kind, _ in mixture]
+    check_kinds(mixture)
+    kinds = [kind for kind, _ in mixture]
     shares = np.array([share for _, share in mixture], np.float64)
-    if len(set(kinds)) != len(kinds) or shares.min(initial=0) < 0 or not shares.sum() > 0:
-        raise ValueError(f"mixture: got {mixture}, want distinct kinds with shares >= 0, sum > 0")
     shares = shares / shares.sum()
-    pictures = any(kind != "plan_from_text" for kind, share in mixture if share > 0)
+    pictures = any(RECORDS[kind].has_picture for kind, share in mixture if share > 0)
     data = encoder.data
 
     def example(board: Board, rng: np.random.Generator) -> tuple[Encoded, int]:
@@ -187,7 +148,7 @@ def grounding_loader(
             pad_id=encoder.processor.pad_id,
             patch_buckets=sizes[1:] or data.patch_buckets,
             max_pictures=1 if pictures else 0,
-            patch_channels=patch_channels(encoder.processor),
+            patch_channels=encoder.processor.pictures.channels,
         )
 
     def collate(examples: Sequence[tuple[Encoded, int]]) -> Padded[batching.GroundingBatch]:
@@ -273,12 +234,6 @@ def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) ->
         f"distillation.teacher_board=other: got no second board of {board.task} level "
         f"{board.level}, want two or more"
     )
-
-
-def patch_channels(processor: Processor) -> int:
-    """C: the values of one patch."""
-    pictures = processor.pictures
-    return 3 * pictures.temporal_patch_size * pictures.patch_size**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,8 +72,8 @@ class Processor:
     opens_thought: bool  # a prompt ends inside <think>, as that of a Thinking checkpoint does
 
     @property
-    def pad_ids(self) -> tuple[int, ...]:
-        """Placeholders of pictures and videos, which have no meaning in a response."""
+    def banned_ids(self) -> tuple[int, int]:
+        """Placeholders of pictures and videos, which must not be sampled in a response."""
         return self.image_token_id, self.video_token_id
 
 

@@ -124,8 +124,7 @@ def _held_out_mazes(folder: str) -> list[tuple[Board, str]]:
     mazes = [board for board in read_split(folder, "test") if board.task == "maze"]
     if not mazes:
         raise ValueError(f"{folder}: got no maze in the test split, want some")
-    # Drawn as the model's training boards are; the files are those very pictures.
-    return [(board._replace(picture_path=None), case_name(board)) for board in mazes]
+    return [(board, case_name(board)) for board in mazes]
 
 
 def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> None:

@@ -17,7 +17,7 @@ from mgsd_jax.data import batching, testsets
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.loaders import Encoder, draw_picture
+from mgsd_jax.data.encoder import Encoder, draw_picture
 from mgsd_jax.data.processor import Encoded, encode
 from mgsd_jax.data.prompts import Message, Prompts
 from mgsd_jax.data.segments import decode_rows
@@ -44,7 +44,7 @@ def make_answerer(
         model,
         Sampling(**config_lib.to_dict(settings.sampling)),
         eos_ids=processor.eos_ids,
-        banned_ids=(processor.image_token_id, processor.video_token_id),
+        banned_ids=processor.banned_ids,
         pad_id=processor.pad_id,
     )
     mesh = model.mesh

@@ -21,6 +21,7 @@ from mgsd_jax.data import loaders, segments
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.boards import Board
+from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -206,8 +207,9 @@ def run(config: Config, workdir: str) -> None:
     given, config = config, config_lib.resolve(config, workdir)
     settings = config.distillation
     folder = epath.Path(workdir) / "distillation"
-    training = sessions.boards(config, "train")
-    held_out = monitor.spread(sessions.boards(config, "val"), settings.eval_boards)
+    share = (jax.process_index(), jax.process_count())
+    training = loaders.load_boards(config, "train", share)
+    held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)
     loading.check_finished(settings.student)
     loading.check_finished(settings.teacher)
     sections = ("model", "data", "distillation", "checkpoint", "seed")
@@ -233,7 +235,7 @@ def _train(
     teacher = loading.load_teacher(settings, config, mesh, student)
 
     # Prompts of the training boards.
-    encoder = sessions.encoder(config, student.processor)
+    encoder = load_encoder(config.data, student.processor)
     loader = loaders.prompt_loader(
         training,
         encoder,
@@ -252,18 +254,17 @@ def _train(
     # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
     # gradient and update in one.
     lay_out = sharding.make_layout(mesh, student.model.dtype)
-    banned = (student.processor.image_token_id, student.processor.video_token_id)
     rollout = sampler.make_rollout(
         student.model,
         sampler.Sampling(**config_lib.to_dict(settings.sampling)),
         eos_ids=student.processor.eos_ids,
-        banned_ids=banned,
+        banned_ids=student.processor.banned_ids,
         pad_id=student.processor.pad_id,
     )
     answer = answers.make_answerer(student.model, encoder, config.evaluate)
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
 
-    update = make_update(student.model, teacher.model, settings, tx, banned)
+    update = make_update(student.model, teacher.model, settings, tx, student.processor.banned_ids)
     rng = sharding.make_key(config.seed, mesh)
     choose = jax.jit(with_references)
     state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)

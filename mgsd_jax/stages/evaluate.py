@@ -17,9 +17,10 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, Mode
+from mgsd_jax.data import loaders, testsets
 from mgsd_jax.data import prompts as prompts_lib
-from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
+from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.evaluation import rows as rows_lib
 from mgsd_jax.evaluation import summary
 from mgsd_jax.evaluation.scoring import Row, score_row
@@ -27,7 +28,6 @@ from mgsd_jax.parallel import processes, sharding
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.sampling.answers import BenchmarkEncoder, ask, make_answerer, show, shown_boards
 from mgsd_jax.stages import loading
-from mgsd_jax.training import sessions
 from mgsd_jax.workdir import folders, metrics, paths
 
 # (mode, attempt, places in the list of boards) -> batches of rows without a model name
@@ -133,7 +133,7 @@ def _key(name: str, mode: Mode, board: Board, attempt: int) -> rows_lib.Key:
 def _test_boards(config: Config) -> tuple[list[Board], list[str]]:
     if config.evaluate.benchmarks:
         return testsets.read_testsets(config.evaluate.benchmarks)
-    boards = [board._replace(picture_path=None) for board in sessions.boards(config, "test")]
+    boards = list(loaders.load_boards(config, "test"))
     return boards, [testsets.case_name(board) for board in boards]
 
 
@@ -152,7 +152,7 @@ def _local_asker(source: str, config: Config, boards: Sequence[Board]) -> Asker:
     settings = config.evaluate
     mesh = sharding.open_mesh(config.mesh)
     loaded = loading.load(source, config, mesh, is_frozen=True)
-    base = sessions.encoder(config, loaded.processor)
+    base = load_encoder(config.data, loaded.processor)
     encoder = BenchmarkEncoder(base.processor, base.prompts, base.data)
     answer = make_answerer(loaded.model, encoder, settings, config.seed)
     variables = sharding.make_layout(mesh, loaded.model.dtype)({"params": loaded.params})

@@ -6,14 +6,16 @@
 {folder}/manifest.json    settings, counts and the hash of every file; written last
 """
 
+import dataclasses
 import importlib.metadata
 import inspect
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tqdm
 from absl import logging
 from etils import epath
@@ -29,66 +31,75 @@ from mgsd_jax.data.boards import (
     SETTINGS,
     Group,
     board_paths,
+    check_pictures,
     content_hash,
-    read_manifest,
+    read_groups,
 )
 from mgsd_jax.data.splits import SHARES, SPLITS, Split, unique_boards
 from mgsd_jax.envs import ENVS
 from mgsd_jax.workdir import paths
 
-LevelKey = tuple[str, int]  # (task, level)
+Settings = dict[str, object]  # what the boards of a folder depend on, as JSON values
+States = Sequence[Any]  # of one task's env
 
 
 def run(config: Config, workdir: str) -> None:
-    """Writes the boards of `config.data` to its folder; does nothing where they are complete.
+    """Writes the boards of `config.data` to its folder, or checks their pictures if complete.
 
-    An interrupted run goes on where it stopped. Raises ValueError for a folder that holds boards
+    An interrupted run resumes where it stopped. Raises ValueError for a folder that holds boards
     of other settings (naming them) or other files, and where a level has too few boards.
     """
     config = config_lib.resolve(config, workdir)
     data = config.data
     root = epath.Path(data.folder)
     folders = config_lib.excluded_folders(config)
-    keys = [(epath.Path(folder).name, benchmark_keys([folder])) for folder in folders]
-    exclude = frozenset[str]().union(*(of_folder for _, of_folder in keys))
-    settings = make_settings(data, config.seed, [(n, len(k)) for n, k in keys], exclude)
+    keys = {folder: benchmark_keys([folder]) for folder in folders}
+    exclude = frozenset[str]().union(*keys.values())
+    named = [{"name": epath.Path(folder).name, "boards": len(keys[folder])} for folder in folders]
+    settings = make_settings(data, config.seed, named, exclude)
     if is_complete(root, settings):
+        check_pictures(root)
         logging.info("%s: boards are complete, nothing to do", root)
         return
 
     # All draws come before the first file: a level with too few boards leaves no folder behind.
-    boards: dict[Split, dict[LevelKey, list[Any]]] = {
-        split: {
-            (levels.task, level): unique_boards(
-                levels.task, level, split, getattr(levels, split), seed=config.seed, exclude=exclude
-            )
-            for levels in data.boards
-            for level in levels.levels
-        }
+    boards: dict[tuple[Split, str, int], States] = {
+        (split, levels.task, level): unique_boards(
+            levels.task, level, split, getattr(levels, split), seed=config.seed, exclude=exclude
+        )
         for split in SPLITS
+        for levels in data.boards
+        for level in levels.levels
     }
     root.mkdir(parents=True, exist_ok=True)
     paths.write_whole(root / SETTINGS, _to_json(settings))
-    groups: list[Group] = []
-    for split in SPLITS:
-        groups += write_split(
-            root,
-            split,
-            boards[split],
-            picture_size=lambda level: config_lib.picture_size(data, level),
-            seed=config.seed,
-        )
-    write_manifest(root, settings, groups)
-    logging.info("%s: wrote %d boards", root, sum(group["count"] for group in groups))
+    total = sum(map(len, boards.values()))
+    with tqdm.tqdm(
+        total=total, unit="board", file=sys.stderr, disable=not sys.stderr.isatty()
+    ) as progress:
+        groups = [
+            write_group(
+                root,
+                Group(f"{split}/{FOLDERS[task]}/level{level}", split, task, level, len(states)),
+                states,
+                picture_size=config_lib.picture_size(data, level),
+                seed=config.seed,
+                progress=progress,
+            )
+            for (split, task, level), states in boards.items()
+            if states
+        ]
+    # The manifest marks the folder as complete.
+    listed = [dataclasses.asdict(group) for group in groups]
+    manifest = {"version": _version(), "settings": settings, "groups": listed}
+    paths.write_whole(root / MANIFEST, _to_json(manifest))
+    logging.info("%s: wrote %d boards", root, total)
 
 
 def make_settings(
-    data: DataConfig, seed: int, excluded: Sequence[tuple[str, int]], exclude: frozenset[str]
-) -> dict[str, Any]:
-    """All that the boards of a folder depend on, as JSON values.
-
-    `excluded`: the name of each benchmark folder and its number of distinct boards.
-    """
+    data: DataConfig, seed: int, excluded: Sequence[object], exclude: frozenset[str]
+) -> Settings:
+    """All that the boards of a folder depend on; `exclude` holds the keys of `excluded`."""
     counts: dict[str, dict[str, int]] = {}
     for levels in data.boards:
         for level in levels.levels:
@@ -97,113 +108,91 @@ def make_settings(
                 raise ValueError(f"data.boards: got {name} twice, want each level once")
             counts[name] = {split: getattr(levels, split) for split in SPLITS}
     levels_used = sorted({level for levels in data.boards for level in levels.levels})
+    tasks = {levels.task for levels in data.boards}
     return {
         "seed": seed,
         "counts": counts,
         "picture_size": {str(n): config_lib.picture_size(data, n) for n in levels_used},
         "shares_percent": dict(SHARES),
-        "options": {task: _options(ENVS[task].generate) for task in ENVS},
+        "options": {task: _options(env.generate) for task, env in ENVS.items() if task in tasks},
         "excluded": {
             "boards": len(exclude),
-            "folders": [{"name": name, "boards": count} for name, count in excluded],
+            "folders": list(excluded),
             "hash": content_hash("\n".join(sorted(exclude)).encode()),
         },
     }
 
 
-def _options(generate: Callable[..., Any]) -> dict[str, Any]:
+def _options(generate: Callable[..., object]) -> Settings:
     """The keyword options of an env's `generate` with the defaults that apply."""
     parameters = inspect.signature(generate).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def is_complete(root: epath.Path, settings: Mapping[str, Any]) -> bool:
+def is_complete(root: epath.Path, settings: Settings) -> bool:
     """Whether `root` holds all boards of these settings, rather than some or none.
 
     Raises ValueError where it holds anything else.
     """
-    for name in (MANIFEST, SETTINGS):
-        if (root / name).is_file():
-            held = (
-                read_manifest(root)["settings"]
-                if name == MANIFEST
-                else fields.read_json(root / name)
+    is_written = (root / MANIFEST).is_file()
+    if is_written:
+        read_groups(root)
+    if (root / SETTINGS).is_file():
+        differing = _differences(fields.read_json(root / SETTINGS), settings)
+        if differing:
+            raise ValueError(
+                f"{root}: got a folder of other boards ({'; '.join(differing)}), "
+                "want the same settings, or this folder removed, or another in data.folder"
             )
-            differing = _differences(held, settings)
-            if differing:
-                raise ValueError(
-                    f"{root}: got a folder of other boards ({'; '.join(differing)}), "
-                    "want the same settings, or this folder removed, or another in data.folder"
-                )
-            return name == MANIFEST
+        return is_written
     # A kill may have left the first file half written.
     if root.exists() and {path.name for path in root.iterdir()} - {f"{SETTINGS}.partial"}:
         raise ValueError(f"{root}: got other files and no {SETTINGS}, want an empty folder")
     return False
 
 
-def _differences(held: Any, want: Any, name: str = "") -> list[str]:
+def _differences(held: object, want: object, name: str = "") -> list[str]:
     """'field: got a, want b' for each leaf in which two JSON values differ."""
-    if isinstance(held, dict) and isinstance(want, Mapping):
-        keys = sorted(held.keys() | want.keys())
-        absent = "nothing"
+    if isinstance(held, dict) and isinstance(want, dict):
+        # An older version also listed the options of tasks without boards.
+        keys = want.keys() if name == "options" else held.keys() | want.keys()
         return [
             line
-            for key in keys
+            for key in sorted(keys)
             for line in _differences(
-                held.get(key, absent),
-                want.get(key, absent),
-                f"{name}.{key}" if name else key,
+                held.get(key, "nothing"), want.get(key, "nothing"), f"{name}.{key}".lstrip(".")
             )
         ]
     return [] if held == want else [f"{name}: got {held!r}, want {want!r}"]
 
 
-def write_split(
-    root: epath.PathLike,
-    split: Split,
-    boards: Mapping[LevelKey, Sequence[Any]],
+def write_group(
+    root: epath.Path,
+    group: Group,
+    states: States,
     *,
-    picture_size: Callable[[int], int],
+    picture_size: int,
     seed: int,
-) -> list[Group]:
-    """Writes the states of one split and returns their manifest entries.
+    progress: tqdm.tqdm,
+) -> Group:
+    """Writes the states of a group and returns it with their hashes.
 
     A file that already holds what would be written is left alone, a broken one is replaced.
     """
-    groups: list[Group] = []
-    total = sum(map(len, boards.values()))
-    with tqdm.tqdm(
-        total=total, desc=split, unit="board", file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as progress:
-        for (task, level), states in boards.items():
-            if not states:
-                continue
-            name = f"{split}/{FOLDERS[task]}/level{level}"
-            for kind in ("text", "image"):
-                (epath.Path(root) / name / kind).mkdir(parents=True, exist_ok=True)
-            group: Group = {"folder": name, "split": split, "task": task, "level": level}
-            group |= {"count": len(states), "text": [], "image": []}
-            for index, state in enumerate(states):
-                text = ENVS[task].to_text(state, split=split, index=index, seed=seed).encode()
-                text_path, picture_path = board_paths(epath.Path(root) / name, index)
-                picture = _png(ENVS[task].render(state, picture_size(level)))
-                for path, content in ((text_path, text), (picture_path, picture)):
-                    if not (path.is_file() and path.read_bytes() == content):
-                        paths.write_whole(path, content, sync=False)
-                group["text"].append(content_hash(text))
-                group["image"].append(content_hash(picture))
-                progress.update()
-            groups.append(group)
-    return groups
-
-
-def write_manifest(
-    root: epath.PathLike, settings: Mapping[str, Any], groups: Sequence[Group]
-) -> None:
-    """Writes the manifest, which marks the folder as complete."""
-    manifest = {"version": _version(), "settings": settings, "groups": list(groups)}
-    paths.write_whole(epath.Path(root) / MANIFEST, _to_json(manifest))
+    folder, env = root / group.folder, ENVS[group.task]
+    for kind in ("text", "image"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    hashes: list[tuple[str, str]] = []
+    for index, state in enumerate(states):
+        text = env.to_text(state, split=group.split, index=index, seed=seed).encode()
+        picture = _png(env.render(state, picture_size))
+        for path, content in zip(board_paths(folder, index), (text, picture), strict=True):
+            if not (path.is_file() and path.read_bytes() == content):
+                paths.write_whole(path, content, sync=False)
+        hashes.append((content_hash(text), content_hash(picture)))
+        progress.update()
+    texts, images = zip(*hashes, strict=True)
+    return dataclasses.replace(group, text=texts, image=images)
 
 
 def _version() -> str | None:
@@ -213,12 +202,12 @@ def _version() -> str | None:
         return None  # run from a source tree
 
 
-def _png(picture: Any) -> bytes:
+def _png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     # Level 1: a third of the time of the default for a tenth more bytes.
     Image.fromarray(picture).save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
 
 
-def _to_json(value: Mapping[str, Any]) -> bytes:
+def _to_json(value: Settings) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()

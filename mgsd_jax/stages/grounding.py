@@ -19,6 +19,8 @@ from mgsd_jax.config import Config, GroundingConfig
 from mgsd_jax.data import loaders
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.boards import Board
+from mgsd_jax.data.encoder import load_encoder
+from mgsd_jax.data.records import check_kinds
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -96,8 +98,10 @@ def run(config: Config, workdir: str) -> None:
     given, config = config, config_lib.resolve(config, workdir)
     settings = config.grounding
     folder = epath.Path(workdir) / "grounding"
-    training = sessions.boards(config, "train")
-    validation_boards = sessions.boards(config, "val")
+    check_kinds(settings.mixture)
+    share = (jax.process_index(), jax.process_count())
+    training = loaders.load_boards(config, "train", share)
+    validation_boards = loaders.load_boards(config, "val")
     loading.check_finished(settings.student)
     sections = ("model", "data", "grounding", "checkpoint", "seed")
     with folders.claimed(folder, given, sections) as claim:
@@ -120,7 +124,7 @@ def _train(
     )
 
     # Records from the training boards, and fixed ones from the validation boards.
-    encoder = sessions.encoder(config, student.processor)
+    encoder = load_encoder(config.data, student.processor)
     options: dict[str, Any] = {
         "mixture": settings.mixture,
         "batch_size": settings.batch_size,

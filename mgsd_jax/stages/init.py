@@ -21,10 +21,11 @@ from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.checks import fields
 from mgsd_jax.config import Config, NanoConfig
-from mgsd_jax.data import batching, loaders
+from mgsd_jax.data import batching
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Pictures
 from mgsd_jax.data.boards import Board
+from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.envs import ENVS
@@ -133,7 +134,7 @@ def sample_pictures(processor: Processor, config: Config) -> Iterator[Pictures]:
     levels = [(boards.task, level) for boards in config.data.boards for level in boards.levels]
     if not levels:
         raise ValueError("data.boards: got none, want the levels whose pictures are to be seen")
-    encoder = loaders.Encoder(processor, prompts_lib.BUILT_IN, config.data)
+    encoder = Encoder(processor, prompts_lib.BUILT_IN, config.data)
     for task, level in dict.fromkeys(levels):
         states = (ENVS[task].generate(rng, level) for _ in range(_SAMPLES))
         rows = [encoder.student(Board(task, level, 0, state, None)) for state in states]

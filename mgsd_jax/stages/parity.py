@@ -21,7 +21,7 @@ from mgsd_jax.config import DataConfig
 from mgsd_jax.data import batching
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.loaders import draw_picture
+from mgsd_jax.data.encoder import draw_picture
 from mgsd_jax.data.processor import Processor, encode, load_processor
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model import qwen3vl
@@ -64,7 +64,7 @@ def measure(
         model,
         sampler.Sampling(_TOKENS, temperature=0.0),
         eos_ids=processor.eos_ids,
-        banned_ids=processor.pad_ids,
+        banned_ids=processor.banned_ids,
         pad_id=processor.pad_id,
     )
 
@@ -123,7 +123,7 @@ def check(folder: Path, data: DataConfig) -> None:
         messages = _with_picture(prompt["messages"], data, board)
         tokens, want = np.array(prompt["tokens"]), np.array(prompt["logits"])
         scores = _their_logits(model, processor, messages, tokens)
-        scores[:, list(processor.pad_ids)] = -np.inf
+        scores[:, list(processor.banned_ids)] = -np.inf
         found = np.stack([scores[np.arange(len(tokens)), tokens], scores.max(-1)])
         largest = max(largest, float(np.abs(found - want).max()))
         scale = max(scale, float(np.abs(want).max()))

@@ -1,4 +1,4 @@
-"""What the two training stages share: their boards, their folder, and the end of every step."""
+"""What the two training stages share: an open run, and the end of every step."""
 
 import contextlib
 import dataclasses
@@ -7,20 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 from absl import logging
 
-from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
-from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.data.benchmarks import benchmark_keys
-from mgsd_jax.data.boards import Board, read_split
-from mgsd_jax.data.loaders import Encoder, Loader, StreamedBoards
-from mgsd_jax.data.processor import Processor
-from mgsd_jax.data.splits import Split
+from mgsd_jax.data.loaders import Loader
 from mgsd_jax.model.flops import peak_flops
 from mgsd_jax.parallel import means, processes
 from mgsd_jax.parallel.means import Mean
@@ -32,7 +26,6 @@ from mgsd_jax.workdir.folders import Claim
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
 FIRST: Any = 0
 INPUT_AXES = Inputs(tokens=0, positions=1, valid=0, next_position=0, pictures=FIRST)
-_STREAM_LENGTH = 1 << 24  # boards in one pass over a stream
 
 # Exit codes of a training run, besides 0 (done), 1 (an error with a traceback) and 2 (bad input).
 EXIT_NUMBERS = 3  # too many updates in a row were not finite; starting again repeats them
@@ -46,26 +39,6 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def boards(config: Config, split: Split) -> Sequence[Board]:
-    """The boards of a split: read from `data.folder`, or drawn on the fly."""
-    data = config.data
-    if data.source == "folder":
-        # Only training boards are many: every process checks its part of them and reads on demand.
-        share = (jax.process_index(), jax.process_count()) if split == "train" else (0, 1)
-        return read_split(data.folder, split, share)
-    excluded = benchmark_keys(config_lib.excluded_folders(config))
-    levels = tuple((kind.task, level) for kind in data.boards for level in kind.levels)
-    return cast(
-        Sequence[Board], StreamedBoards(levels, split, config.seed, excluded, _STREAM_LENGTH)
-    )
-
-
-def encoder(config: Config, processor: Processor) -> Encoder:
-    """How this run turns boards into tokens."""
-    prompts = prompts_lib.load(config.data.prompts)
-    return Encoder(processor, prompts, config.data)
 
 
 def is_due(step: int, every: int, steps: int) -> bool:

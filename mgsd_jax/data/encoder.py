@@ -1,0 +1,58 @@
+"""Boards as token ids and patches: prompts, records and responses in a checkpoint's own tokens."""
+
+import dataclasses
+
+import numpy as np
+
+from mgsd_jax import config as config_lib
+from mgsd_jax.config import DataConfig, TeacherContext
+from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.processor import Encoded, Processor, encode, encode_answer, encode_example
+from mgsd_jax.data.prompts import Prompts
+from mgsd_jax.data.records import RECORDS, right_response
+from mgsd_jax.envs import ENVS
+
+
+def draw_picture(data: DataConfig, board: Board) -> np.ndarray:
+    """The board in the size, the sprites and the colours of the config, uint8 [H, W, 3]."""
+    size = config_lib.picture_size(data, board.level)
+    drawn = ENVS[board.task].render(board.state, size, sprites=data.sprites)
+    return drawn if data.channels == (0, 1, 2) else drawn[..., list(data.channels)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """How a board becomes token ids and patches."""
+
+    processor: Processor
+    prompts: Prompts
+    data: DataConfig
+
+    def picture(self, board: Board) -> np.ndarray:
+        """The board drawn as configured, uint8 [H, W, 3]."""
+        return draw_picture(self.data, board)
+
+    def student(self, board: Board) -> Encoded:
+        """The student's prompt: instructions and the picture."""
+        messages = prompts_lib.student(self.prompts, board.task, self.picture(board))
+        return encode(self.processor, messages, add_generation_prompt=True)
+
+    def teacher(self, board: Board, context: TeacherContext) -> Encoded:
+        """The teacher's prompt: instructions and the board as text."""
+        messages = prompts_lib.teacher(self.prompts, board.task, board.state, context)
+        return encode(self.processor, messages, add_generation_prompt=True)
+
+    def reference(self, board: Board, rng: np.random.Generator) -> np.ndarray:
+        """Tokens [R] of a right response, its plan any of the shortest."""
+        return encode_answer(self.processor, right_response(board, rng))
+
+    def record(self, board: Board, kind: str, rng: np.random.Generator) -> tuple[Encoded, int]:
+        """A supervised record of a kind in RECORDS, and the length of its prompt."""
+        messages, answer = RECORDS[kind].make(self.prompts, board, self.picture, rng)
+        return encode_example(self.processor, messages, answer)
+
+
+def load_encoder(data: DataConfig, processor: Processor) -> Encoder:
+    """The encoder of a config, with the prompts that its folder replaces."""
+    return Encoder(processor, prompts_lib.load(data.prompts), data)

@@ -60,9 +60,8 @@ def write_run(
     for model, count in solved.items():
         for board, original in zip(boards, ALL, strict=True):
             response = answer(board, original.index < count)
-            row = scoring.score_row(board, "picture", response)
-            row |= {"model": model, "attempt": 0, "truncated": False, "response_tokens": 3}
-            found.append(row)
+            given = scoring.Answer(response, False, 3)
+            found.append(scoring.score_row(board, "picture", given, model=model))
     rows.append(evaluation, found)
     summary = summarize(rows.read_rows(evaluation))
     (evaluation / "summary.json").write_text(json.dumps(summary))
@@ -226,7 +225,7 @@ def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path
     with pytest.raises(ValueError, match=r"summary.json: not found.*to its end"):
         compare.compare([runs[0], str(half)])
     text = (half / "evaluate" / "rows.jsonl").read_text()
-    (half / "evaluate" / "rows.jsonl").write_text(text.replace('{"id"', '{"id', 1))
+    (half / "evaluate" / "rows.jsonl").write_text(text.replace('{"model"', '{"model', 1))
     with pytest.raises(ValueError, match=r"rows.jsonl, line 1: got .*want JSON"):
         compare.compare([runs[0], str(half)])
 

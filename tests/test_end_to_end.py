@@ -262,10 +262,10 @@ def test_transformers_answers_the_same_with_the_export(
     encoder = load_encoder(config.data, loaded.processor)
     settings = dataclasses.replace(config.evaluate, batch_size=6)
     boards = loaders.load_boards(config_lib.resolve(config, str(workdir)), "test")
-    rows = answers.make_answerer(loaded.model, encoder, settings)(
+    given = answers.make_answerer(loaded.model, encoder, settings)(
         {"params": loaded.params}, boards, "picture"
     )
-    for board, row in zip(boards, rows, strict=True):
+    for board, answer in zip(boards, given, strict=True):
         encoded = answers.encode_prompt(encoder, board, "picture")
         picture = encoded.pictures[0]
         tokens = torch.tensor(encoded.tokens)[None].long()
@@ -282,4 +282,4 @@ def test_transformers_answers_the_same_with_the_export(
         text = loaded.processor.tokenizer.decode(
             out[0, tokens.shape[1] :], skip_special_tokens=True
         )
-        assert text == row["response"]
+        assert text == answer.text

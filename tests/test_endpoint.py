@@ -24,6 +24,7 @@ from mgsd_jax.data import prompts, testsets
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rows
+from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.main import load_config
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.stages import evaluate
@@ -216,7 +217,7 @@ def test_what_keeps_failing_is_a_failure_until_it_is_asked_again(
 def test_a_server_that_is_down_ends_the_evaluation_and_keeps_the_rows(
     server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_PATIENCE", 2)
+    monkeypatch.setattr(endpoint, "_PATIENCE", 2)
     server.reply = lambda *_: (503, "text/plain", b"loading")
     with pytest.raises(ValueError, match=r"got 2 failed requests in a row .*run again to go on"):
         evaluate.run(make_config(server.url, "evaluate.endpoint_retries=0"), str(tmp_path))
@@ -227,11 +228,11 @@ def test_a_server_that_is_down_ends_the_evaluation_and_keeps_the_rows(
 KEY = "sk-Test/Key+0123456789"
 
 
-def ask(server: Server, *more: str) -> endpoint.Answer:
+def ask(server: Server, *more: str) -> Answer:
     """The answer to one prompt."""
     settings = make_config(server.url, "evaluate.endpoint_retries=0", *more).evaluate
 
-    async def asked() -> endpoint.Answer:
+    async def asked() -> Answer:
         async with endpoint.connect(settings) as client:
             return await endpoint.ask(client, settings, "m", [{"role": "user", "content": "?"}], 5)
 
@@ -259,13 +260,13 @@ def test_answers_as_servers_send_them(
     server: Server, reply: Reply, text: str, truncated: bool
 ) -> None:
     server.reply = lambda *_: reply
-    assert ask(server) == endpoint.Answer(text, truncated, 7, None)
+    assert ask(server) == Answer(text, truncated, 7, None)
 
 
 @pytest.mark.parametrize("count", ["seven", -1, True, 1.5, None, [7]])
 def test_a_count_of_tokens_that_is_none_is_no_count(server: Server, count: Any) -> None:
     server.reply = lambda *_: completion("U", usage={"completion_tokens": count})
-    assert ask(server) == endpoint.Answer("U", False, None, None)
+    assert ask(server) == Answer("U", False, None, None)
 
 
 @pytest.mark.parametrize(

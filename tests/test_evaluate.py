@@ -2,17 +2,19 @@
 
 import json
 import pathlib
+import typing
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import mgsd_jax
+from mgsd_jax.checks import fields
 from mgsd_jax.data import prompts, segments
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import encode_answer, load_processor
 from mgsd_jax.envs import ENVS
-from mgsd_jax.evaluation import scoring
+from mgsd_jax.evaluation import rows, scoring
 from mgsd_jax.sampling import answers
 from mgsd_jax.training import monitor
 
@@ -32,14 +34,14 @@ def make_boards(count: int = 6) -> list[Board]:
 def test_a_right_answer_is_right_in_every_measure(board: Board) -> None:
     env = ENVS[board.task]
     text = prompts.response(board.task, board.state, env.shortest_plan(board.state))
-    row = scoring.score_row(board, "picture", text)
-    assert row["outcome"]["success"] and row["outcome"]["optimal"]
-    assert row["state_f1"] == 1.0 and row["state_exact"] and row["plan_given_own_state"]
-    assert env.key(env.from_text(row["task_text"], source="row")) == env.key(board.state)
+    score = scoring.score_plan(board, text)
+    assert score["outcome"]["success"] and score["outcome"]["optimal"]
+    assert score["state_f1"] == 1.0 and score["state_exact"]
+    assert score.get("plan_given_own_state") is True
+    assert env.key(env.from_text(rows.board_text(board), source="row")) == env.key(board.state)
     picture = np.zeros((64, 64, 3), np.uint8)
     _, answer = prompts.grounding(prompts.BUILT_IN, board.task, board.state, picture)
-    assert all(scoring.score_row(board, "perception", answer)["perception"].values())
-    json.dumps(row)
+    assert all(scoring.score_perception(board, answer)["perception"].values())
 
 
 def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
@@ -47,9 +49,27 @@ def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
     text = prompts.response(
         second.task, second.state, ENVS[second.task].shortest_plan(second.state)
     )
-    row = scoring.score_row(first, "picture", text)
-    assert not row["state_exact"] and row["state_f1"] < 1.0
-    assert row["plan_given_own_state"]
+    score = scoring.score_plan(first, text)
+    assert not score["state_exact"] and 0.0 < (score["state_f1"] or 0.0) < 1.0
+    assert score.get("plan_given_own_state")
+
+
+def test_a_row_has_the_keys_of_its_type_and_the_answer_in_them() -> None:
+    """What is written is what is read: the types of rows.py are checked against it."""
+    board = make_boards(1)[0]
+    common = {"model": "base", "attempt": 2, "task": board.task, "level": 4, "index": 0}
+    for answer in (
+        scoring.Answer("<answer>U</answer>", True, None),
+        scoring.Answer("", False, 3, "timeout"),
+    ):
+        for mode, kind in (("picture", rows.PlanRow), ("perception", rows.PerceptionRow)):
+            row = scoring.score_row(board, mode, answer, model="base", attempt=2)
+            assert json.loads(json.dumps(row)) == row
+            assert row.items() >= (common | {"mode": mode, "response": answer.text}).items()
+            assert (row["truncated"], row["response_tokens"]) == (answer.truncated, answer.tokens)
+            assert row.get("error") == answer.error
+            fields.check_record(row | {"task_text": rows.board_text(board)}, kind, "row")
+            assert set(row) <= {*typing.get_type_hints(kind), "truncated", "response_tokens"}
 
 
 def test_a_blind_student_sees_another_board_of_its_level() -> None:
@@ -87,12 +107,12 @@ def test_token_groups_of_a_response() -> None:
 
 
 def test_validation_weighs_levels_alike() -> None:
-    def row(task: str, success: bool) -> dict:
-        return {"task": task, "level": 3, "outcome": {"success": success}, "state_exact": True}
-
-    found = [row("maze", True)] + [row("frozenlake", False)] * 9
-    measured = monitor.validation_metrics(found)
+    (lake, maze, _), others = make_boards(1), make_boards(9)[1:9]
+    right = prompts.response(maze.task, maze.state, ENVS[maze.task].shortest_plan(maze.state))
+    answers = [scoring.Answer(text, False, 1) for text in ["", *[""] * 8, right]]
+    measured = monitor.validation_metrics([lake, *others, maze], answers)
     assert measured["val/success"].value == pytest.approx(0.5)
+    assert measured["val/state_exact"].value == pytest.approx(0.5)
 
 
 def test_token_metrics_add_up_over_groups_and_over_positions() -> None:

@@ -18,7 +18,7 @@ from mgsd_jax import config as c
 from mgsd_jax.data import prompts
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
-from mgsd_jax.evaluation import rows, scoring
+from mgsd_jax.evaluation import scoring
 from mgsd_jax.stages import evaluate, generate, init, report, score
 
 TIMED = ("run.json", "runs.jsonl", "config.json")  # hold when a folder was begun
@@ -78,17 +78,17 @@ def drawn(config: c.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def right_answers(config: c.Config, boards: Sequence[Board]) -> Any:
-    """What `evaluate._askers` returns, of a model that answers all boards right."""
+def right_answers(source: str, config: c.Config, boards: Sequence[Board]) -> Any:
+    """What `evaluate._local_asker` returns, of a model that answers all boards right."""
 
-    def asker(mode: c.Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
-        for place in places:
+    def asker(job: evaluate.Job) -> Iterator[list[tuple[int, scoring.Answer]]]:
+        for place in job.places:
             board = boards[place]
             plan = ENVS[board.task].shortest_plan(board.state)
-            row = scoring.score_row(board, mode, prompts.response(board.task, board.state, plan))
-            yield [row | {"truncated": False, "response_tokens": 9}]
+            text = prompts.response(board.task, board.state, plan)
+            yield [(place, scoring.Answer(text, False, 9))]
 
-    return config.evaluate.models, lambda source: asker
+    return asker
 
 
 def test_generate(killer: Killer, config: c.Config, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_evaluate_and_report(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate, "_askers", right_answers)
+    monkeypatch.setattr(evaluate, "_local_asker", right_answers)
 
     def both(folder: Path) -> None:
         evaluate.run(config, str(folder))

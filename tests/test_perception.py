@@ -182,14 +182,14 @@ def test_right_answers_are_strict_and_others_are_right(task: str) -> None:
     state = ENVS[task].generate(np.random.default_rng(0), 5)
     board = Board(task, 5, 0, state, None)
     answer = prompts.grounding(prompts.BUILT_IN, task, state, np.zeros((8, 8, 3), np.uint8))[1]
-    row = scoring.score_row(board, "perception", answer)
+    row = scoring.score_perception(board, answer)
     assert all(row["perception"].values()) and all(row["perception_strict"].values())
     loose = answer.replace("(", "( ").replace(",", " , ").replace("x", " x ")
     loose = re.sub(r"(?m)^(\d)\.", r"**\1)**", loose).replace("none", "None.")
-    row = scoring.score_row(board, "perception", loose)
+    row = scoring.score_perception(board, loose)
     assert all(row["perception"].values()), row
     assert not any(row["perception_strict"].values())
-    row = scoring.score_row(board, "perception", "")
+    row = scoring.score_perception(board, "")
     assert not any((row["perception"] | row["perception_strict"]).values())
 
 
@@ -242,7 +242,7 @@ def read_everything(text: str) -> None:
     assert len(prompts.character_segments(text)) == len(text)
     for board in BOARDS:
         for mode in ("picture", "perception"):
-            row: dict[str, Any] = scoring.score_row(board, mode, text)
+            row = scoring.score_row(board, mode, scoring.Answer(text, False, 1), model="base")
             assert row["response"] == text
         facts.state_from_facts(board.task, facts.read_facts(board.task, text))
 

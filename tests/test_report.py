@@ -47,7 +47,7 @@ def make_rows() -> list[dict[str, Any]]:
         for level, index in itertools.product(levels, range(BOARDS)):
             state = env.generate(rng, level)
             text = env.to_text(state, split="test", index=index, seed=0)
-            board = {"task": task, "level": level, "index": index, "task_text": text}
+            board = {"task": task, "level": level, "index": index, "task_text": text, "attempt": 0}
             for (model, mode), solved in SOLVED.items():
                 plan = env.shortest_plan(state)
                 plan = plan if index < solved else plan[:-1]

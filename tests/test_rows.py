@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import Config, Mode
+from mgsd_jax.config import Config
 from mgsd_jax.data import testsets
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
@@ -27,6 +27,7 @@ BOARDS = [
     Board("maze", 3, i, ENVS["maze"].generate(np.random.default_rng(i), 3), None) for i in range(2)
 ]
 CASES = [testsets.case_name(board) for board in BOARDS]
+Batches = Iterator[list[tuple[int, scoring.Answer]]]
 
 
 def make_config(**changes: Any) -> Config:
@@ -51,15 +52,18 @@ class Model:
         monkeypatch.setattr(evaluate, "_test_boards", lambda *_: (BOARDS, CASES))
         monkeypatch.setattr(evaluate, "_local_asker", lambda *_: self.ask)
 
-    def ask(self, mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
-        for start in range(0, len(places), self.batch):
-            yield [self.answer(mode, attempt, i) for i in places[start : start + self.batch]]
+    def ask(self, job: evaluate.Job) -> Batches:
+        for start in range(0, len(job.places), self.batch):
+            yield [(i, self.answer(job, i)) for i in job.places[start : start + self.batch]]
 
-    def answer(self, mode: Mode, attempt: int, place: int) -> rows.Row:
-        self.asked.append((mode, attempt, place))
-        row = scoring.score_row(BOARDS[place], mode, f"→ {place}")
-        row |= {"truncated": False, "response_tokens": 1}
-        return row | {"error": "timeout"} if self.failing else row
+    def answer(self, job: evaluate.Job, place: int) -> scoring.Answer:
+        self.asked.append((job.mode, job.attempt, place))
+        return scoring.Answer(f"→ {place}", False, 1, "timeout" if self.failing else None)
+
+
+def make_row(board: Board) -> dict[str, Any]:
+    """The row of an answer without a word."""
+    return scoring.score_row(board, "picture", scoring.Answer("", False, 1), model="base")
 
 
 def lines(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -77,7 +81,7 @@ def test_boards_are_written_once_and_rows_are_small(
     boards = [json.loads(line) for line in (folder / "boards.jsonl").read_text().splitlines()]
     assert [board["case"] for board in boards] == ["maze_test_level3_0000", "maze_test_level3_0001"]
     for row in rows.read_rows(folder):
-        assert row["task_text"] == scoring.board_text(BOARDS[row["index"]])
+        assert row["task_text"] == rows.board_text(BOARDS[row["index"]])
 
 
 def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
@@ -92,8 +96,8 @@ def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
     folder.mkdir()
     monkeypatch.setattr(folders, "claimed", lambda *_: contextlib.nullcontext(unclaimed))
     monkeypatch.setattr(rows.os, "fsync", lambda _: None)
-    text = {board: scoring.board_text(board) for board in BOARDS}
-    monkeypatch.setattr(scoring, "board_text", text.__getitem__)
+    text = {board: rows.board_text(board) for board in BOARDS}
+    monkeypatch.setattr(rows, "board_text", text.__getitem__)
     evaluate.run(config, str(tmp_path))
     whole = (folder / "rows.jsonl").read_bytes()
     assert len(whole) < 3000 and whole.count(b"\n") == 4
@@ -111,8 +115,8 @@ def test_a_kill_between_batches_loses_nothing(
     model = Model(monkeypatch)
 
     def killed_after(folder: pathlib.Path, count: int) -> Any:
-        def asker(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
-            for batch in Model.ask(model, mode, attempt, places):
+        def asker(job: evaluate.Job) -> Batches:
+            for batch in Model.ask(model, job):
                 if len(lines(folder)) == count:
                     raise KeyboardInterrupt
                 yield batch
@@ -133,7 +137,7 @@ def test_a_kill_between_batches_loses_nothing(
         model.asked.clear()
         evaluate.run(make_config(), str(workdir))
         assert len(model.asked) == 8 - survived
-        keys = [rows.key_of(row) for row in lines(folder)]
+        keys = [rows.key_of(row) for row in rows.read_rows(folder)]
         assert len(keys) == len(set(keys)) == 8
 
 
@@ -173,9 +177,9 @@ def test_an_evaluation_that_fails_first_leaves_its_folder_to_any_other(
         evaluate.run(make_config(), str(tmp_path))
     assert not list(folder.iterdir())
 
-    def down(mode: Mode, attempt: int, places: Sequence[int]) -> Iterator[list[rows.Row]]:
+    def down(job: evaluate.Job) -> Batches:
         model.failing = True
-        yield [model.answer(mode, attempt, 0)]
+        yield [(0, model.answer(job, 0))]
         raise ValueError("got failed requests in a row")
 
     monkeypatch.setattr(evaluate, "_local_asker", lambda *_: down)
@@ -229,7 +233,8 @@ def test_every_try_is_asked_once_and_under_its_own_number(
 
 def test_rows_of_an_older_version_are_read(tmp_path: pathlib.Path) -> None:
     """They hold their board's file, and no number of a try."""
-    row = scoring.score_row(BOARDS[0], "picture", "") | {"model": "base"}
+    row = make_row(BOARDS[0]) | {"task_text": rows.board_text(BOARDS[0])}
+    del row["attempt"]
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert rows.read_rows(tmp_path) == [row | {"attempt": 0}]
 
@@ -285,11 +290,11 @@ def test_two_of_a_name_and_none_are_refused(settings: dict[str, Any], message: s
         ("\xff\n", r"rows.jsonl, line 1: got .*want JSON"),
         ("[" * 100_000 + "\n", r"rows.jsonl, line 1: got .*want JSON"),
         ("9" * 5000 + "\n", r"rows.jsonl, line 1: got .*want JSON"),
-        ('{"model": "a"}\n', r"line 1: got keys .*want \['mode', 'task', 'level', 'index'\]"),
+        ('{"model": "a"}\n', r"line 1: got keys .*want \['task', 'level', 'index', 'mode'\]"),
         ("[" * 100_000 + "\n", r"line 1: got .*want JSON"),
         (
             '{"model": "a", "mode": "text", "task": "maze", "level": [], "index": 0}\n',
-            r"line 1: level: got '\[\]', want it as int",
+            r"line 1: level: got \[\], want int",
         ),
         (
             '{"model": "a", "mode": "text", "task": "maze", "level": 3, "index":0, "response":5}\n',
@@ -320,17 +325,15 @@ def test_where_nothing_can_be_appended_each_batch_is_a_file(
 ) -> None:
     """Object stores have no append: rows are parts until the evaluation is complete."""
     monkeypatch.setattr(rows.paths, "is_remote", lambda _: True)
-    found = [
-        scoring.score_row(board, "picture", "") | {"model": "base", "attempt": 0}
-        for board in BOARDS
-    ]
+    found = [make_row(board) for board in BOARDS]
+    want = [row | {"task_text": rows.board_text(b)} for row, b in zip(found, BOARDS, strict=True)]
     rows.write_boards(tmp_path, BOARDS, CASES)
     for row in found:
         rows.append(tmp_path, [row])
     assert len(list(tmp_path.glob(rows.PARTS))) == 2 and not (tmp_path / "rows.jsonl").exists()
-    assert rows.read_rows(tmp_path) == found
-    rows.compact(tmp_path, found)
-    assert not list(tmp_path.glob(rows.PARTS)) and rows.read_rows(tmp_path) == found
+    assert rows.read_rows(tmp_path) == want
+    rows.compact(tmp_path, rows.read_rows(tmp_path))
+    assert not list(tmp_path.glob(rows.PARTS)) and rows.read_rows(tmp_path) == want
 
 
 def test_boards_of_equal_content_are_one_board_of_a_measure(tmp_path: pathlib.Path) -> None:
@@ -338,8 +341,7 @@ def test_boards_of_equal_content_are_one_board_of_a_measure(tmp_path: pathlib.Pa
     boards = [BOARDS[0], BOARDS[1], BOARDS[0]._replace(index=7)]
     rows.write_boards(tmp_path, boards, ["a", "b", "c"])
     for board, success in zip(boards, (1.0, 0.0, 0.0), strict=True):
-        row = scoring.score_row(board, "picture", "")
-        rows.append(tmp_path, [{"model": "base", "attempt": 0, **row, "value": success}])
+        rows.append(tmp_path, [make_row(board) | {"value": success}])
     found = rows.read_rows(tmp_path)
     assert [row.get("same_as") for row in found] == [None, None, BOARDS[0].index]
     rate = measures.rate(found, lambda row: row["value"])

@@ -5,16 +5,19 @@ Every error is a ValueError of one line: file, field, what was found, what was w
 
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 
 from etils import epath
 
 from mgsd_jax.checks.ranges import shown
 
 Kind = type | tuple[type, ...]
+Record = TypeVar("Record")  # a TypedDict
 LARGEST = 2**31 - 1  # more than any size that a model has
 
 
@@ -31,6 +34,44 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, want a JSON object")
     return content
+
+
+def read_line(line: bytes, source: str) -> dict[str, Any]:
+    """The object in one line of a JSON lines file. Raises ValueError if there is none."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, nested too deep
+        raise ValueError(f"{source}: got {line[:80]!r}, want JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: got {line[:80]!r}, want a JSON object")
+    return content
+
+
+def check_record(record: Mapping[str, object], kind: type[Record], source: str) -> Record:
+    """The object as a TypedDict. Raises ValueError if a required key is absent or of another type.
+
+    Only the outermost type of a value is checked, and that of a TypedDict inside, key by key; keys
+    that are not required are not looked at.
+    """
+    required = kind.__required_keys__  # type: ignore[attr-defined]
+    hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in required}
+    missing = [name for name in hints if name not in record]
+    if missing:
+        raise ValueError(f"{source}: got keys {sorted(record)}, want {missing} as well")
+    for name, hint in hints.items():
+        value, kinds = record[name], _json_types(hint)
+        if type(value) not in kinds:
+            raise ValueError(f"{source}: {name}: got {shown(value)}, want {_kind_name(kinds)}")
+        if typing.is_typeddict(hint):
+            check_record(typing.cast(dict[str, object], value), hint, f"{source}: {name}")
+    return typing.cast(Record, record)
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """What json.loads makes of a value so annotated: list[str] | None -> (list, NoneType)."""
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(kind for part in get_args(hint) for kind in _json_types(part))
+    return (dict,) if typing.is_typeddict(hint) else (get_origin(hint) or hint,)
 
 
 def field(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> Any:

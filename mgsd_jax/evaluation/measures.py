@@ -5,22 +5,22 @@ where n is 0; a difference also has its "p_value". A board that was answered sev
 once, with the mean of its answers; so do boards of equal content, which are no further evidence.
 """
 
-import collections
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import stats
-from mgsd_jax.evaluation.rules import score_text
+from mgsd_jax.evaluation.rows import BoardKey, PlanRow, Row, board_of
+from mgsd_jax.evaluation.rules import scorer
 
-Row = Mapping[str, Any]
-Measure = dict[str, Any]  # value, low, high: float | None; n: int
-Board = tuple[str, int, int]  # task, level, index: what pairs the rows of two models
+R = TypeVar("R", bound=Row)
+K = TypeVar("K", bound=Hashable)
+Strata = dict[str, dict[int, list[float]]]  # {task: {level: a value for each board}}
 # A getter returns None for a row that it does not apply to.
-Getter = Callable[[Row], float | bool | None]
-# The measures of each rule set, and the key of its scores that each one is the mean of.
+Getter = Callable[[R], float | bool | None]
+# For each rule set, the key of its scores that each measure is the mean of.
 _RULE_KEYS: dict[str, dict[str, str]] = {
     "standard": {"success": "success", "optimal": "optimal", "parsed": "parsed"},
     "upstream_reward": {"success": "success", "parsed": "parse_success"},
@@ -32,35 +32,60 @@ _RULE_KEYS: dict[str, dict[str, str]] = {
 }
 
 
-def board_of(row: Row) -> Board:
-    """Return what names the board of a row, the same for every model and mode."""
-    return row["task"], row["level"], row["index"]
+class Measure(TypedDict):
+    """A mean, or a difference of means, with its interval over n boards."""
+
+    value: Any  # float, or None if it is not defined; so are the limits
+    low: Any
+    high: Any
+    p_value: NotRequired[Any]  # of a difference that is defined
+    n: int
 
 
-def by_task(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each task that has some, in the order of ENVS."""
-    parts = {task: [row for row in rows if row["task"] == task] for task in ENVS}
-    return [(task, part) for task, part in parts.items() if part]
+class RuleSet(TypedDict):
+    """What a rule set says of the answers."""
+
+    success: Measure
+    parsed: Measure
+    optimal: NotRequired[Measure]
+    macro_upstream: float  # what the public evaluator calls its macro average
+    tasks: dict[str, float]
+    otherwise: int  # answers that succeed under these rules or ours, and not under both
 
 
-def by_level(rows: Sequence[Row]) -> list[tuple[int, list[Row]]]:
-    """The rows of each level that has some, lowest first."""
-    levels = sorted({row["level"] for row in rows})
-    return [(level, [row for row in rows if row["level"] == level]) for level in levels]
-
-
-def by_board(rows: Sequence[Row]) -> dict[Board, list[Row]]:
-    """The rows of each board, in the order in which the boards first appear.
-
-    Boards of equal content (`same_as` of a row, see rows.py) are one board.
-    """
-    boards: dict[Board, list[Row]] = collections.defaultdict(list)
+def group(rows: Iterable[R], key: Callable[[R], K]) -> dict[K, list[R]]:
+    """The rows of each key, in the order in which the keys first appear."""
+    groups: dict[K, list[R]] = {}
     for row in rows:
-        boards[row["task"], row["level"], row.get("same_as", row["index"])].append(row)
-    return boards
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
-def rate(rows: Sequence[Row], get: Getter) -> Measure:
+def by_task(rows: Sequence[R]) -> list[tuple[str, list[R]]]:
+    """The rows of each task that has some, in the order of ENVS."""
+    groups = group(rows, lambda row: row["task"])
+    return [(task, groups[task]) for task in ENVS if task in groups]
+
+
+def by_level(rows: Sequence[R]) -> list[tuple[int, list[R]]]:
+    """The rows of each level that has some, lowest first."""
+    return sorted(group(rows, lambda row: row["level"]).items())
+
+
+def by_board(rows: Sequence[R]) -> dict[BoardKey, list[R]]:
+    """The rows of each board; boards with the same content (`same_as`) are one board."""
+    return group(rows, lambda row: (row["task"], row["level"], row.get("same_as", row["index"])))
+
+
+def strata(rows: Sequence[R], values: Callable[[list[R]], list[float]]) -> Strata:
+    """What `values` makes of the rows of each task and level."""
+    return {
+        task: {level: values(some) for level, some in by_level(part)}
+        for task, part in by_task(rows)
+    }
+
+
+def rate(rows: Sequence[R], get: Getter[R]) -> Measure:
     """The plain mean over boards with a Wilson interval."""
     values = board_values(rows, get)
     if not values:
@@ -69,27 +94,23 @@ def rate(rows: Sequence[Row], get: Getter) -> Measure:
     return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
 
 
-def balanced(rows: Sequence[Row], get: Getter) -> Measure:
+def balanced(rows: Sequence[R], get: Getter[R]) -> Measure:
     """The mean over tasks of the mean over levels, with the interval of `stats.macro_mean`."""
-    strata = {
-        task: {level: board_values(some, get) for level, some in by_level(part)}
-        for task, part in by_task(rows)
-    }
-    return balanced_values(strata)
+    return balanced_values(strata(rows, lambda some: board_values(some, get)))
 
 
-def balanced_values(strata: Mapping[str, Mapping[int, list[float]]]) -> Measure:
-    """As `balanced`, of values by task and level; what has none is left out."""
+def balanced_values(values: Strata) -> Measure:
+    """As `balanced`, for values by task and level; a task or level without any is left out."""
     kept = {
-        task: {level: values for level, values in levels.items() if values}
-        for task, levels in strata.items()
+        task: {level: some for level, some in levels.items() if some}
+        for task, levels in values.items()
         if any(levels.values())
     }
-    return measure(stats.macro_mean(kept)) if kept else measure(None)
+    return measure(stats.macro_mean(kept) if kept else None)
 
 
-def board_values(rows: Sequence[Row], get: Getter) -> list[float]:
-    """One value a board: the mean over its answers that the getter applies to."""
+def board_values(rows: Sequence[R], get: Getter[R]) -> list[float]:
+    """One value for each board: the mean over its answers that the getter applies to."""
     found = (
         [float(value) for value in map(get, answers) if value is not None]
         for answers in by_board(rows).values()
@@ -98,15 +119,24 @@ def board_values(rows: Sequence[Row], get: Getter) -> list[float]:
 
 
 def measure(estimate: stats.Estimate | stats.Difference | None) -> Measure:
-    """An estimate as JSON: what is not defined is None, not NaN."""
+    """An estimate as JSON, where None stands for NaN."""
     if estimate is None:
         return {"value": None, "low": None, "high": None, "n": 0}
-    keys = ("value", "low", "high", "p_value")
-    values = {key: getattr(estimate, key) for key in keys if hasattr(estimate, key)}
-    return {k: None if math.isnan(v) else v for k, v in values.items()} | {"n": estimate.n}
+    numbers = estimate._asdict()
+    n = numbers.pop("n")
+    return Measure(**{k: None if math.isnan(v) else v for k, v in numbers.items()}, n=n)
 
 
-def difference(rows: Sequence[Row] | None, others: Sequence[Row] | None) -> Measure | None:
+def succeeds(row: PlanRow) -> bool:
+    return row["outcome"]["success"]
+
+
+def success_rate(rows: Sequence[PlanRow]) -> float:
+    """The share of answers that succeed."""
+    return statistics.fmean(map(succeeds, rows))
+
+
+def difference(rows: Sequence[PlanRow] | None, others: Sequence[PlanRow] | None) -> Measure | None:
     """Balanced success of `rows` minus that of `others`, on the boards that both were asked."""
     if rows is None or others is None:
         return None
@@ -114,101 +144,85 @@ def difference(rows: Sequence[Row] | None, others: Sequence[Row] | None) -> Meas
     return measure(stats.paired_difference(mine, theirs) if mine else None)
 
 
-def gap_closed(groups: Mapping[str, Mapping[str, Sequence[Row]]], name: str) -> Measure | None:
-    """(model - base) / (text - base), of base from text, base and model from the picture.
+def gap_by_task(
+    text: Sequence[PlanRow] | None, picture: Sequence[PlanRow] | None
+) -> dict[str, Measure | None]:
+    """Success with text minus success with pictures, for each task that was asked in both modes."""
+    read, seen = dict(by_task(text or ())), dict(by_task(picture or ()))
+    return {task: difference(read[task], seen[task]) for task in read if task in seen}
 
-    `groups` holds rows by model and mode. None where one of the three was not asked.
+
+def gap_closed(
+    base: Mapping[str, Sequence[PlanRow]], model: Mapping[str, Sequence[PlanRow]]
+) -> Measure | None:
+    """(model - base) / (text - base): base with text; base and model with pictures.
+
+    The arguments hold the rows of a model by mode. None if one of the three was not asked.
     """
-    if "base" not in groups or not {"text", "picture"} <= groups["base"].keys():
+    picture, text, ours = base.get("picture"), base.get("text"), model.get("picture")
+    if picture is None or text is None or ours is None:
         return None
-    if "picture" not in groups[name]:
-        return None
-    sides = (groups["base"]["picture"], groups["base"]["text"], groups[name]["picture"])
-    base, text, model = paired(*sides)
-    return measure(stats.gap_closed(base, text, model) if base else None)
+    before, ceiling, after = paired(picture, text, ours)
+    return measure(stats.gap_closed(before, ceiling, after) if before else None)
 
 
-def paired(*sides: Sequence[Row]) -> list[dict[str, dict[int, list[float]]]]:
+def paired(*sides: Sequence[PlanRow]) -> list[Strata]:
     """Success by task and level of each side, on the boards that all share, in one order."""
     tables = [
-        {
-            board: statistics.fmean(row["outcome"]["success"] for row in answers)
-            for board, answers in by_board(rows).items()
-        }
+        {board: success_rate(answers) for board, answers in by_board(rows).items()}
         for rows in sides
     ]
-    shared = sorted(set.intersection(*(set(table) for table in tables)))
-    strata_of_sides = []
+    shared = sorted(set.intersection(*map(set, tables)))
+    found: list[Strata] = []
     for table in tables:
-        strata: dict[str, dict[int, list[float]]] = {}
-        for task, level, index in shared:
-            values = strata.setdefault(task, {}).setdefault(level, [])
-            values.append(table[task, level, index])
-        strata_of_sides.append(strata)
-    return strata_of_sides
+        values: Strata = {}
+        for board in shared:
+            task, level, _ = board
+            values.setdefault(task, {}).setdefault(level, []).append(table[board])
+        found.append(values)
+    return found
 
 
-def pass_at_k(rows: Sequence[Row]) -> dict[str, Measure]:
+def pass_at_k(rows: Sequence[PlanRow]) -> dict[str, Measure]:
     """Balanced pass@k for k = 1, 2, 4, ... and the number of tries; {} for one try a board."""
     tries = min(len(answers) for answers in by_board(rows).values())
     if tries < 2:
         return {}
-    numbers = sorted({1 << i for i in range(tries.bit_length()) if 1 << i <= tries} | {tries})
+
+    def passes(some: Sequence[PlanRow], k: int) -> list[float]:
+        return [
+            stats.pass_at_k(len(answers), sum(map(succeeds, answers)), k)
+            for answers in by_board(some).values()
+        ]
+
+    numbers = sorted({1 << i for i in range(tries.bit_length())} | {tries})
     return {
-        str(k): balanced_values(
-            {
-                task: {
-                    level: [_pass(answers, k) for answers in by_board(some).values()]
-                    for level, some in by_level(part)
-                }
-                for task, part in by_task(rows)
-            }
-        )
-        for k in numbers
+        str(k): balanced_values(strata(rows, lambda some, k=k: passes(some, k))) for k in numbers
     }
 
 
-def _pass(answers: Sequence[Row], k: int) -> float:
-    right = sum(row["outcome"]["success"] for row in answers)
-    return stats.pass_at_k(len(answers), right, k)
+def rule_sets(rows: Sequence[PlanRow]) -> dict[str, RuleSet]:
+    """Success under our rules and under the two public ones."""
+    return {rules: _rule_set(rows, rules, keys) for rules, keys in _RULE_KEYS.items()}
 
 
-def rule_sets(rows: Sequence[Row]) -> dict[str, Any]:
-    """Success under our rules and under the two public ones, with what they say otherwise.
-
-    `macro_upstream` is what the public evaluator calls its macro average; `otherwise` counts the
-    answers that succeed under these rules or ours, and not under both.
-    """
-    found = {}
-    for rules, keys in _RULE_KEYS.items():
-        scores = {
-            id(row): row["outcome"]
-            if rules == "standard"
-            else score_text(rules, row["task"], row["task_text"], row["response"])
-            for row in rows
-        }
-        measured: dict[str, Any] = {
-            name: balanced(rows, lambda row, key=key, scores=scores: scores[id(row)][key])
-            for name, key in keys.items()
-        }
-        parts = [
-            (task, [float(scores[id(row)]["success"]) for row in part])
-            for task, part in by_task(rows)
-        ]
-        measured["macro_upstream"] = statistics.fmean(statistics.fmean(v) for _, v in parts)
-        measured["tasks"] = {task: statistics.fmean(values) for task, values in parts}
-        measured["otherwise"] = sum(
-            bool(scores[id(row)]["success"]) != bool(row["outcome"]["success"]) for row in rows
-        )
-        found[rules] = measured
-    return found
-
-
-def gap_by_task(
-    text: Sequence[Row] | None, picture: Sequence[Row] | None
-) -> dict[str, Measure | None]:
-    """Text minus picture of each task that was asked in both ways."""
-    if text is None or picture is None:
-        return {}
-    read, seen = dict(by_task(text)), dict(by_task(picture))
-    return {task: difference(read[task], seen[task]) for task in read if task in seen}
+def _rule_set(rows: Sequence[PlanRow], rules: str, keys: Mapping[str, str]) -> RuleSet:
+    scores: dict[int, Mapping[str, Any]] = {id(row): row["outcome"] for row in rows}
+    if rules != "standard":
+        for answers in group(rows, board_of).values():
+            score = scorer(rules, answers[0]["task"], answers[0]["task_text"])
+            scores |= {id(row): score(row["response"]) for row in answers}
+    measured = {
+        name: balanced(rows, lambda row, key=key: scores[id(row)][key])
+        for name, key in keys.items()
+    }
+    tasks = {
+        task: statistics.fmean(float(scores[id(row)]["success"]) for row in part)
+        for task, part in by_task(rows)
+    }
+    return RuleSet(
+        **measured,
+        macro_upstream=statistics.fmean(tasks.values()),
+        tasks=tasks,
+        otherwise=sum(bool(scores[id(row)]["success"]) != succeeds(row) for row in rows),
+    )

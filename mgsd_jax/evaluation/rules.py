@@ -8,15 +8,16 @@ between those two is the data of a `Dialect`.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from mgsd_jax.envs import ENVS, facts
 from mgsd_jax.envs.base import Outcome, Plan
 from mgsd_jax.envs.plans import ALIASES, HANDS, read_plan
 from mgsd_jax.envs.responses import answer_span, without_thoughts
-from mgsd_jax.evaluation.upstream import integer, read_board, read_fields, simulate
+from mgsd_jax.evaluation.upstream import Board, integer, read_board, read_fields, simulate
 
 Rules = Literal["standard", "upstream_reward", "upstream_eval"]
 
@@ -160,32 +161,42 @@ def score_text(rules: str, task: str | None, task_text: str, response: str) -> d
     keys of the public scorers. `task` may be in any case; None or '' takes the task of the text.
     Raises ValueError, naming the key, for a board that the rule set cannot play.
     """
+    return scorer(rules, task, task_text)(response)
+
+
+def scorer(rules: str, task: str | None, task_text: str) -> Callable[[str], dict[str, Any]]:
+    """`score_text` for many responses on one board, which is read once."""
     if rules not in get_args(Rules):
         raise ValueError(f"rules: got {rules!r}, want one of {get_args(Rules)}")
     fields, rows = read_fields(task_text)
     name = (task or fields.get("task") or "").lower()
     name = "minibehaviour" if name == "minibehavior" else name
     if rules == "upstream_reward":
-        return _score_reward(name, fields, rows, response)
+        # This rule set reads the board only for a response with a plan.
+        board = functools.cache(lambda: read_board(name, fields, rows, as_record=False))
+        is_known = name in ENVS and (name != "frozenlake" or bool(rows))
+        return lambda response: _score_reward(name, board if is_known else None, response)
     _check_task(name)
     if rules == "upstream_eval":
-        return _score_eval(name, fields, rows, response)
+        record = read_board(name, fields, rows, as_record=True)
+        return lambda response: _score_eval(name, record, fields, response)
     state = ENVS[name].from_text(task_text, source="task_text")
-    score = dataclasses.asdict(judge(state, name, response))
-    return score | facts.measure(name, state, facts.read_facts(name, response))
+
+    def score(response: str) -> dict[str, Any]:
+        outcome = dataclasses.asdict(judge(state, name, response))
+        return outcome | facts.measure(name, state, facts.read_facts(name, response))
+
+    return score
 
 
-def _score_reward(
-    task: str, fields: Mapping[str, str], rows: tuple[str, ...] | None, response: str
-) -> dict[str, Any]:
+def _score_reward(task: str, read: Callable[[], Board] | None, response: str) -> dict[str, Any]:
+    """`read` reads the board; it is None if there is no board of a known task."""
     dialect = DIALECTS["upstream_reward"]
     blocks = _blocks(response)
     actions = _read_actions(blocks[dialect.block], task, dialect)[0] if blocks else []
-    success, illegal = False, False
-    if actions and (task not in ENVS or (task == "frozenlake" and not rows)):
-        illegal = True
-    elif actions:
-        trace = simulate(read_board(task, fields, rows, as_record=False), actions, edge_stops=False)
+    success, illegal = False, bool(actions)
+    if actions and read is not None:
+        trace = simulate(read(), actions, edge_stops=False)
         success = trace.success
         illegal = trace.reason not in (None, "fell_into_hole")
     return {
@@ -199,13 +210,12 @@ def _score_reward(
 
 
 def _score_eval(
-    task: str, fields: Mapping[str, str], rows: tuple[str, ...] | None, response: str
+    task: str, board: Board, fields: Mapping[str, str], response: str
 ) -> dict[str, Any]:
     dialect = DIALECTS["upstream_eval"]
     blocks = _blocks(response)
     text = blocks[dialect.block] if blocks else response.strip()
     actions, invalid = _read_actions(text, task, dialect)
-    board = read_board(task, fields, rows, as_record=True)
     trace = simulate(board, actions, edge_stops=True)
     # It asks where the agent stands at the end, which without a step is the start.
     success = trace.success or (trace.steps == 0 and board.start in board.goals)

@@ -1,40 +1,49 @@
-"""The summary of an evaluation: rates, intervals, diagnostics and errors out of its rows.
+"""The summary of an evaluation: rates, intervals, diagnostics and errors, computed from its rows.
 
-A row is one answered prompt (`check_rows` names its keys); measures are those of measures.py.
-`macro` and every measure of a model and mode is level-balanced, the mean over tasks of the mean
-over levels; a measure of a task or a level is the plain rate with a Wilson interval. `n` of a part
-counts its answers, and so do its `errors` and `reasons`. All of it is JSON: the levels are strings,
-nothing is NaN.
+`macro` and every other measure of a model and mode is level-balanced: the mean over tasks of the
+mean over levels. A measure of one task or level is the plain rate with a Wilson interval. `n`,
+`errors` and `reasons` of a part count its answers. The summary is JSON: levels are strings, and no
+value is NaN.
 """
 
 import collections
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from types import NoneType
-from typing import Any
+from typing import Any, TypedDict
 
-from mgsd_jax.checks.ranges import shown
+from mgsd_jax.checks import fields
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation.measures import (
-    Board,
     Getter,
     Measure,
-    Row,
     balanced,
-    board_of,
     by_level,
     by_task,
     difference,
     gap_by_task,
     gap_closed,
+    group,
     pass_at_k,
     rate,
     rule_sets,
+    succeeds,
+    success_rate,
+)
+from mgsd_jax.evaluation.rows import (
+    BoardKey,
+    Key,
+    PerceptionRow,
+    PlanRow,
+    Row,
+    board_of,
+    is_perception,
+    key_of,
+    plans,
 )
 
-MODELS = ("base", "grounded", "distilled")  # the order of every listing; others follow
+MODELS = ("base", "grounded", "distilled")  # listed first, in this order
 MODES = ("picture", "text", "blind", "perception")
-# Every row of a planning mode is counted under exactly one, the first that holds.
+# Every row of a planning mode counts under exactly one of these, the first that holds.
 ERRORS = (
     "success",
     "not_optimal",
@@ -45,64 +54,52 @@ ERRORS = (
     "illegal_plan",
     "not_successful",
 )
-_ROW_KEYS = ("id", "model", "mode", "task", "level", "index", "task_text", "response")
-_PLAN_KINDS: Mapping[str, tuple[type, ...]] = {
-    "outcome": (dict,),
-    "plan": (list,),
-    "truncated": (bool,),
-    "response_tokens": (int, NoneType),
-    "state_f1": (float, int, NoneType),
-    "state_exact": (bool, NoneType),
-}
-_OUTCOME_KINDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("success", "optimal", "parsed", "legal"), (bool,)),
-    "reason": (str, NoneType),
-    "steps": (int,),
-    "progress": (float, int),
-}
+
+Part = dict[str, Any]  # the measures of one model in one mode, of a task or of a level
 
 
-def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
-    """Return all summary measures of `rows`, the content of `summary.json`.
+class Summary(TypedDict):
+    """The content of `summary.json`. Differences are paired: they compare the same boards."""
 
-    Keys: `models` {model: {mode: measures}}, `diagnostics` {model: ...} (State F1, state exact,
-    plan on the true state = text mode, end to end = picture mode, plan given own state),
-    `modality_gap` {model: text - picture}, the same by task, `differences` {"a - b": ...} in
-    picture mode, `gap_closed` (of the distilled model), `gap_closed_by` {model: ...}. Differences
-    are paired: they compare the same boards. Raises ValueError on rows that are empty or contradict
-    each other.
+    n: int  # rows
+    models: dict[str, dict[str, Part]]  # by model and mode
+    diagnostics: dict[str, dict[str, Measure | None]]  # by model; see `_diagnostics`
+    modality_gap: dict[str, Measure | None]  # by model: text - picture
+    modality_gap_by_task: dict[str, dict[str, Measure | None]]
+    differences: dict[str, Measure | None]  # {"a - b": ...}, with pictures
+    gap_closed: Measure | None  # of the distilled model
+    gap_closed_by: dict[str, Measure | None]  # by model
+
+
+def summarize(rows: Sequence[Row], *, source: str = "rows") -> Summary:
+    """All measures of the rows of an evaluation.
+
+    Raises ValueError, naming `source`, if there are no rows or they contradict each other.
     """
     check_rows(rows, source=source)
-    groups: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        groups.setdefault(row["model"], {}).setdefault(row["mode"], []).append(row)
-    models = {
-        name: {
-            mode: (_perception if mode == "perception" else _planning)(groups[name][mode])
-            for mode in MODES
-            if mode in groups[name]
-        }
-        for name in sort_models(groups)
-    }
-    closed = {name: gap_closed(groups, name) for name in models if name != "base"}
+    planned: dict[str, dict[str, list[PlanRow]]] = {}  # by model and mode
+    models: dict[str, dict[str, Part]] = {}
+    asked = group(rows, lambda row: row["model"])
+    for name in sort_models(asked):
+        found = {mode: plans(asked[name], mode) for mode in MODES}
+        planned[name] = {mode: some for mode, some in found.items() if some}
+        models[name] = {mode: _planning(some) for mode, some in planned[name].items()}
+        answers = [row for row in asked[name] if is_perception(row)]
+        if answers:
+            models[name]["perception"] = _perception(answers)
+    names = list(models)
+    pictures, texts = ({n: planned[n].get(mode) for n in names} for mode in ("picture", "text"))
+    closed = {n: gap_closed(planned.get("base", {}), planned[n]) for n in names if n != "base"}
     return {
         "n": len(rows),
         "models": models,
         "diagnostics": {name: _diagnostics(modes) for name, modes in models.items()},
-        "modality_gap": {
-            name: difference(groups[name].get("text"), groups[name].get("picture"))
-            for name in models
-        },
-        "modality_gap_by_task": {
-            name: gap_by_task(groups[name].get("text"), groups[name].get("picture"))
-            for name in models
-        },
+        "modality_gap": {name: difference(texts[name], pictures[name]) for name in names},
+        "modality_gap_by_task": {name: gap_by_task(texts[name], pictures[name]) for name in names},
         "differences": {
-            f"{later} - {earlier}": difference(
-                groups[later].get("picture"), groups[earlier].get("picture")
-            )
-            for i, later in enumerate(models)
-            for earlier in list(models)[:i]
+            f"{later} - {earlier}": difference(pictures[later], pictures[earlier])
+            for i, later in enumerate(names)
+            for earlier in names[:i]
         },
         "gap_closed": closed.get("distilled"),
         "gap_closed_by": closed,
@@ -110,12 +107,13 @@ def summarize(rows: Sequence[Row], *, source: str = "rows") -> dict[str, Any]:
 
 
 def sort_models(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names as base, grounded, distilled, then the others by name."""
-    return tuple(sorted(names, key=lambda name: (name not in MODELS, _rank(name), name)))
+    """The names of MODELS in their order, then the others by name."""
+    ranks = {name: rank for rank, name in enumerate(MODELS)}
+    return tuple(sorted(names, key=lambda name: (ranks.get(name, len(MODELS)), name)))
 
 
-def error_of(row: Row) -> str:
-    """Return the one of ERRORS that a planning row counts under.
+def error_of(row: PlanRow) -> str:
+    """The one of ERRORS that a row counts under.
 
     A row whose state was not measured (None) is judged by its plan alone.
     """
@@ -134,30 +132,25 @@ def error_of(row: Row) -> str:
 
 
 def check_rows(rows: Sequence[Row], *, source: str) -> None:
-    """Raise ValueError naming `source`, the row, got and want, unless `rows` are of one evaluation.
+    """Raises ValueError, naming `source` and the row, unless `rows` are those of one evaluation.
 
     Wanted: at least one row, every key of its mode, a known task and mode, one row for each model,
-    mode, board and try (`attempt`, 0 where there is none), and one text for each board.
+    mode, board and attempt, and one text for each board.
     """
     if not rows:
         raise ValueError(f"{source}: got no rows, want one for each answered prompt")
-    seen: set[tuple[str, str, Board, int]] = set()
-    texts: dict[Board, str] = {}
+    seen: set[Key] = set()
+    texts: dict[BoardKey, str] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
-        _want_keys(row, _ROW_KEYS, where)
+        fields.check_record(row, Row, where)
         where += f" ({row['id']})"
         if row["mode"] not in MODES:
             raise ValueError(f"{where}: got mode {row['mode']!r}, want one of {MODES}")
         if row["task"] not in ENVS:
             raise ValueError(f"{where}: got task {row['task']!r}, want one of {tuple(ENVS)}")
-        if row["mode"] == "perception":
-            _want_keys(row, ("perception",), where)
-        else:
-            _want_kinds(row, _PLAN_KINDS, where)
-            _want_kinds(row["outcome"], _OUTCOME_KINDS, f"{where}, outcome")
-        board = board_of(row)
-        key = (row["model"], row["mode"], board, row.get("attempt", 0))
+        fields.check_record(row, PerceptionRow if is_perception(row) else PlanRow, where)
+        key, board = key_of(row), board_of(row)
         if key in seen:
             raise ValueError(
                 f"{where}: got {board} of {row['model']} {row['mode']} twice, want it once"
@@ -167,30 +160,10 @@ def check_rows(rows: Sequence[Row], *, source: str) -> None:
             raise ValueError(f"{where}: got two boards named {board}, want one text for each name")
 
 
-def _rank(name: str) -> int:
-    return MODELS.index(name) if name in MODELS else len(MODELS)
-
-
-def _want_kinds(
-    record: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], where: str
-) -> None:
-    _want_keys(record, kinds, where)
-    for key, kind in kinds.items():
-        if type(record[key]) not in kind:
-            names = " or ".join("null" if one is NoneType else one.__name__ for one in kind)
-            raise ValueError(f"{where}, {key}: got {shown(record[key])}, want {names}")
-
-
-def _want_keys(record: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
-    missing = [key for key in keys if key not in record]
-    if missing:
-        raise ValueError(f"{where}: got keys {sorted(record)}, want {missing} as well")
-
-
 # Measures of one model in one mode.
 
-_RATES: dict[str, Getter] = {
-    "success": lambda row: row["outcome"]["success"],
+_RATES: dict[str, Getter[PlanRow]] = {
+    "success": succeeds,
     "optimal": lambda row: row["outcome"]["optimal"],
     "parsed": lambda row: row["outcome"]["parsed"],
     "legal": lambda row: row["outcome"]["legal"],
@@ -198,13 +171,13 @@ _RATES: dict[str, Getter] = {
     "truncated": lambda row: row["truncated"],
     "state_f1": lambda row: row["state_f1"],
     "state_exact": lambda row: row["state_exact"],
-    # Rows of an older version do not say.
+    # Older rows do not say.
     "contradicted": lambda row: bool(row["contradicted"]) if "contradicted" in row else None,
     "plan_given_own_state": lambda row: row.get("plan_given_own_state"),
 }
 
 
-def _planning(rows: Sequence[Row]) -> dict[str, Any]:
+def _planning(rows: Sequence[PlanRow]) -> Part:
     measures = {name: balanced(rows, get) for name, get in _RATES.items()}
     macro = measures.pop("success")
     tasks = {
@@ -213,7 +186,7 @@ def _planning(rows: Sequence[Row]) -> dict[str, Any]:
         | {"levels": {str(level): _planning_counts(some) for level, some in by_level(part)}}
         for task, part in by_task(rows)
     }
-    task_rates = [_success_rate(part) for _, part in by_task(rows)]
+    task_rates = [success_rate(part) for _, part in by_task(rows)]
     return {
         "n": len(rows),
         "macro": macro,
@@ -226,16 +199,12 @@ def _planning(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _success_rate(rows: Sequence[Row]) -> float:
-    return statistics.fmean(row["outcome"]["success"] for row in rows)
-
-
-def _planning_counts(rows: Sequence[Row]) -> dict[str, Any]:
+def _planning_counts(rows: Sequence[PlanRow]) -> Part:
     rates = {name: rate(rows, get) for name, get in _RATES.items()}
     return {"n": len(rows), **rates, **_counts(rows)}
 
 
-def _counts(rows: Sequence[Row]) -> dict[str, Any]:
+def _counts(rows: Sequence[PlanRow]) -> Part:
     # An endpoint need not count its tokens.
     lengths = [row["response_tokens"] for row in rows if row["response_tokens"] is not None]
     errors = collections.Counter(error_of(row) for row in rows)
@@ -251,7 +220,7 @@ def _counts(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _perception(rows: Sequence[Row]) -> dict[str, Any]:
+def _perception(rows: Sequence[PerceptionRow]) -> Part:
     return {
         "n": len(rows),
         "macro": balanced(rows, _share_right),
@@ -265,7 +234,7 @@ def _perception(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _questions(rows: Sequence[Row]) -> dict[str, Any]:
+def _questions(rows: Sequence[PerceptionRow]) -> Part:
     names = dict.fromkeys(name for row in rows for name in row["perception"])
     return {
         "n": len(rows),
@@ -277,12 +246,12 @@ def _questions(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _share_right(row: Row) -> float | None:
+def _share_right(row: PerceptionRow) -> float | None:
     return _share(row["perception"])
 
 
-def _share_strict(row: Row) -> float | None:
-    """The share of answers in exactly the asked form; None for rows of an older version."""
+def _share_strict(row: PerceptionRow) -> float | None:
+    """The share of answers in exactly the asked form; None in older rows."""
     return _share(row.get("perception_strict", {}))
 
 
@@ -290,17 +259,18 @@ def _share(answers: Mapping[str, bool]) -> float | None:
     return sum(answers.values()) / len(answers) if answers else None
 
 
-def _all_right(row: Row) -> bool:
+def _all_right(row: PerceptionRow) -> bool:
     return all(row["perception"].values())
 
 
-def _diagnostics(modes: Mapping[str, Any]) -> dict[str, Measure | None]:
-    picture = modes.get("picture")
+def _diagnostics(modes: Mapping[str, Part]) -> dict[str, Measure | None]:
+    """How well the state was read, and plans on the true state and from the picture alone."""
+    picture, text = modes.get("picture", {}), modes.get("text", {})
     return {
-        "state_f1": picture and picture["state_f1"],
-        "state_exact": picture and picture["state_exact"],
-        "contradicted": picture and picture["contradicted"],
-        "plan_on_gt": modes["text"]["macro"] if "text" in modes else None,
-        "e2e": picture and picture["macro"],
-        "plan_given_own_state": picture and picture["plan_given_own_state"],
+        "state_f1": picture.get("state_f1"),
+        "state_exact": picture.get("state_exact"),
+        "contradicted": picture.get("contradicted"),
+        "plan_on_gt": text.get("macro"),
+        "e2e": picture.get("macro"),
+        "plan_given_own_state": picture.get("plan_given_own_state"),
     }

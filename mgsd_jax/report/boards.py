@@ -13,7 +13,8 @@ from PIL import Image
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.envs.base import DELTAS, Cell, Plan
-from mgsd_jax.evaluation.summary import MODELS, Board, Row, board_of, sort_models
+from mgsd_jax.evaluation.rows import BoardKey, PlanRow, Row, board_of, plans
+from mgsd_jax.evaluation.summary import MODELS, sort_models
 from mgsd_jax.report.markup import tag, write
 from mgsd_jax.report.words import TASKS, model_label, reason_label
 
@@ -33,9 +34,9 @@ _ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→", "pick": "P
 class Pick:
     """A board of the gallery, why it is there, and what each model answered to its picture."""
 
-    board: Board
+    board: BoardKey
     why: str
-    rows: Mapping[str, Row]
+    rows: Mapping[str, PlanRow]
     kind: Kind = "fixed"
 
 
@@ -61,12 +62,11 @@ def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
     return tuple(picks)
 
 
-def first_answers(rows: Sequence[Row]) -> dict[Board, dict[str, Row]]:
+def first_answers(rows: Sequence[Row]) -> dict[BoardKey, dict[str, PlanRow]]:
     """Return the first answer of each model to each picture."""
-    answers: dict[Board, dict[str, Row]] = {}
-    for row in rows:
-        if row["mode"] == "picture":
-            answers.setdefault(board_of(row), {}).setdefault(row["model"], row)
+    answers: dict[BoardKey, dict[str, PlanRow]] = {}
+    for row in plans(rows, "picture"):
+        answers.setdefault(board_of(row), {}).setdefault(row["model"], row)
     return answers
 
 
@@ -77,7 +77,7 @@ def spread(found: Sequence[Any], count: int) -> list[Any]:
     return [found[int((i + 0.5) * len(found) / count)] for i in range(count)]
 
 
-def _pick(board: Board, rows: Mapping[str, Row], known: Sequence[str]) -> Pick:
+def _pick(board: BoardKey, rows: Mapping[str, PlanRow], known: Sequence[str]) -> Pick:
     first, last = model_label(known[0]), model_label(known[-1])
     before, after = (rows[name]["outcome"]["success"] for name in (known[0], known[-1]))
     if before and after:
@@ -138,7 +138,7 @@ def card(pick: Pick, number: int) -> Markup:
     return write("card", title, pick.why, panels)
 
 
-def outcome_words(row: Row) -> str:
+def outcome_words(row: PlanRow) -> str:
     """Return what came of a row's plan in one phrase, with the action at which it failed."""
     outcome = row["outcome"]
     if outcome["success"]:
@@ -147,7 +147,7 @@ def outcome_words(row: Row) -> str:
     if "error" in row:
         return "the request failed"
     words = "cut off at the token limit, " if row["truncated"] else ""
-    words += reason_label(outcome["reason"])
+    words += reason_label(outcome["reason"] or "")
     if not outcome["parsed"] or not outcome["steps"]:
         return words
     if outcome["reason"] == "not_reached":
@@ -171,7 +171,7 @@ def _arrows(plan: Plan) -> str:
     return " ".join(_ARROWS[action] for action in plan) if plan else "no plan"
 
 
-def _state_words(row: Row) -> str:
+def _state_words(row: PlanRow) -> str:
     if row["state_f1"] is None:
         return ""
     return "exactly" if row["state_exact"] else f"F1 {row['state_f1']:.2f}"

@@ -10,17 +10,9 @@ from etils import epath
 from mgsd_jax import tree
 from mgsd_jax.checks import fields
 from mgsd_jax.envs import ENVS
-from mgsd_jax.evaluation.measures import Measure, by_task, difference
-from mgsd_jax.evaluation.rows import ROWS_FILE
-from mgsd_jax.evaluation.summary import (
-    MODELS,
-    Board,
-    Row,
-    board_of,
-    error_of,
-    sort_models,
-    summarize,
-)
+from mgsd_jax.evaluation.measures import Measure, difference, gap_by_task
+from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PlanRow, Row, board_of, plans
+from mgsd_jax.evaluation.summary import MODELS, error_of, sort_models, summarize
 from mgsd_jax.report.boards import first_answers, spread
 from mgsd_jax.report.inputs import (
     STAGES,
@@ -158,7 +150,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     }
 
 
-def number_boards(runs: Sequence[Run]) -> list[dict[Board, int]]:
+def number_boards(runs: Sequence[Run]) -> list[dict[BoardKey, int]]:
     """Return for each run the indices of its boards such that equal boards have the same one.
 
     A board keeps the index that it has in the first run that has it, or gets the next free one. A
@@ -166,12 +158,12 @@ def number_boards(runs: Sequence[Run]) -> list[dict[Board, int]]:
     """
     contents: dict[str, tuple[str, int, Hashable]] = {}
     numbers: dict[tuple[tuple[str, int, Hashable], int], int] = {}
-    taken: set[Board] = set()
+    taken: set[BoardKey] = set()
     found = []
     for run in runs:
         texts = {board_of(row): row["task_text"] for row in run.evaluation.rows}
         counts: collections.Counter[tuple[str, int, Hashable]] = collections.Counter()
-        indices: dict[Board, int] = {}
+        indices: dict[BoardKey, int] = {}
         for (task, level, index), text in sorted(texts.items()):
             if text not in contents:
                 source = f"{run.folder}, {task}, level {level}, index {index}"
@@ -190,7 +182,7 @@ def number_boards(runs: Sequence[Run]) -> list[dict[Board, int]]:
 
 
 def name_models(
-    runs: Sequence[Run], numbers: Sequence[Mapping[Board, int]]
+    runs: Sequence[Run], numbers: Sequence[Mapping[BoardKey, int]]
 ) -> list[dict[str, str | None]]:
     """Return for each run the names of its models in the comparison, None for one left out.
 
@@ -209,7 +201,9 @@ def name_models(
     return named
 
 
-def _answer_alike(model: str, runs: Sequence[Run], numbers: Sequence[Mapping[Board, int]]) -> bool:
+def _answer_alike(
+    model: str, runs: Sequence[Run], numbers: Sequence[Mapping[BoardKey, int]]
+) -> bool:
     """Whether a model gave the same responses to the same questions in every run."""
     answers = [
         {
@@ -227,16 +221,17 @@ def _answer_alike(model: str, runs: Sequence[Run], numbers: Sequence[Mapping[Boa
 def _merge(runs: Sequence[Run]) -> Iterator[Row]:
     """The rows of all runs as of one evaluation."""
     numbers = number_boards(runs)
-    texts: dict[Board, str] = {}  # equal boards may be written in several ways
+    texts: dict[BoardKey, str] = {}  # equal boards may be written in several ways
     for run, indices, names in zip(runs, numbers, name_models(runs, numbers), strict=True):
         for row in sorted(run.evaluation.rows, key=lambda row: (board_of(row), row["mode"])):
-            if names[row["model"]] is None:
+            name = names[row["model"]]
+            if name is None:
                 continue
             task, level, index = board_of(row)
             index, same = indices[task, level, index], row.get("same_as", index)
             yield {
                 **row,
-                "model": names[row["model"]],
+                "model": name,
                 "id": f"{run.name}/{row['id']}",
                 "index": index,
                 "same_as": indices.get((task, level, same), index),
@@ -249,22 +244,17 @@ def pair_differences(
 ) -> list[tuple[str, str, Measure | None, dict[str, Measure | None]]]:
     """(run, other run, difference, the same by task) of every two results, from the picture."""
     rows = {
-        name: [r for r in comparison.rows if (r["model"], r["mode"]) == (name, "picture")]
+        name: [row for row in plans(comparison.rows, "picture") if row["model"] == name]
         for name in comparison.results
     }
     found = []
     for first, second in itertools.combinations(comparison.results, 2):
-        mine, theirs = dict(by_task(rows[second])), dict(by_task(rows[first]))
-        parts = {
-            task: difference(mine[task], theirs[task])
-            for task in ENVS
-            if task in mine and task in theirs
-        }
+        parts = gap_by_task(rows[second], rows[first])
         found.append((second, first, difference(rows[second], rows[first]), parts))
     return found
 
 
-def disputed(comparison: Comparison, a_task: int = 4) -> list[tuple[Board, dict[str, Row]]]:
+def disputed(comparison: Comparison, a_task: int = 4) -> list[tuple[BoardKey, dict[str, PlanRow]]]:
     """Boards that some results solve from the picture and some do not, evenly spread in a task.
 
     Of a task that has boards with a plan of every result, only these: two routes say more than one.
@@ -289,11 +279,11 @@ def frequent_failures(
 ) -> dict[tuple[str, str, str], collections.Counter[str]]:
     """The most frequent failures, (task, error, reason), each with its count by result."""
     found: dict[tuple[str, str, str], collections.Counter[str]] = {}
-    for row in comparison.rows:
-        if row["mode"] == "picture" and row["model"] in comparison.results:
+    for row in plans(comparison.rows, "picture"):
+        if row["model"] in comparison.results:
             error = error_of(row)
             if error not in ("success", "not_optimal"):
-                key = (row["task"], error, row["outcome"]["reason"])
+                key = (row["task"], error, row["outcome"]["reason"] or "")
                 found.setdefault(key, collections.Counter())[row["model"]] += 1
     ranked = sorted(found.items(), key=lambda item: (-item[1].total(), item[0]))
     return dict(ranked[:count])

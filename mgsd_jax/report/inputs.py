@@ -10,8 +10,8 @@ from typing import Any
 from etils import epath
 
 from mgsd_jax.checks import fields
-from mgsd_jax.evaluation.rows import ROWS_FILE, read_rows
-from mgsd_jax.evaluation.summary import Row, check_rows
+from mgsd_jax.evaluation.rows import ROWS_FILE, Row, read_rows
+from mgsd_jax.evaluation.summary import check_rows
 from mgsd_jax.workdir import metrics
 
 SUMMARY_FILE = "summary.json"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from mgsd_jax.evaluation.summary import MODELS, Measure
+from mgsd_jax.evaluation.measures import Measure
+from mgsd_jax.evaluation.summary import MODELS
 from mgsd_jax.report.inputs import Part, Summary, parts
 from mgsd_jax.report.markup import tag, write
 from mgsd_jax.report.words import ERRORS, MODES, TASKS, interval, model_label, percent

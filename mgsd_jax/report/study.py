@@ -7,20 +7,19 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
-from mgsd_jax.evaluation.rows import ROWS_FILE, read_rows
+from mgsd_jax.evaluation.rows import ROWS_FILE, PerceptionRow, PlanRow, Row, read_rows
 from mgsd_jax.evaluation.stats import Strata
-from mgsd_jax.evaluation.summary import Row
 from mgsd_jax.report.curves import Frame
 from mgsd_jax.report.markup import tag
 from mgsd_jax.report.tables import Cell, grid, make_table
 from mgsd_jax.report.words import DASH, percent
 from mgsd_jax.workdir.metrics import METRICS_FILE, read_metrics
 
-Getter = Callable[[Row], float | None]
+Getter = Callable[[Any], float | None]
 _STAGES = ("distillation", "grounding")
 _PAIRS = (
     ("method", "base"),
@@ -97,11 +96,11 @@ def _curve(folder: pathlib.Path) -> tuple[Mapping[str, float], ...]:
 # Measures.
 
 
-def success(row: Row) -> float:
+def success(row: PlanRow) -> float:
     return float(row["outcome"]["success"])
 
 
-def answered_right(row: Row) -> float:
+def answered_right(row: PerceptionRow) -> float:
     """Return the share of a board's questions that were answered right."""
     return sum(row["perception"].values()) / len(row["perception"])
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from mgsd_jax.evaluation.summary import Measure
+from mgsd_jax.evaluation.measures import Measure
 from mgsd_jax.report.inputs import Part, Summary, parts
 from mgsd_jax.report.markup import write
 from mgsd_jax.report.words import (

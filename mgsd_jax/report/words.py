@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Sequence
 
 from mgsd_jax.envs.base import Reason
-from mgsd_jax.evaluation.summary import MODELS, Measure
+from mgsd_jax.evaluation.measures import Measure
+from mgsd_jax.evaluation.summary import MODELS
 from mgsd_jax.report.inputs import Summary
 
 DASH = "–"
@@ -77,6 +78,7 @@ def signed(measure: Measure) -> str:
 
 def p_value(measure: Measure) -> str:
     """Return the p-value of a difference as 'p 0.032' or 'p < 0.001'."""
+    assert "p_value" in measure
     value = measure["p_value"]
     return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 

@@ -1,4 +1,4 @@
-"""A model answers boards: prompts of every mode, jitted sampling, scored rows.
+"""A model answers boards: prompts of every mode, jitted sampling.
 
 Axes: B batch, R response tokens.
 """
@@ -21,23 +21,23 @@ from mgsd_jax.data.encoder import Encoder, draw_picture
 from mgsd_jax.data.processor import Encoded, encode
 from mgsd_jax.data.prompts import Message, Prompts
 from mgsd_jax.data.segments import decode_rows
-from mgsd_jax.evaluation.scoring import Row, score_row
+from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import axes, sharding
 from mgsd_jax.sampling.sampler import Sampling, make_rollout
 
-Answerer = Callable[..., list[Row]]
+Answerer = Callable[..., list[Answer]]
 
 
 def make_answerer(
     model: Qwen3VL, encoder: Encoder, settings: EvaluateConfig, seed: int = 0
 ) -> Answerer:
-    """A function (variables, boards, mode) -> rows without a model name, in the boards' order.
+    """A function (variables, boards, mode) -> answers in the boards' order.
 
     It may also be told which rows of a longer list these are (`row_ids`), what to show in place of
     the boards (`shown`) and the number of the try (`attempt`): a sampled response depends on the
     seed, its row and its try alone. On a mesh the variables lie as for rollouts
-    (`sharding.make_layout`), every process asks about all boards, and gets all rows.
+    (`sharding.make_layout`), every process asks about all boards, and gets all answers.
     """
     processor = encoder.processor
     generate = make_rollout(
@@ -60,11 +60,11 @@ def make_answerer(
         row_ids: Sequence[int] | None = None,
         shown: Sequence[Board] | None = None,
         attempt: int = 0,
-    ) -> list[Row]:
+    ) -> list[Answer]:
         shown = shown_boards(boards, mode) if shown is None else shown
         row_ids = range(len(boards)) if row_ids is None else row_ids
         rng = jax.random.fold_in(first_rng, attempt) if attempt else first_rng
-        rows: list[Row] = []
+        answers: list[Answer] = []
         for start in range(0, len(boards), settings.batch_size):
             chosen = slice(start, start + settings.batch_size)
             padded, _ = batching.pad_rows(shown[chosen], size)
@@ -75,12 +75,11 @@ def make_answerer(
             asked = sharding.to_global((inputs, ids), mesh, is_whole=True)
             sampled = sharding.to_every(generate(variables, asked[0], rng, asked[1]), mesh)
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
-            for i, board in enumerate(boards[chosen]):
-                row = score_row(board, mode, texts[i])
-                row["truncated"] = bool(sampled.truncated[i])
-                row["response_tokens"] = int(sampled.mask[i].sum())
-                rows.append(row)
-        return rows
+            answers += [
+                Answer(texts[i], bool(sampled.truncated[i]), int(sampled.mask[i].sum()))
+                for i in range(len(boards[chosen]))
+            ]
+        return answers
 
     return answer
 

@@ -1,9 +1,9 @@
 """Answers from an OpenAI-compatible API: vLLM, SGLang, or a hosted model.
 
-Needs the `openai` package (`pip install mgsd_jax[endpoint]`). A request that fails is tried again
-by the client, with growing waits; one that keeps failing, is aborted, takes longer than
-`endpoint_seconds` or comes back as no chat completion is an answer with `error`, which counts as a
-failure and is asked again when the evaluation is run again. What no other try can mend (a wrong
+Needs the `openai` package (`pip install mgsd_jax[endpoint]`). The client repeats a request that
+fails, with growing waits. A request that keeps failing, is aborted, takes longer than
+`endpoint_seconds` or returns no chat completion gives an answer with `error`, which counts as a
+failure and is asked again when the evaluation is run again. What no repetition can mend (a wrong
 key, an unknown model, a parameter that the server does not take) ends the evaluation with one line.
 
 The key is read from the environment and leaves this module in requests alone: every text of a
@@ -12,15 +12,14 @@ server passes `_clean` before it is used or shown.
 
 import asyncio
 import base64
-import dataclasses
 import io
 import json
 import logging
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,13 +27,17 @@ from PIL import Image
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import EvaluateConfig
 from mgsd_jax.data.prompts import Message
+from mgsd_jax.evaluation.scoring import Answer
 
-try:
-    import openai as _openai
-except ImportError:  # an extra: only evaluations of an endpoint need it
-    _openai = None
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletion
+else:
+    try:
+        import openai
+    except ImportError:  # an extra: only evaluations of an endpoint need it
+        openai = None
 
-openai: Any = _openai
 # What servers say of an answer that is whole, and of one that was cut off.
 _WHOLE = ("stop", "eos_token", "stop_sequence", "end_turn")
 _WHOLE += ("content_filter", "tool_calls", "function_call")
@@ -45,19 +48,59 @@ _NOT_TAKEN = re.compile(
     re.I,
 )
 _HIDDEN = 6  # characters; shorter keys are words such as EMPTY or none, which answers may hold
+_PATIENCE = 16  # failed requests in a row after which an endpoint is taken to be down
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A response, or why there is none; `tokens` is None where the server does not count them."""
+class Question(NamedTuple):
+    """What a request asks."""
 
-    text: str
-    truncated: bool
-    tokens: int | None
-    error: str | None
+    messages: Sequence[Message]
+    seed: int
 
 
-def connect(settings: EvaluateConfig) -> Any:
+def answers(
+    settings: EvaluateConfig, model: str, places: Sequence[int], question: Callable[[int], Question]
+) -> Iterator[tuple[int, Answer]]:
+    """Asks a question for each place, `endpoint_workers` at a time; yields answers as they come.
+
+    A question is made when its turn comes, so that few pictures are in memory at once. Raises
+    ValueError once _PATIENCE requests in a row have failed.
+    """
+    client = connect(settings)
+    slots = asyncio.Semaphore(settings.endpoint_workers)
+    done: asyncio.Queue[asyncio.Task[tuple[int, Answer]]] = asyncio.Queue()
+
+    async def answer(place: int) -> tuple[int, Answer]:
+        async with slots:
+            return place, await ask(client, settings, model, *question(place))
+
+    async def close() -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await client.close()
+
+    failed = 0
+    with asyncio.Runner() as runner:
+        tasks = [runner.get_loop().create_task(answer(place)) for place in places]
+        for task in tasks:
+            task.add_done_callback(done.put_nowait)
+        try:
+            for _ in tasks:
+                place, got = runner.run(done.get()).result()
+                yield place, got
+                failed = 0 if got.error is None else failed + 1
+                if failed >= _PATIENCE:
+                    raise ValueError(
+                        f"{settings.endpoint}: got {failed} failed requests in a row (the last: "
+                        f"{got.error}), want answers; once that is mended, run again to go on "
+                        "from here"
+                    )
+        finally:
+            for task in tasks:
+                task.cancel()
+            runner.run(close())
+
+
+def connect(settings: EvaluateConfig) -> "openai.AsyncOpenAI":
     """A client of `evaluate.endpoint`, for use in one event loop.
 
     Raises ValueError without the package or the key, and for settings that hold the key.
@@ -166,14 +209,19 @@ def served_models(settings: EvaluateConfig) -> tuple[str, ...]:
 
 
 async def ask(
-    client: Any, settings: EvaluateConfig, model: str, messages: Sequence[Message], seed: int
+    client: "openai.AsyncOpenAI",
+    settings: EvaluateConfig,
+    model: str,
+    messages: Sequence[Message],
+    seed: int,
 ) -> Answer:
     """One answer to one prompt. Raises ValueError for what another try would not mend."""
     sent = _parameters(settings, seed)
+    chat: Any = [to_chat(message) for message in messages]
     try:
         async with asyncio.timeout(settings.endpoint_seconds):
             completion = await client.chat.completions.create(
-                model=model, messages=[to_chat(message) for message in messages], extra_body=sent
+                model=model, messages=chat, extra_body=sent
             )
     except (
         openai.AuthenticationError,
@@ -193,7 +241,7 @@ async def ask(
     return _read(completion, settings)
 
 
-def _parameters(settings: EvaluateConfig, seed: int) -> dict[str, Any]:
+def _parameters(settings: EvaluateConfig, seed: int) -> dict[str, float]:
     """What a request says of sampling: those of `evaluate.endpoint_parameters`; top_k where on."""
     sampling = settings.sampling
     values = {
@@ -208,7 +256,7 @@ def _parameters(settings: EvaluateConfig, seed: int) -> dict[str, Any]:
     return {name: values[name] for name in names}
 
 
-def _refuse_parameters(error: Any, settings: EvaluateConfig, sent: dict[str, Any]) -> None:
+def _refuse_parameters(error: Exception, settings: EvaluateConfig, sent: Collection[str]) -> None:
     """Raises ValueError where the server says that it does not take a parameter that was sent."""
     said = _said(error, settings)
     named = [name for name in sent if re.search(rf"(?<!\w){name}(?!\w)", said)]
@@ -223,39 +271,36 @@ def _refuse_parameters(error: Any, settings: EvaluateConfig, sent: dict[str, Any
     )
 
 
-def _read(completion: Any, settings: EvaluateConfig) -> Answer:
-    """The answer in what the server sent, every field that we use looked at first.
+def _read(completion: "ChatCompletion", settings: EvaluateConfig) -> Answer:
+    """The answer in what the server sent.
 
-    The client does not check what it was sent: a web page comes back as text, a wrong field as it
+    The client does not check what it received: a web page is a str here, a wrong field stays as it
     is.
     """
     tokens = getattr(getattr(completion, "usage", None), "completion_tokens", None)
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-        tokens = None
-
-    def failed(got: Any) -> Answer:
-        shown = " ".join(_clean(str(got), settings).split())[:300]
-        want = "a chat completion: choices[0] with message.content and finish_reason"
-        return Answer("", False, tokens, f"got {shown!r}, want {want}")
-
-    choices = getattr(completion, "choices", None)
-    if not isinstance(choices, list) or not choices:
-        return failed(getattr(completion, "error", None) or completion)
-    finish = getattr(choices[0], "finish_reason", None)
-    message = getattr(choices[0], "message", None)
-    content = getattr(message, "content", None)
-    text = text_of(content)
-    if message is None or text is None:
-        return failed(f"content {content}")
-    if finish not in (*_WHOLE, *_CUT_OFF):
-        return failed(f"finish_reason {finish}")
-    truncated = finish in _CUT_OFF
+    tokens = tokens if type(tokens) is int and tokens >= 0 else None
+    try:
+        choice = completion.choices[0]
+        content, finish = choice.message.content, choice.finish_reason
+    except (AttributeError, LookupError, TypeError):
+        return _no_answer(getattr(completion, "error", None) or completion, tokens, settings)
+    text, truncated = text_of(content), finish in _CUT_OFF
+    if text is None:
+        return _no_answer(f"content {content}", tokens, settings)
+    if not truncated and finish not in _WHOLE:
+        return _no_answer(f"finish_reason {finish}", tokens, settings)
     if not text and not truncated:
-        return failed(f"no text, finish_reason {finish}")
-    return Answer(_clean(text, settings), truncated, tokens, None)
+        return _no_answer(f"no text, finish_reason {finish}", tokens, settings)
+    return Answer(_clean(text, settings), truncated, tokens)
 
 
-def text_of(content: Any) -> str | None:
+def _no_answer(got: object, tokens: int | None, settings: EvaluateConfig) -> Answer:
+    shown = " ".join(_clean(str(got), settings).split())[:300]
+    want = "a chat completion: choices[0] with message.content and finish_reason"
+    return Answer("", False, tokens, f"got {shown!r}, want {want}")
+
+
+def text_of(content: object) -> str | None:
     """The text of a message's content: text, a list of parts of text, or null ('').
 
     None for anything else: a part that is no text, a number.
@@ -273,7 +318,7 @@ def text_of(content: Any) -> str | None:
     return found
 
 
-def to_chat(message: Message) -> dict[str, Any]:
+def to_chat(message: Message) -> dict[str, object]:
     """A message in the form of the API, pictures as PNG data URLs."""
     content = message["content"]
     if isinstance(content, str):

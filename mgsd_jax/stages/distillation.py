@@ -316,6 +316,6 @@ def _train(
             )
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
-                    rows = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
-                    measured |= monitor.validation_metrics(rows)
+                    given = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
+                    measured |= monitor.validation_metrics(held_out, given)
             session.finish_step(step + 1, state, measured)

@@ -4,19 +4,16 @@ Axes: B batch, R response tokens.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import facts
-from mgsd_jax.evaluation import rules
+from mgsd_jax.evaluation import rules, scoring
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training.divergences import TokenStats
-
-Row = Mapping[str, Any]
 
 
 def rollout_metrics(
@@ -70,16 +67,19 @@ def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
     return measured
 
 
-def validation_metrics(rows: Sequence[Row]) -> dict[str, Mean]:
+def validation_metrics(
+    boards: Sequence[Board], answers: Sequence[scoring.Answer]
+) -> dict[str, Mean]:
     """Success and exact states over the validation boards, each task and level weighing alike."""
-    cells: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        cells[row["task"], row["level"]].append(row)
-    success = [np.mean([row["outcome"]["success"] for row in cell]) for cell in cells.values()]
-    exact = [np.mean([row["state_exact"] for row in cell]) for cell in cells.values()]
+    cells: dict[tuple[str, int], list[tuple[bool, bool]]] = collections.defaultdict(list)
+    for board, answer in zip(boards, answers, strict=True):
+        score = scoring.score_plan(board, answer.text)
+        result = (score["outcome"]["success"], bool(score["state_exact"]))
+        cells[board.task, board.level].append(result)
+    success, exact = np.mean([np.mean(cell, axis=0) for cell in cells.values()], axis=0)
     return {
-        "val/success": Mean(float(np.mean(success)), 1.0),
-        "val/state_exact": Mean(float(np.mean(exact)), 1.0),
+        "val/success": Mean(float(success), 1.0),
+        "val/state_exact": Mean(float(exact), 1.0),
     }
 
 

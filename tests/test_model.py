@@ -24,7 +24,7 @@ from mgsd_jax.model.attention import attend
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, init_params, logits
 from mgsd_jax.model.remat import Remat
-from mgsd_jax.model.rope import mrope_tables, rotate, vision_tables
+from mgsd_jax.model.rope import mrope_angles, rotate, turn, vision_angles
 
 CONFIG = tiny()
 PARAMS = random_params(CONFIG)
@@ -276,9 +276,8 @@ def test_attention_to_nothing_has_finite_gradients() -> None:
 def test_mrope_takes_each_frequency_from_its_axis() -> None:
     """Width 16: frequencies 0..7 turn with t h w t h w t t for section (4, 2, 2)."""
     positions = jnp.array([[[5]], [[11]], [[23]]])
-    cos, sin = mrope_tables(
-        positions, head_dim=16, theta=100.0, section=(4, 2, 2), dtype=jnp.dtype("float32")
-    )
+    turned = mrope_angles(positions, head_dim=16, theta=100.0, section=(4, 2, 2))
+    cos, sin = turn(turned, jnp.dtype("float32"))
     axis = np.array([5, 11, 23, 5, 11, 23, 5, 5])
     angles = np.tile(axis * 100.0 ** (-np.arange(8) / 8), 2)
     np.testing.assert_allclose(cos[0, 0, 0], np.cos(angles), atol=1e-5)
@@ -286,7 +285,8 @@ def test_mrope_takes_each_frequency_from_its_axis() -> None:
 
 
 def test_vision_rope_turns_the_first_quarter_by_row_and_the_second_by_column() -> None:
-    cos, _ = vision_tables(jnp.array([[[3, 9]]]), head_dim=8, theta=10_000.0)
+    turned = vision_angles(jnp.array([[[3, 9]]]), head_dim=8, theta=10_000.0)
+    cos, _ = turn(turned, jnp.dtype("float32"))
     angles = np.tile([3, 3 * 0.01, 9, 9 * 0.01], 2)
     np.testing.assert_allclose(cos[0, 0, 0], np.cos(angles), atol=1e-6)
 
@@ -296,17 +296,12 @@ def test_rotation_makes_scores_depend_on_distance_only() -> None:
     q, k = rng.standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
 
     def score(at: int, other: int) -> float:
-        tables = [
-            mrope_tables(
-                jnp.full((3, 1, 1), p),
-                head_dim=16,
-                theta=1e4,
-                section=(4, 2, 2),
-                dtype=jnp.dtype("float32"),
-            )
-            for p in (at, other)
-        ]
-        return float((rotate(q, tables[0]) * rotate(k, tables[1])).sum())
+        def rotated(x: np.ndarray, position: int) -> jax.Array:
+            places = jnp.full((3, 1, 1), position)
+            angles = mrope_angles(places, head_dim=16, theta=1e4, section=(4, 2, 2))
+            return rotate(jnp.asarray(x), turn(angles, jnp.dtype("float32")))
+
+        return float((rotated(q, at) * rotated(k, other)).sum())
 
     assert score(3, 8) == pytest.approx(score(40, 45), abs=1e-4)
     assert score(3, 8) != pytest.approx(score(3, 9), abs=1e-2)

@@ -15,20 +15,16 @@ from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mgsd_jax.model import cpu
 from mgsd_jax.parallel import axes
 
 # Queries and keys that one step of the splash kernel works on. Its vectors are 128 lanes wide.
 _BLOCKS = (512, 256, 128)
-# Of the XLA form under a causal mask: queries of a block, and blocks, each of which is compiled.
-_LEAST_BLOCK, _MOST_BLOCKS = 64, 4
-# Finite, so that a row without keys does not become NaN, and so large that it drowns any score.
-_MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Kernel:
 
     @property
     def is_plain(self) -> bool:
-        """XLA's form on one device: where what helps a CPU may be done."""
+        """Whether XLA's own operations compute attention, on one device: the switch of `cpu.py`."""
         return self.name == "xla" and self.mesh is None
 
 
@@ -67,10 +63,10 @@ def attend(
 ) -> jax.Array:
     """Softmax attention [B, T, N, H] of grouped queries, scaled by 1 / sqrt(H).
 
-    Softmax in float32. Queries at padding get something finite, with finite gradients, for no one
-    to read; what it is depends on the kernel. Decoding (T != S) takes XLA's form on every device:
-    it reads the cache once whatever computes it. So does cuDNN where its conditions (16-bit
-    floats, H a multiple of 8 up to 128, even T) do not hold.
+    Softmax in float32. Outputs at padded query positions and their gradients are finite but
+    meaningless (and kernel-dependent); do not use them. Decoding (T != S) uses `cpu.attend` on
+    every device, as it reads the cache once whatever computes it. So do GPUs where the conditions
+    of cuDNN (16-bit floats, H a multiple of 8 up to 128, even T) do not hold.
     """
     name = kernel.name if q.shape[1] == k.shape[1] else "xla"
     if name == "splash":
@@ -78,7 +74,7 @@ def attend(
         return _shard(kernel, run, q, k, v, valid)
     if name == "cudnn" and _fits_cudnn(q):
         return _shard(kernel, functools.partial(_attend_cudnn, causal=causal), q, k, v, valid)
-    return checkpoint_name(_attend_xla(q, k, v, valid, causal=causal), "attention")
+    return checkpoint_name(cpu.attend(q, k, v, valid, causal=causal), "attention")
 
 
 def _dense_mask(valid: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
@@ -169,82 +165,3 @@ def _attend_cudnn(
     mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
     return checkpoint_name(out, "attention")
-
-
-def _attend_xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, *, causal: bool
-) -> jax.Array:
-    """Plain matmuls and a softmax. Under a causal mask queries go a block at a time, and a block
-    looks at no key after its last query: five eighths of the work where there are four blocks.
-    """
-    batch, length, heads, width = q.shape
-    groups, before = k.shape[2], k.shape[1] - q.shape[1]
-    grouped = (q * width**-0.5).reshape(batch, length, groups, heads // groups, width)
-    grouped = grouped.transpose(0, 2, 3, 1, 4)  # all queries of a key head side by side
-    hidden = jnp.where(valid, 0.0, _MASKED)[:, None, None]
-
-    def block(first: int, last: int, seen: int, mask: jax.Array) -> jax.Array:
-        queries = grouped[:, :, :, first:last]
-        merged = queries.reshape(batch, groups, -1, width)
-        return _softmax_values(merged, k[:, :seen], v[:, :seen], mask).reshape(queries.shape)
-
-    if not causal:
-        out = block(0, length, k.shape[1], hidden)
-    else:
-        size = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
-        blocks = []
-        for first in range(0, length, size):
-            last = min(first + size, length)
-            seen = last + before
-            later = np.triu(np.full((last - first, seen), _MASKED, np.float32), first + before + 1)
-            blocks.append(block(first, last, seen, hidden[..., :seen] + later))
-        out = jnp.concatenate(blocks, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-@jax.custom_vjp
-def _softmax_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, K, G * T, H] of queries of that shape, with k and v [B, S, K, H] and a mask to add.
-
-    The mask is [B, 1, T or 1, S]. Written for XLA's CPU compiler, which makes one fusion of it: a
-    mask that is added, not selected by (twice the time), and the division by the softmax's sum left
-    to the end, where it is H numbers a query instead of S. So is the backward pass: left to itself
-    it divides and sums over S, and transposes both [G * T, S] arrays in memory.
-    """
-    return _softmax_values_forward(q, k, v, mask)[0]
-
-
-def _softmax_values_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scores = jnp.einsum("BKXH,BSKH->BKXS", q, k, preferred_element_type=jnp.float32)
-    shape = scores.shape
-    if mask.shape[2] == 1:
-        scores += mask
-    else:
-        scores = scores.reshape(*shape[:2], -1, *mask.shape[2:]) + mask[:, :, None]
-        scores = scores.reshape(shape)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype)
-    out = jnp.einsum("BKXS,BSKH->BKXH", weights, v, preferred_element_type=jnp.float32)
-    out = (out / total).astype(v.dtype)
-    return out, (q, k, v, weights, total, out)
-
-
-def _softmax_values_backward(
-    residuals: tuple[jax.Array, ...], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, weights, total, out = residuals
-    d_out = d_out.astype(jnp.float32) / total
-    mean = jnp.sum(d_out * out, axis=-1, keepdims=True)  # of the slopes, under the softmax
-    d_out = d_out.astype(v.dtype)
-    slopes = jnp.einsum("BKXH,BSKH->BKXS", d_out, v, preferred_element_type=jnp.float32)
-    d_scores = (weights * (slopes - mean)).astype(q.dtype)
-    d_q = jnp.einsum("BKXS,BSKH->BKXH", d_scores, k)
-    d_k = jnp.einsum("BKXS,BKXH->BSKH", d_scores, q)
-    d_v = jnp.einsum("BKXS,BKXH->BSKH", weights, d_out)
-    return d_q, d_k, d_v, None
-
-
-_softmax_values.defvjp(_softmax_values_forward, _softmax_values_backward)

@@ -5,7 +5,8 @@ Q merged visual tokens a picture.
 """
 
 import dataclasses
-from typing import Any, cast
+import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,17 @@ from flax.typing import Dtype
 from jax.sharding import Mesh
 
 from mgsd_jax.data.batch import Inputs, Pictures
+from mgsd_jax.model import cpu
 from mgsd_jax.model.attention import Kernel
+from mgsd_jax.model.cache import KVCache
 from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.model.cpu import Cache, Layers
 from mgsd_jax.model.layers import Embedding
 from mgsd_jax.model.remat import Remat
-from mgsd_jax.model.text import Cache, Decoder, KVCache, Layers
+from mgsd_jax.model.text import STACKS, Decoder
 from mgsd_jax.model.vision import VisionTower
 from mgsd_jax.parallel.axes import BATCH, constrain
-
-Params = dict[str, Any]
+from mgsd_jax.tree import Tree as Params
 
 
 class Qwen3VL(nn.Module):
@@ -59,7 +62,9 @@ class Qwen3VL(nn.Module):
         `prefill` and `decode` as `sharding.ROLLOUT_RULES` do.
         """
         x, deep = self._embed(inputs)
-        return self.language(x, inputs.positions, inputs.valid, deep, None, first=first)[0]
+        is_unrolled = self._is_unrolled(self.config.text.num_hidden_layers)
+        decoder = self.language.one_by_one if is_unrolled else self.language
+        return decoder(x, inputs.positions, inputs.valid, deep, None, first=first)[0]
 
     def prefill(self, inputs: Inputs, cache_length: int) -> tuple[jax.Array, KVCache]:
         """The last hidden state [B, D] of left-padded prompts, and a cache of `cache_length` slots.
@@ -97,22 +102,33 @@ class Qwen3VL(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B].
 
-        A loop may take `cache` and `layers` from `text.split_layers`.
+        A loop may take `cache` and `layers` from `split_cache`.
         """
         cache = dataclasses.replace(cache, valid=cache.valid.at[:, cache.length].set(True))
         x = self.language.embed(tokens[:, None], is_rollout=True)
         positions = jnp.broadcast_to(positions[None, :, None], (3, *x.shape[:2]))
-        x, after = self.language(
-            x, positions, cache.valid, None, cache, decoding=True, layers=layers
-        )
+        decoder = self.language
+        if layers is not None:
+            decoder = functools.partial(decoder.one_by_one, layers=layers)
+        x, after = decoder(x, positions, cache.valid, None, cache, decoding=True)
         assert after is not None
         return x[:, 0], dataclasses.replace(after, length=after.length + 1)
+
+    def see(self, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
+        """Visual features [B, M * Q, D] and deepstack features [n_ds, B, M * Q, D]."""
+        is_unrolled = self._is_unrolled(self.config.vision.depth)
+        return (self.visual.one_by_one if is_unrolled else self.visual)(pictures)
 
     def touch(self, inputs: Inputs) -> None:
         """Visits every parameter once, for initialisation."""
         self.hidden(inputs)
         if not self.config.tie_word_embeddings:
             self.lm_head(inputs.tokens)
+
+    def _is_unrolled(self, layers: int) -> bool:
+        """Whether layers run one by one, on a CPU; the variables of a scan are made in a scan."""
+        is_plain = self.kernel.is_plain and not self.is_initializing()
+        return cpu.is_unrolled(is_plain, self.remat, layers)
 
     def _place_cache(self, values: jax.Array) -> jax.Array:
         """[L, B, S, K, H] with its rows over 'data' and 'fsdp', its heads over 'tensor'."""
@@ -128,7 +144,7 @@ class Qwen3VL(nn.Module):
         x = self.language.embed(inputs.tokens, is_rollout=is_rollout)
         if inputs.pictures is None:
             return x, None
-        merged, deep = self.visual(inputs.pictures)
+        merged, deep = self.see(inputs.pictures)
         slots = inputs.pictures.slots
         visual = (slots >= 0)[..., None]
         index = jnp.maximum(slots, 0)[..., None]
@@ -138,7 +154,13 @@ class Qwen3VL(nn.Module):
         return x, jnp.where(visual, jnp.take_along_axis(deep, index[None], axis=2), 0)
 
 
-def apply_hidden(model: Qwen3VL, variables: Any, inputs: Inputs, first: int = 0) -> jax.Array:
+def split_cache(model: Qwen3VL, variables: Params, cache: KVCache) -> tuple[Layers | None, Cache]:
+    """`layers` and `cache` for a loop of `decode`s; `cpu.join_layers` makes a KVCache again."""
+    language = {kind: part.get("language", {}) for kind, part in variables.items()}
+    return cpu.split_layers(language, STACKS, cache, model.mesh)
+
+
+def apply_hidden(model: Qwen3VL, variables: Params, inputs: Inputs, first: int = 0) -> jax.Array:
     """`hidden` of a model under its variables ({'params': ..., 'adapters': ...})."""
     return cast(jax.Array, model.apply(variables, inputs, first, method="hidden"))
 

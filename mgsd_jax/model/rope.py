@@ -1,4 +1,4 @@
-"""Rotary position tables: interleaved M-RoPE for text, 2-D RoPE for the vision tower.
+"""Rotary position embedding (RoPE): interleaved M-RoPE for text, 2-D RoPE for the vision tower.
 
 Axes: B batch, T tokens, P patches, H head width. Angles are float32 throughout.
 """
@@ -7,38 +7,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tables = tuple[jax.Array, jax.Array]
+Tables = tuple[jax.Array, jax.Array]  # cos and sin
 
 
-def mrope_tables(
+def mrope_angles(
     positions: jax.Array,  # [3, B, T] int32: temporal, height, width
     *,
     head_dim: int,
     theta: float,
     section: tuple[int, int, int],
-    dtype: jnp.dtype,
-    kept: bool = False,
-) -> Tables:
-    """cos and sin [B, T, 1, H] of Qwen3-VL's interleaved M-RoPE, cast to `dtype` as in HF.
+) -> jax.Array:
+    """Angles [B, T, 1, H] of Qwen3-VL's interleaved M-RoPE.
 
     Frequency i turns with the height where i % 3 == 1 and i < 3 * section[1], with the width where
-    i % 3 == 2 and i < 3 * section[2], with time otherwise (HF Qwen3VLTextRotaryEmbedding).
-    `kept` as in `_tables`.
+    i % 3 == 2 and i < 3 * section[2], with time otherwise (HF Qwen3VLTextRotaryEmbedding). With
+    H = 16 and section (4, 2, 2) the eight frequencies turn with T H W T H W T T. A text token has
+    three equal positions, and so turns as in plain RoPE.
     """
     frequency = np.arange(head_dim // 2)
     height = (frequency % 3 == 1) & (frequency < 3 * section[1])
     width = (frequency % 3 == 2) & (frequency < 3 * section[2])
     t, h, w = (axis[..., None] for axis in positions.astype(jnp.float32))
     turns = jnp.where(height, h, jnp.where(width, w, t))
-    return _tables(turns * _inverse_frequencies(head_dim, theta), dtype, kept)
+    return _both_halves(turns * _inverse_frequencies(head_dim, theta))
 
 
-def vision_tables(coords: jax.Array, *, head_dim: int, theta: float, kept: bool = False) -> Tables:
-    """cos and sin [B, P, 1, H] float32 of 2-D RoPE for `coords` [B, P, 2] (row, column)."""
+def vision_angles(coords: jax.Array, *, head_dim: int, theta: float) -> jax.Array:
+    """Angles [B, P, 1, H] of 2-D RoPE for `coords` [B, P, 2] (row, column).
+
+    The first quarter of the head turns with the row, the second with the column; the other half
+    has the same angles.
+    """
     inverse = _inverse_frequencies(head_dim // 2, theta)
     angles = coords.astype(jnp.float32)[..., None] * inverse  # [B, P, 2, H / 4]
-    angles = angles.reshape(*coords.shape[:-1], head_dim // 2)
-    return _tables(angles, jnp.dtype(jnp.float32), kept)
+    return _both_halves(angles.reshape(*coords.shape[:-1], head_dim // 2))
+
+
+def turn(angles: jax.Array, dtype: jnp.dtype) -> Tables:
+    """cos and sin of the angles, computed in float32 and cast to `dtype`, as in HF."""
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
 def rotate(x: jax.Array, tables: Tables) -> jax.Array:
@@ -54,15 +61,6 @@ def _inverse_frequencies(width: int, theta: float) -> np.ndarray:
     return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
 
 
-def _tables(angles: jax.Array, dtype: jnp.dtype, kept: bool) -> Tables:
-    """`kept` makes the tables arrays in memory, to be read by many layers outside a scan.
-
-    Else XLA's CPU compiler computes cosines again for every head of every layer; nothing is fused
-    across the edge of a loop, which is why there is one.
-    """
-    angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
-
-    def turn(angles: jax.Array) -> Tables:
-        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-    return jax.lax.map(turn, angles) if kept else turn(angles)
+def _both_halves(angles: jax.Array) -> jax.Array:
+    """Angles [..., H / 2] for both halves of a head, the same for all heads: [..., 1, H]."""
+    return jnp.concatenate([angles, angles], axis=-1)[..., None, :]

@@ -4,106 +4,22 @@ Axes: B batch, T tokens, S cache slots, N query heads, K key/value heads, H head
 L layers, n_ds deepstack layers.
 """
 
-import dataclasses
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
+from mgsd_jax.model import cpu
 from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import TextConfig
+from mgsd_jax.model.cpu import Cache, Layers
 from mgsd_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
-from mgsd_jax.model.remat import Remat, rematerialise
-from mgsd_jax.model.rope import Tables, mrope_tables, rotate
-from mgsd_jax.model.unrolled import MOST_LAYERS, Layers, is_unrolled, unstack
-from mgsd_jax.model.vision import STACKED
+from mgsd_jax.model.remat import Remat, scan_layers
+from mgsd_jax.model.rope import Tables, mrope_angles, rotate, turn
 from mgsd_jax.parallel.axes import BATCH, constrain
 
-
-@struct.dataclass
-class KVCache:
-    """Keys and values of every layer. One slot serves all rows: prompts are left-padded."""
-
-    k: jax.Array  # [L, B, S, K, H]
-    v: jax.Array  # [L, B, S, K, H]
-    valid: jax.Array  # [B, S] bool, False at padding and at slots not yet written
-    length: jax.Array  # [] int32, the next slot to write
-
-    def write(self, layer: jax.typing.ArrayLike, k: jax.Array, v: jax.Array) -> "KVCache":
-        """With k and v [B, T, K, H] of a layer in the slots from `length` on."""
-        start = (layer, 0, self.length, 0, 0)
-        k = jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), start)
-        v = jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start)
-        return dataclasses.replace(self, k=k, v=v)
-
-    def read(self, layer: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, K, H] of a layer."""
-        return self.k[layer], self.v[layer]
-
-
-@struct.dataclass
-class SplitCache:
-    """A KVCache whose layers are arrays of their own, laid out as a decode reads them.
-
-    XLA's CPU compiler copies a layer out of a stack, weights and cache alike, before each use, and
-    transposes keys and values: three quarters of the time of a decode. Only for models of few
-    layers, see `split_layers`.
-    """
-
-    k: tuple[jax.Array, ...]  # L of [B, K, S, H]
-    v: tuple[jax.Array, ...]  # L of [B, K, S, H]
-    valid: jax.Array  # [B, S] bool
-    length: jax.Array  # [] int32
-
-    def write(self, layer: int, k: jax.Array, v: jax.Array) -> "SplitCache":
-        """As `KVCache.write`."""
-        start = (0, 0, self.length, 0)
-
-        def put(stack: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
-            new = new.swapaxes(1, 2).astype(stack[layer].dtype)
-            written = jax.lax.dynamic_update_slice(stack[layer], new, start)
-            return (*stack[:layer], written, *stack[layer + 1 :])
-
-        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
-
-    def read(self, layer: int) -> tuple[jax.Array, jax.Array]:
-        """As `KVCache.read`."""
-        return self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)
-
-
-Cache = KVCache | SplitCache
-# The stacks of the decoder's layers, in their order.
-_STACKS = ("layers_deepstack", "layers")
-
-
-def split_layers(
-    variables: dict[str, Any], cache: KVCache, mesh: Mesh | None
-) -> tuple[Layers | None, Cache]:
-    """What `Decoder` takes as `layers`, and the cache to go with it: for a loop of decodes.
-
-    On one device and with few layers these are arrays of their own, made here once; else None and
-    the cache as it is. `variables` are the decoder's: {'params': {...}, 'adapters': {...}}.
-    """
-    count = cache.k.shape[0]
-    if count > MOST_LAYERS or (mesh is not None and mesh.size > 1):
-        return None, cache
-    layers = unstack(variables, *_STACKS)
-    assert len(layers) == count
-    k, v = (tuple(x.swapaxes(2, 3)) for x in (cache.k, cache.v))
-    return layers, SplitCache(k=k, v=v, valid=cache.valid, length=cache.length)
-
-
-def join_layers(cache: Cache) -> KVCache:
-    """The cache that `split_layers` was given, as it has become."""
-    if isinstance(cache, KVCache):
-        return cache
-    k, v = (jnp.stack(x).swapaxes(2, 3) for x in (cache.k, cache.v))
-    return KVCache(k=k, v=v, valid=cache.valid, length=cache.length)
+STACKS = ("layers_deepstack", "layers")  # of the decoder's layers, in their order
 
 
 class Attention(nn.Module):
@@ -129,19 +45,20 @@ class Attention(nn.Module):
         tables: Tables,
         valid: jax.Array,
         cache: Cache | None,
-        layer: Any,
+        layer: jax.typing.ArrayLike,
+        *,
         decoding: bool,
         first: int,
     ) -> tuple[jax.Array, Cache | None]:
-        """The output [B, T - first, D] and the cache with this layer's keys and values written.
+        """The output [B, T - first, D], and the cache with keys and values of this layer written.
 
-        Queries, those of the tokens from `first` on, see the keys just computed, causally, or where
-        `decoding` the whole cache.
+        Queries are those of the tokens from `first` on. They attend to the keys of this call,
+        causally, or with `decoding` to the whole cache.
         """
         heads = (*x.shape[:2], -1, self.config.head_dim)
         asking = x[:, first:]
         q = self.q_norm(self.q_proj(asking).reshape(*asking.shape[:2], *heads[2:]))
-        q = rotate(q, cast(Tables, tuple(table[:, first:] for table in tables)))
+        q = rotate(q, (tables[0][:, first:], tables[1][:, first:]))
         k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), tables)
         v = self.v_proj(x).reshape(heads)
         q, k, v = (constrain(t, self.kernel.mesh, BATCH, None, "tensor") for t in (q, k, v))
@@ -171,12 +88,19 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.intermediate_size, self.dtype)
 
     def __call__(
-        self, x: jax.Array, cache: Cache | None, *attention: Any, first: int = 0
+        self,
+        x: jax.Array,
+        tables: Tables,
+        valid: jax.Array,
+        cache: Cache | None,
+        layer: jax.typing.ArrayLike,
+        *,
+        decoding: bool,
+        first: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
-        """[B, T - first, D], the tokens from `first` on, and the cache."""
-        tables, valid, layer, decoding = attention
+        """[B, T - first, D], the tokens from `first` on, and the cache; arguments as above."""
         out, cache = self.self_attn(
-            self.input_layernorm(x), tables, valid, cache, layer, decoding, first
+            self.input_layernorm(x), tables, valid, cache, layer, decoding=decoding, first=first
         )
         x = x[:, first:]
         x = constrain(x + out, self.kernel.mesh, BATCH)
@@ -203,7 +127,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.rms_norm_eps)
 
     def embed(self, tokens: jax.Array, *, is_rollout: bool = False) -> jax.Array:
-        """[B, T] ids to [B, T, D]; the table lies as for training, or as for rollouts."""
+        """[B, T] ids to [B, T, D]. The table is sharded as for training, or as for rollouts."""
         if self.kernel.mesh is None or is_rollout:
             return self.embed_tokens(tokens)
         return self.embed_tokens.by_width(tokens, self.kernel.mesh)
@@ -217,39 +141,12 @@ class Decoder(nn.Module):
         cache: Cache | None,
         *,
         decoding: bool = False,
-        layers: Layers | None = None,
         first: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T - first, D] after the final norm, of the tokens from `first` on, and
-        the cache with this call written.
-
-        `layers`, of `split_layers`, take the place of the stacked variables of the layers.
+        the cache with keys and values of this call written.
         """
-        config = self.config
-        is_training = layers is None and cache is None and not self.is_initializing()
-        if is_training and is_unrolled(self.kernel, self.remat, config.num_hidden_layers):
-            layers = unstack(self.variables, *_STACKS)
-        tables = mrope_tables(
-            positions,
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            section=config.mrope_section,
-            dtype=jnp.dtype(self.dtype),
-            kept=layers is not None and not decoding,
-        )
-
-        if layers is not None:
-            layer = DecoderLayer(config, self.dtype, self.kernel, parent=None)
-            for index, variables in enumerate(layers):
-                # The last layer need not answer for the tokens that no one asks for.
-                skipped = first if index == len(layers) - 1 else 0
-                out = layer.apply(
-                    variables, x, cache, tables, valid, index, decoding, first=skipped
-                )
-                x, cache = cast(tuple[jax.Array, Cache | None], out)
-                if deep is not None and index < self.num_deepstack:
-                    x = x + deep[index][:, skipped:]
-            return self.norm(x), cache
+        tables = turn(self._angles(positions), jnp.dtype(self.dtype))
 
         def body(
             layer: DecoderLayer,
@@ -258,19 +155,54 @@ class Decoder(nn.Module):
         ) -> tuple[tuple[jax.Array, Cache | None], None]:
             x, cache = carry
             index, features = xs
-            x, cache = layer(x, cache, tables, valid, index, decoding)
+            x, cache = layer(x, tables, valid, cache, index, decoding=decoding)
             return (x if features is None else x + features, cache), None
 
-        body = rematerialise(body, self.remat)
-        taps, count = self.num_deepstack, config.num_hidden_layers
         carry = (x, cache)
+        taps, count = self.num_deepstack, self.config.num_hidden_layers
         if taps:
-            scan = nn.scan(body, variable_axes=STACKED, split_rngs={"params": True}, length=taps)
-            carry, _ = scan(self.layers_deepstack, carry, (jnp.arange(taps), deep))
+            xs = (jnp.arange(taps), deep)
+            stack = self.layers_deepstack
+            carry = scan_layers(body, stack, carry, xs, length=taps, remat=self.remat)
         if taps < count:
-            scan = nn.scan(
-                body, variable_axes=STACKED, split_rngs={"params": True}, length=count - taps
-            )
-            carry, _ = scan(self.layers, carry, (jnp.arange(taps, count), None))
+            xs = (jnp.arange(taps, count), None)
+            carry = scan_layers(body, self.layers, carry, xs, length=count - taps, remat=self.remat)
         x, cache = carry
         return self.norm(x[:, first:]), cache
+
+    def one_by_one(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        deep: jax.Array | None,
+        cache: Cache | None,
+        *,
+        layers: Layers | None = None,
+        decoding: bool = False,
+        first: int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """As a call, without a scan; `layers` are given where `cpu.split_layers` has split them."""
+        layer = DecoderLayer(self.config, self.dtype, self.kernel, parent=None)
+        make_tables = turn if decoding else cpu.tables_in_memory
+        x, cache = cpu.run_decoder_layers(
+            layer,
+            cpu.unstack(self.variables, *STACKS) if layers is None else layers,
+            x,
+            make_tables(self._angles(positions), jnp.dtype(self.dtype)),
+            valid,
+            deep,
+            cache,
+            decoding=decoding,
+            first=first,
+        )
+        return self.norm(x), cache
+
+    def _angles(self, positions: jax.Array) -> jax.Array:
+        config = self.config
+        return mrope_angles(
+            positions,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            section=config.mrope_section,
+        )

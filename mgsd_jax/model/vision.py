@@ -4,8 +4,6 @@ Axes: rows = one picture each, P patches, C patch channels, Q = P / merge^2 merg
 D the decoder's width, n_ds deepstack taps.
 """
 
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,16 +11,13 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from mgsd_jax.data.batch import Pictures
+from mgsd_jax.model import cpu
 from mgsd_jax.model.attention import Kernel, attend
 from mgsd_jax.model.config import VisionConfig
 from mgsd_jax.model.layers import Embedding, LayerNorm, Linear
-from mgsd_jax.model.remat import Remat, rematerialise
-from mgsd_jax.model.rope import Tables, rotate, vision_tables
-from mgsd_jax.model.unrolled import is_unrolled, unstack
+from mgsd_jax.model.remat import STACKED, Remat, scan_layers
+from mgsd_jax.model.rope import Tables, rotate, turn, vision_angles
 from mgsd_jax.parallel.axes import BATCH, constrain
-
-# Collections that carry a leading layer axis in a stack.
-STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}
 
 
 class VisionAttention(nn.Module):
@@ -122,51 +117,8 @@ class VisionTower(nn.Module):
     def __call__(self, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
         """Merged features [B, M * Q, D] and deepstack features [n_ds, B, M * Q, D]."""
         config = self.config
-        batch, per_row, length, _ = pictures.patches.shape
-        flat = jax.tree.map(
-            lambda x: x.reshape(batch * per_row, length, *x.shape[3:]),
-            pictures._replace(slots=None),
-        )
-        x = self.patch_embed(flat.patches.astype(self.dtype))
-        table_rows = self.pos_embed(flat.interp_index)  # [rows, P, 4, Dv]
-        x += jnp.einsum("BPID,BPI->BPD", table_rows, flat.interp_weight).astype(self.dtype)
-        one_by_one = not self.is_initializing() and is_unrolled(
-            self.kernel, self.remat, config.depth
-        )
-        run = self._run_each_block if one_by_one else self._run_blocks
-        x, taps = run(x, flat)
-        merged = self.merger(x).reshape(batch, -1, config.out_hidden_size)
-        if not config.deepstack_visual_indexes:
-            return merged, jnp.zeros((0, *merged.shape), merged.dtype)
-        if one_by_one:
-            merger = PatchMerger(config, self.dtype, norm_after_merge=True, parent=None)
-            mergers = unstack(self.variables, "deepstack_mergers")
-            each = [merger.apply(*pair) for pair in zip(mergers, taps, strict=True)]
-            deep = jnp.stack(cast(list[jax.Array], each))
-        else:
-            merge_each = nn.vmap(
-                lambda merger, tap: merger(tap), variable_axes=STACKED, split_rngs={"params": True}
-            )
-            deep = merge_each(self.deepstack_mergers, taps)
-        return merged, deep.reshape(deep.shape[0], *merged.shape)
-
-    def _run_each_block(self, x: jax.Array, flat: Pictures) -> tuple[jax.Array, list[jax.Array]]:
-        """As `_run_blocks`, the tapped outputs in a list."""
-        config = self.config
-        tables = vision_tables(
-            flat.coords, head_dim=config.head_dim, theta=config.rope_theta, kept=True
-        )
-        block = VisionBlock(config, self.dtype, self.kernel, parent=None)
-        outputs = []
-        for variables in unstack(self.variables, "blocks"):
-            x = cast(jax.Array, block.apply(variables, x, tables, flat.valid))
-            outputs.append(x)
-        return x, [outputs[index] for index in config.deepstack_visual_indexes]
-
-    def _run_blocks(self, x: jax.Array, flat: Pictures) -> tuple[jax.Array, jax.Array]:
-        """The last block's output, and the outputs of the tapped blocks [n_ds, rows, P, Dv]."""
-        config = self.config
-        tables = vision_tables(flat.coords, head_dim=config.head_dim, theta=config.rope_theta)
+        flat, x = self._embed(pictures)
+        tables = turn(self._angles(flat), jnp.dtype(jnp.float32))
         tapped = jnp.asarray(config.deepstack_visual_indexes, jnp.int32)
 
         def body(
@@ -175,15 +127,57 @@ class VisionTower(nn.Module):
             x, taps = carry
             x = block(x, tables, flat.valid)
             # A stack and a `where`, not a list: the blocks share one compiled scan body.
-            taps = jnp.where((tapped == index)[:, None, None, None], x, taps)
-            return (x, taps), None
+            return (x, jnp.where((tapped == index)[:, None, None, None], x, taps)), None
 
-        scan = nn.scan(
-            rematerialise(body, self.remat),
-            variable_axes=STACKED,
-            split_rngs={"params": True},
+        x, taps = scan_layers(
+            body,
+            self.blocks,
+            (x, jnp.zeros((tapped.shape[0], *x.shape), x.dtype)),
+            jnp.arange(config.depth),
             length=config.depth,
+            remat=self.remat,
         )
-        taps = jnp.zeros((tapped.shape[0], *x.shape), x.dtype)
-        (x, taps), _ = scan(self.blocks, (x, taps), jnp.arange(config.depth))
-        return x, taps
+        if not config.deepstack_visual_indexes:
+            return self._merged(x, pictures, None)
+        merge_each = nn.vmap(
+            lambda merger, tap: merger(tap), variable_axes=STACKED, split_rngs={"params": True}
+        )
+        return self._merged(x, pictures, merge_each(self.deepstack_mergers, taps))
+
+    def one_by_one(self, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
+        """As a call, without a scan."""
+        config = self.config
+        flat, x = self._embed(pictures)
+        tables = cpu.tables_in_memory(self._angles(flat), jnp.dtype(jnp.float32))
+        block = VisionBlock(config, self.dtype, self.kernel, parent=None)
+        merger = PatchMerger(config, self.dtype, norm_after_merge=True, parent=None)
+        blocks, mergers = (cpu.unstack(self.variables, x) for x in ("blocks", "deepstack_mergers"))
+        outputs = cpu.run_blocks(block, blocks, x, tables, flat.valid)
+        taps = [outputs[index] for index in config.deepstack_visual_indexes]
+        deep = cpu.merge_taps(merger, mergers, taps)
+        return self._merged(outputs[-1], pictures, deep)
+
+    def _embed(self, pictures: Pictures) -> tuple[Pictures, jax.Array]:
+        """Pictures as rows [B * M, P, ...], and their embedded patches with position [.., Dv]."""
+        rows = pictures.patches.shape[0] * pictures.patches.shape[1]
+        flat = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), pictures._replace(slots=None))
+        x = self.patch_embed(flat.patches.astype(self.dtype))
+        # The learned table is a square grid, read between its points: 4 corners a patch.
+        corners = self.pos_embed(flat.interp_index)  # [rows, P, 4, Dv]
+        x += jnp.einsum("BPID,BPI->BPD", corners, flat.interp_weight).astype(self.dtype)
+        return flat, x
+
+    def _angles(self, flat: Pictures) -> jax.Array:
+        return vision_angles(
+            flat.coords, head_dim=self.config.head_dim, theta=self.config.rope_theta
+        )
+
+    def _merged(
+        self, x: jax.Array, pictures: Pictures, deep: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The last block's output merged, and merged taps [n_ds, rows, Q, D], each row by row."""
+        batch = pictures.patches.shape[0]
+        merged = self.merger(x).reshape(batch, -1, self.config.out_hidden_size)
+        if deep is None:
+            return merged, jnp.zeros((0, *merged.shape), merged.dtype)
+        return merged, deep.reshape(deep.shape[0], *merged.shape)

@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
-from mgsd_jax.model.text import KVCache, join_layers, split_layers
+from mgsd_jax.model.cache import KVCache
+from mgsd_jax.model.cpu import join_layers
+from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits, split_cache
 from mgsd_jax.parallel import sharding
 from mgsd_jax.parallel.axes import BATCH, constrain, dividing, fit, parts
 
@@ -231,8 +232,7 @@ def _run_decode(
     width = static.max_new_tokens
     # Cast once, outside the loop, or every token would read the weights in their wider type.
     variables = jax.tree.map(lambda leaf: leaf.astype(static.model.dtype), variables)
-    language = {kind: tree.get("language", {}) for kind, tree in variables.items()}
-    layers, split = split_layers(language, cache, static.model.mesh)
+    layers, split = split_cache(static.model, variables, cache)
     table = head(variables["params"])
     banned = jnp.zeros(table.shape[0], bool).at[choice.banned_ids].set(True)
     uniforms = _uniforms(rng, row_ids, width)

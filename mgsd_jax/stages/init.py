@@ -163,7 +163,7 @@ def whiten_vision(
 
     @jax.jit
     def look(pictures: Pictures) -> tuple[jax.Array, jax.Array]:
-        seen = model.apply({"params": params}, pictures, method=lambda m, x: m.visual(x))
+        seen = model.apply({"params": params}, pictures, method="see")
         return cast(tuple[jax.Array, jax.Array], seen)
 
     seen = [jax.device_get(look(pictures)) for pictures in samples]

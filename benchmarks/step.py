@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -151,18 +152,20 @@ def main() -> None:
     rng = np.random.default_rng(0)
     params, teacher_params = random_params(0), random_params(1)
     shape = (options.batch, options.response)
+    tokens: Any = rng.integers(0, 2000, shape).astype(np.int32)
+    mask: Any = np.ones(shape, np.float32)
     batch = distillation.DistillationBatch(
         student=make_inputs(options.batch, rng),
         teacher=text_inputs(options.batch, 200, rng),
-        tokens=rng.integers(0, 2000, shape).astype(np.int32),
-        mask=np.ones(shape, np.float32),
+        tokens=tokens,
+        mask=mask,
     )
     with tempfile.TemporaryDirectory() as root:
-        folders = [str(Path(root) / name) for name in ("student", "teacher")]
-        for folder, weights in zip(folders, (params, teacher_params), strict=True):
+        student, teacher = (str(Path(root) / name) for name in ("student", "teacher"))
+        for folder, weights in ((student, params), (teacher, teacher_params)):
             hf.save_params(weights, CONFIG, folder, dtype="float32")
             (Path(folder) / "config.json").write_text(json.dumps(CONFIG.to_hf()))
-        theirs = their_step(*folders, batch)
+        theirs = their_step(student, teacher, batch)
     ours, dispatch = our_step(params, teacher_params, batch, options.microbatches)
     runs = {"ours": ours, "torch": lambda: theirs(1)}
     if options.microbatches > 1:

@@ -27,7 +27,8 @@ class Killer:
         if not self.root or event not in (*self.EVENTS, "open"):
             return
         is_writing = event != "open" or (isinstance(args[1], str) and not args[1].startswith("r"))
-        is_relative = event in ("os.remove", "os.rmdir") and args[1] >= 0  # rmtree, by descriptor
+        is_removing = event in ("os.remove", "os.rmdir")
+        is_relative = is_removing and int(args[1]) >= 0  # rmtree, by descriptor
         if is_writing and (is_relative or str(args[0]).startswith(self.root)):
             self.left -= 1
             if self.left < 0:

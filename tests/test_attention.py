@@ -17,7 +17,7 @@ from helpers_tpu import tpu_mesh
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.attention import Kernel, attend, kernel_for
 from mgsd_jax.model.config import tiny
-from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.parallel import sharding
 
@@ -114,7 +114,7 @@ def test_cudnn_gets_the_mask_that_xla_has(causal: bool, monkeypatch: pytest.Monk
 def test_cudnn_is_not_asked_for_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither float32, nor odd lengths, nor head widths that 8 does not divide, nor decoding."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", None)
-    *qkv, valid = arrays(2, 2, 64, 100)
+    *qkv, valid = map(jnp.asarray, arrays(2, 2, 64, 100))
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv)
     kernel = Kernel("cudnn")
     run = functools.partial(attend, causal=False, kernel=kernel)
@@ -185,7 +185,7 @@ def test_splash_compiles_for_a_tpu(shape: tuple[int, int, int, int, bool]) -> No
     ]
     valid = jax.ShapeDtypeStruct((4, length), bool, sharding=rows)
     program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, valid).compile().as_text()
-    assert program.count("tpu_custom_call") >= 3  # forward, dq, dk and dv
+    assert program is not None and program.count("tpu_custom_call") >= 3  # forward, dq, dk and dv
     assert f"{length},{length}]" not in program
 
 
@@ -197,10 +197,12 @@ def remat_gradients(remat: Remat) -> tuple[dict, int]:
     model = Qwen3VL(config, remat=remat)
 
     def loss(params: dict) -> jax.Array:
-        return jnp.square(model.apply({"params": params}, inputs, method="hidden")).mean()
+        return jnp.square(apply_hidden(model, {"params": params}, inputs)).mean()
 
     program = jax.jit(jax.grad(loss)).lower(random_params(config)).compile()
-    return program(random_params(config)), program.memory_analysis().temp_size_in_bytes
+    memory = program.memory_analysis()
+    assert memory is not None
+    return program(random_params(config)), memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["full", "save_names", "offload"])

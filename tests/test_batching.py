@@ -3,6 +3,7 @@
 import functools
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,11 +105,12 @@ def test_positions_equal_get_rope_index(processor: Processor, mixed: list[Encode
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
     inputs = pad(mixed, side)
+    theirs: Any = Qwen3VLModel  # neither method reads a weight: a namespace stands for the model
     model = types.SimpleNamespace(
         config=types.SimpleNamespace(vision_config=types.SimpleNamespace(spatial_merge_size=2)),
-        get_vision_position_ids=functools.partial(Qwen3VLModel.get_vision_position_ids, None),
+        get_vision_position_ids=functools.partial(theirs.get_vision_position_ids, None),
     )
-    positions, deltas = Qwen3VLModel.get_rope_index(
+    positions, deltas = theirs.get_rope_index(
         model,
         torch.from_numpy(inputs.tokens.astype(np.int64)),
         torch.from_numpy((inputs.tokens == processor.image_token_id).astype(np.int64)),

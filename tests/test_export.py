@@ -350,7 +350,9 @@ def exported(nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             metric="",
         )
     read = checkpoint.load_params
-    checkpoint.load_params = lambda folder, *_, **__: {"adapters": trained[folder.parent.name]}
+    checkpoint.load_params = lambda folder, *_, **__: {
+        "adapters": trained[Path(folder).parent.name]
+    }
     for name, source, adapters in (("whole", "{model}", False), ("adapters", "distillation", True)):
         settings = ExportConfig(
             source=source.replace("dist", f"{workdir}/dist"),

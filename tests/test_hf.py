@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from mgsd_jax import tree
 from mgsd_jax.model.config import ModelConfig, tiny
 from mgsd_jax.model.qwen3vl import init_params
 from mgsd_jax.weights import files, hf, table
+from mgsd_jax.weights.files import FloatType
 
 torch = pytest.importorskip("torch")
 import helpers_hf  # noqa: E402
@@ -102,7 +104,7 @@ def test_import_equals_a_second_mapping(name: str, max_shard_size: str, tmp_path
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_import_of_export_is_identity(
-    name: str, dtype: str, max_shard_bytes: float, tmp_path: Path
+    name: str, dtype: FloatType, max_shard_bytes: float, tmp_path: Path
 ) -> None:
     config, params = CONFIGS[name], random_params(CONFIGS[name], dtype)
     hf.save_params(params, config, tmp_path, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -113,7 +115,7 @@ def test_import_of_export_is_identity(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_export_of_import_is_identity(name: str, dtype: str, tmp_path: Path) -> None:
+def test_export_of_import_is_identity(name: str, dtype: FloatType, tmp_path: Path) -> None:
     config = CONFIGS[name]
     model = helpers_hf.make_model(config).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs")
@@ -129,16 +131,17 @@ def test_export_of_import_is_identity(name: str, dtype: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_transformers_loads_the_export(name: str, dtype: str, tmp_path: Path) -> None:
+def test_transformers_loads_the_export(name: str, dtype: FloatType, tmp_path: Path) -> None:
     config = CONFIGS[name]
     model = helpers_hf.make_model(config).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs")
     params = hf.load_params(tmp_path / "theirs", config, dtype=dtype)
     hf.save_params(params, config, tmp_path / "ours", dtype=dtype, max_shard_bytes=SHARDS)
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config.to_hf()))
-    again, info = Qwen3VLForConditionalGeneration.from_pretrained(
+    loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(
         tmp_path / "ours", dtype=dtype, output_loading_info=True
     )
+    again, info = loaded
     assert not any(info.values()), info
     # loaded like ours: `to` has also rounded the RoPE frequencies of `model`
     before = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "theirs", dtype=dtype)
@@ -419,7 +422,7 @@ def test_problems_of_one_cause_are_cut_after_ten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, 1e39])
 def test_values_that_are_not_finite_are_refused_by_name(
-    value: float, dtype: str, tmp_path: Path
+    value: float, dtype: FloatType, tmp_path: Path
 ) -> None:
     config = CONFIGS["tied"]
     hf.save_params(random_params(config), config, tmp_path, dtype="float32")
@@ -484,7 +487,7 @@ def test_bad_config_json(text: str | None, wanted: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "nonsense", np.dtype(np.int8)])
-def test_other_dtypes_are_refused(dtype: str | np.dtype, folder: Path) -> None:
+def test_other_dtypes_are_refused(dtype: Any, folder: Path) -> None:
     with pytest.raises(ValueError, match="dtype of weights: got"):
         hf.load_params(folder, CONFIGS["tied"], dtype=dtype)
 

@@ -479,7 +479,7 @@ def test_an_option_that_a_command_has_no_use_for_is_refused(
 def test_jax_variables_go_to_the_hosts(cloud: Cloud) -> None:
     homes = cloud.ready()
     program = ["--", "--stage=report", "--config=c.py", "--workdir=w"]
-    given = {"JAX_COORDINATOR_PORT": "8476", "JAX_TRACEBACK_FILTERING": "o'f f"}
+    given: dict[str, Any] = {"JAX_COORDINATOR_PORT": "8476", "JAX_TRACEBACK_FILTERING": "o'f f"}
     said = cloud.tpu("run", *program, **given)
     assert "JAX_COORDINATOR_PORT=8476" in said, "the command shows what is handed over"
     for home in homes:

@@ -97,7 +97,8 @@ def host_problems(sources: Sources, units: tuple[str, ...] = HOST_ONLY) -> list[
     """Ways from a unit that must do without jax to an import of jax, through our own modules."""
     problems: list[str] = []
     for start in (name for name in sources if unit(name) in units):
-        ways, seen = [(start,)], {start}
+        ways: list[tuple[str, ...]] = [(start,)]
+        seen = {start}
         while ways:
             way = ways.pop()
             for line, target in imports(sources[way[-1]]):

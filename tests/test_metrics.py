@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,9 @@ def test_an_empty_mean_is_zero_under_jit_and_so_is_its_gradient() -> None:
 def test_a_mean_is_a_pytree_and_adds_nothing_but_means() -> None:
     doubled = jax.tree.map(lambda leaf: 2 * leaf, {"loss": Mean(1.0, 2.0)})
     assert doubled == {"loss": Mean(2.0, 4.0)}
+    other: Any = (1.0, 2.0)
     with pytest.raises(TypeError):
-        operator.add(Mean(1.0, 2.0), (1.0, 2.0))
+        operator.add(Mean(1.0, 2.0), other)
 
 
 def test_means_to_floats() -> None:

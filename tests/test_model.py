@@ -19,7 +19,7 @@ from helpers_model import (
 
 from mgsd_jax.config import LoraConfig
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.model import lora
+from mgsd_jax.model import lora, qwen3vl
 from mgsd_jax.model.attention import attend
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, init_params, logits
@@ -68,6 +68,7 @@ def test_what_stands_at_padding_is_not_read() -> None:
     inputs = to_inputs(CONFIG, ROWS, side="left", bucket=64)
     noise = np.random.default_rng(0)
     pictures = inputs.pictures
+    assert pictures is not None
     junk = noise.standard_normal(pictures.patches.shape).astype(np.float32)
     patches = np.where(pictures.valid[..., None], pictures.patches, 100 * junk)
     tokens = np.where(inputs.valid, inputs.tokens, noise.integers(0, 200, inputs.tokens.shape))
@@ -107,8 +108,8 @@ def test_gradients_are_finite_with_empty_rows_and_pictures() -> None:
     valid[1] = False  # a row of padding only: every query fully masked
 
     def loss(params: dict) -> jax.Array:
-        out = Qwen3VL(CONFIG).apply(
-            {"params": params}, inputs._replace(valid=valid), method="hidden"
+        out = qwen3vl.apply_hidden(
+            Qwen3VL(CONFIG), {"params": params}, inputs._replace(valid=valid)
         )
         return jnp.square(logits(out, head(params))).mean()
 
@@ -122,10 +123,10 @@ def test_gradients_are_finite_with_empty_rows_and_pictures() -> None:
 def test_remat_changes_neither_values_nor_gradients() -> None:
     inputs = to_inputs(CONFIG, ROWS, side="left")
 
-    def gradients(remat: str) -> dict:
+    def gradients(remat: Remat) -> dict:
         model = Qwen3VL(CONFIG, remat=remat)
         return jax.jit(
-            jax.grad(lambda p: model.apply({"params": p}, inputs, method="hidden").var())
+            jax.grad(lambda p: qwen3vl.apply_hidden(model, {"params": p}, inputs).var())
         )(PARAMS)
 
     chex.assert_trees_all_close(gradients("full"), gradients("none"), atol=1e-6)
@@ -189,7 +190,7 @@ def test_prefill_and_decode_equal_the_full_forward() -> None:
         out, cache = decode(response[:, r], prompts.next_position + r, cache)
         steps.append(out)
     assert int(cache.length) == prompts.tokens.shape[1] + 4
-    whole = append_response(prompts, response, np.ones((3, 4), bool))
+    whole = append_response(prompts, jnp.asarray(response), jnp.ones((3, 4), bool))
     want = apply_hidden(PARAMS, whole)[:, -5:]
     np.testing.assert_allclose(jnp.stack(steps, axis=1), want, atol=2e-5)
 
@@ -231,7 +232,7 @@ def test_adapters_add_what_merging_them_would() -> None:
     @jax.jit
     def apply(params: dict, adapters: dict) -> jax.Array:
         variables = {"params": params, "adapters": adapters}
-        return Qwen3VL(CONFIG).apply(variables, inputs, method="hidden")
+        return qwen3vl.apply_hidden(Qwen3VL(CONFIG), variables, inputs)
 
     plain = apply_hidden(PARAMS, inputs)
     np.testing.assert_array_equal(apply(PARAMS, adapters), plain)
@@ -252,7 +253,7 @@ def test_attend_is_softmax_attention(heads: tuple[int, int], causal: bool) -> No
     q = rng.standard_normal((2, length, n, width)).astype(np.float32)
     k, v = rng.standard_normal((2, 2, length, k_heads, width)).astype(np.float32)
     valid = np.array([[True] * 7, [False, False, True, True, True, False, True]])
-    got = np.asarray(attend(q, k, v, valid=valid, causal=causal))
+    got = np.asarray(attend(*map(jnp.asarray, (q, k, v)), valid=jnp.asarray(valid), causal=causal))
     for b in range(2):
         for t in range(length):
             seen = valid[b] & (np.arange(length) <= t if causal else True)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from helpers_model import (  # noqa: E402
 
 from mgsd_jax.data.batch import Inputs  # noqa: E402
 from mgsd_jax.model.config import ModelConfig, tiny  # noqa: E402
-from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits  # noqa: E402
+from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden, head, logits  # noqa: E402
 from mgsd_jax.sampling.sampler import Sampling, make_rollout  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -49,13 +50,11 @@ def build(name: str) -> tuple:
 
 @functools.partial(jax.jit, static_argnums=0)
 def our_logits(config: ModelConfig, params: dict, inputs: Inputs) -> jax.Array:
-    hidden = Qwen3VL(config).apply({"params": params}, inputs, method="hidden")
+    hidden = apply_hidden(Qwen3VL(config), {"params": params}, inputs)
     return logits(hidden, head(params))
 
 
-def hf_logits(
-    model: torch.nn.Module, config: ModelConfig, rows: list[Row], side: str
-) -> np.ndarray:
+def hf_logits(model: Any, config: ModelConfig, rows: list[Row], side: str) -> np.ndarray:
     with torch.no_grad():
         return model(**helpers_hf.to_torch(config, rows, side=side)).logits.numpy()
 
@@ -99,11 +98,13 @@ def without_mrope(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
 
 
 def without_vision_rope(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
+    assert inputs.pictures is not None
     coords = np.zeros_like(inputs.pictures.coords)
     return params, inputs._replace(pictures=inputs.pictures._replace(coords=coords))
 
 
 def without_interpolation(params: dict, inputs: Inputs) -> tuple[dict, Inputs]:
+    assert inputs.pictures is not None
     weight = np.eye(4, dtype=np.float32)[np.argmax(inputs.pictures.interp_weight, axis=-1)]
     return params, inputs._replace(pictures=inputs.pictures._replace(interp_weight=weight))
 
@@ -203,7 +204,7 @@ PAD = 0
 
 
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     config: ModelConfig,
     rows: list[Row],
     *,

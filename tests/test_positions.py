@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,12 +45,12 @@ def rope_index(
     torch = pytest.importorskip("torch")
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-    # Neither method reads a weight, so a namespace stands for the model.
+    theirs: Any = Qwen3VLModel  # neither method reads a weight: a namespace stands for the model
     model = types.SimpleNamespace(
         config=types.SimpleNamespace(vision_config=types.SimpleNamespace(spatial_merge_size=merge)),
-        get_vision_position_ids=functools.partial(Qwen3VLModel.get_vision_position_ids, None),
+        get_vision_position_ids=functools.partial(theirs.get_vision_position_ids, None),
     )
-    positions, deltas = Qwen3VLModel.get_rope_index(
+    positions, deltas = theirs.get_rope_index(
         model,
         torch.from_numpy(tokens.astype(np.int64)),
         torch.from_numpy((tokens == IMAGE).astype(np.int64)),
@@ -153,7 +154,7 @@ def test_weighted_gather_is_torchs_bilinear_resize_in_block_order(grid, merge):
     # In float64, so that torch's kernels do not count. Ours: the place in the table is rounded once
     # along either axis, and a place that is off moves the embedding by as much of the difference of
     # two cells; six roundings more are the products of weights and values and their sum.
-    bound = (2 * (side - 1) + 6) * 2.0**-24 * np.ptp(table)
+    bound = (2 * (side - 1) + 6) * 2.0**-24 * float(np.ptp(table))
     np.testing.assert_allclose(gathered, want, rtol=0, atol=bound)
     rows = resized.numpy()[ours.coords[:, 0], ours.coords[:, 1]]
     np.testing.assert_array_equal(rows, want)

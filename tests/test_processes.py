@@ -1,5 +1,6 @@
 """Several processes are one program: settings, agreement, equal results; no one waits in vain."""
 
+import functools
 import os
 import pathlib
 import re
@@ -145,8 +146,10 @@ def test_several_processes_train_to_the_parameters_of_one(
     """
     for count, devices in ((1, 1), (2, 2), (4, 1)):
         folder = tmp_path / str(count)
-        options = {"processes": count, "devices": devices}
-        noting = start(base, stage, folder, SETTINGS, program=("-c", NOTING), **options)
+        program = ("-c", NOTING)
+        noting = start(
+            base, stage, folder, SETTINGS, processes=count, devices=devices, program=program
+        )
         finish(noting, folder)
     one = weights(tmp_path / "1", stage)
     for count in (2, 4):
@@ -178,13 +181,13 @@ def test_several_processes_train_to_the_parameters_of_one(
 
 def lose_one_and_start_again(base: Base, folder: pathlib.Path) -> None:
     """Kills one of two processes of a distillation: the other ends, and both start again."""
-    options = {"processes": 2, "devices": 2}
-    running = start(base, "distillation", folder, SETTINGS, **options)
+    both = functools.partial(start, processes=2, devices=2)
+    running = both(base, "distillation", folder, SETTINGS)
     assert wait_for_records(folder, "distillation", 1, running), log_of(folder)
     running[1].send_signal(signal.SIGKILL)
     assert running[0].wait(timeout=60) == -signal.SIGABRT, log_of(folder)
     assert re.search(NAMED, log_of(folder, 0, 40_000)), log_of(folder, 0, 40_000)
-    finish(start(base, "distillation", folder, SETTINGS, **options), folder)
+    finish(both(base, "distillation", folder, SETTINGS), folder)
 
 
 def raised_from(error: Exception, cause: Exception) -> Exception:

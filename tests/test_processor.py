@@ -209,8 +209,8 @@ def test_every_byte_is_normalised_as_in_transformers(folder: Path):
 def test_patches_equal_transformers_at_any_size(size, limits, cut):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    options = {"patch_size": cut[0], "merge_size": cut[1], "temporal_patch_size": 2}
-    colours = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.5]}
+    options: dict[str, Any] = {"patch_size": cut[0], "merge_size": cut[1], "temporal_patch_size": 2}
+    colours: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.5]}
     limit = {"shortest_edge": limits[0], "longest_edge": limits[1]}
     theirs = Qwen2VLImageProcessorPil(size=limit, **options, **colours)
     ours = PictureSettings(

@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def report(folder: pathlib.Path) -> pathlib.Path:
+def report(folder: pathlib.Path) -> Any:
     runs = {"grounding": folder / "grounding", "distillation": folder / "distillation"}
     commands = ["python -m mgsd_jax.main --stage evaluate <config>"]
     return build_report(folder, runs, folder / "out" / "r.html", title="A & B", commands=commands)

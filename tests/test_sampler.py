@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers_model import random_params, random_rows, to_inputs
+from jax.typing import ArrayLike
 
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.config import tiny
-from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, logits
+from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, apply_hidden, head, logits
 from mgsd_jax.sampling import sampler
 from mgsd_jax.sampling.sampler import Rollout, Sampling, invert_cdf, keep_nucleus, make_rollout
 
@@ -54,13 +55,13 @@ def forward_logprobs(
     """[B, R, V]: what the training forward says about each response position."""
     width = response.shape[1]
     whole = append_response(inputs, response, mask)
-    hidden = MODEL.apply(VARIABLES, whole, method="hidden")[:, -width - 1 : -1]
+    hidden = apply_hidden(MODEL, VARIABLES, whole)[:, -width - 1 : -1]
     scores = logits(hidden, head(VARIABLES["params"]))
     return jax.nn.log_softmax(scores.at[..., list(BANNED)].set(-jnp.inf) / temperature, axis=-1)
 
 
-def taken(logprobs: jax.Array, tokens: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(np.asarray(logprobs), tokens[..., None], axis=-1)[..., 0]
+def taken(logprobs: ArrayLike, tokens: ArrayLike) -> np.ndarray:
+    return np.take_along_axis(np.asarray(logprobs), np.asarray(tokens)[..., None], axis=-1)[..., 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -179,9 +180,10 @@ def decode(
 
 def test_temperature_and_top_p_share_a_program() -> None:
     rollout(Sampling(R, 0.9, top_p=0.9))
-    before = sampler._decode._cache_size()
+    decode: Any = sampler._decode
+    before = decode._cache_size()
     hot, cold = rollout(Sampling(R, 2.0, top_p=0.8)), rollout(Sampling(R, 0.2, top_p=0.5))
-    assert sampler._decode._cache_size() == before
+    assert decode._cache_size() == before
     assert hot.logprobs.sum() < cold.logprobs.sum()
 
 

@@ -42,6 +42,11 @@ def eight_devices() -> None:
     helpers_devices.skip_without_devices()
 
 
+def abstract_mesh(*sizes: int) -> Any:
+    """A mesh of devices that are not here: the rules read its sizes alone."""
+    return jax.sharding.AbstractMesh(sizes, axes.AXES)
+
+
 def released(
     hidden: int, mlp: int, layers: int, heads: int, vision: tuple[int, int, int]
 ) -> ModelConfig:
@@ -98,7 +103,7 @@ def test_mesh_over_all_devices() -> None:
 
 @eight
 @pytest.mark.parametrize("sizes", MESHES)
-def test_mesh_sizes(sizes: dict[str, int]) -> None:
+def test_mesh_sizes(sizes: dict[str, Any]) -> None:
     shape = dict(sharding.make_mesh(**sizes).shape)
     assert np.prod(list(shape.values())) == 8
     assert all(shape[name] == size for name, size in sizes.items() if size != -1)
@@ -115,7 +120,7 @@ def test_mesh_sizes(sizes: dict[str, int]) -> None:
         {"data": 3, "fsdp": -1},
     ],
 )
-def test_bad_mesh_sizes(sizes: dict[str, int]) -> None:
+def test_bad_mesh_sizes(sizes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"mesh .*: want sizes of at least 1 that multiply to"):
         sharding.make_mesh(**sizes)
 
@@ -144,7 +149,7 @@ def test_sizes_that_fit_themselves(
 @pytest.mark.parametrize("name", RELEASED)
 def test_rules_cover_the_released_models(name: str) -> None:
     """Every leaf has a rule, every kernel and table is split, and all sizes divide on 64 chips."""
-    mesh = jax.sharding.AbstractMesh((2, 8, 4), axes.AXES)
+    mesh = abstract_mesh(2, 8, 4)
     params = table.abstract_params(RELEASED[name], "float32")
     placed = dict(tree.named_leaves(sharding.param_shardings(params, mesh)))
     for path, leaf in tree.named_leaves(params):
@@ -193,7 +198,7 @@ def test_a_parameter_without_a_rule_is_an_error() -> None:
 
 def test_sizes_that_do_not_divide_are_copied() -> None:
     """A dimension keeps the first of its axes as long as they divide it, and the others go."""
-    mesh = jax.sharding.AbstractMesh((1, 4, 2), axes.AXES)
+    mesh = abstract_mesh(1, 4, 2)
     params = {
         "lm_head": {"embedding": jax.ShapeDtypeStruct((12, 8), jnp.float32)},
         "visual": {"patch_embed": {"kernel": jax.ShapeDtypeStruct((8, 9), jnp.float32)}},
@@ -203,13 +208,13 @@ def test_sizes_that_do_not_divide_are_copied() -> None:
     assert placed["lm_head/embedding"].spec == P(("fsdp",))
     assert placed["visual/patch_embed/kernel"].spec == P(None, None)
     assert placed["language/layers/q_proj/kernel"].spec == P(None, None, "tensor")
-    one = jax.sharding.AbstractMesh((1, 1, 1), axes.AXES)
+    one = abstract_mesh(1, 1, 1)
     want = sharding.param_shardings(params, one)["lm_head"]["embedding"]
     assert want.spec == P(axes.MODEL)
 
 
 def test_too_few_dimensions_are_all_listed() -> None:
-    mesh = jax.sharding.AbstractMesh((1, 8, 1), axes.AXES)
+    mesh = abstract_mesh(1, 8, 1)
     flat = jax.ShapeDtypeStruct((8,), jnp.float32)
     params = {name: {"q_proj": {"kernel": flat}} for name in ("one", "two")}
     with pytest.raises(ValueError, match="do not fit the rules") as caught:
@@ -220,7 +225,7 @@ def test_too_few_dimensions_are_all_listed() -> None:
 
 def test_rollouts_split_nothing_over_fsdp() -> None:
     """Every parameter and adapter has a rule, and no weight would be gathered for each token."""
-    mesh = jax.sharding.AbstractMesh((2, 8, 4), axes.AXES)
+    mesh = abstract_mesh(2, 8, 4)
     for config in RELEASED.values():
         params = table.abstract_params(config, "bfloat16")
         spec = LoraConfig(16, 16.0, "")
@@ -250,7 +255,7 @@ def test_one_device_needs_no_mesh() -> None:
 
 
 def test_a_batch_that_does_not_split_is_refused() -> None:
-    mesh = jax.sharding.AbstractMesh((2, 4, 1), axes.AXES)
+    mesh = abstract_mesh(2, 4, 1)
     sharding.check_batch(mesh, "x", 32, 4)
     sharding.check_batch(None, "x", 7)
     with pytest.raises(
@@ -280,7 +285,8 @@ def test_moments_lie_as_their_parameters_do() -> None:
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     trained = sharding.place({"params": random_params()}, mesh)
     state = optimizer.init(trained, optax.adamw(1e-3), mesh)
-    moments = state.opt_state[0]
+    adam: Any = state.opt_state
+    moments = adam[0]
     for path, leaf in tree.named_leaves(trained):
         for moment in (moments.mu, moments.nu):
             same = tree.get(moment, path)
@@ -297,7 +303,7 @@ def random_params_under(name: str) -> dict:
 
 @eight
 @pytest.mark.parametrize("sizes", MESHES)
-def test_local_rows_come_back(sizes: dict[str, int]) -> None:
+def test_local_rows_come_back(sizes: dict[str, Any]) -> None:
     mesh = sharding.make_mesh(**sizes)
     host = batch(8)
     placed = sharding.to_global(host, mesh)
@@ -355,11 +361,12 @@ def test_global_batches_keep_their_values() -> None:
 
 @eight
 @pytest.mark.parametrize("sizes", MESHES)
-def test_global_batches_split_their_rows(sizes: dict[str, int]) -> None:
+def test_global_batches_split_their_rows(sizes: dict[str, Any]) -> None:
     mesh = sharding.make_mesh(**sizes)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     host = batch(8)
     got = sharding.to_global(host, mesh)
+    assert got.pictures is not None
     jax.tree.map(np.testing.assert_array_equal, got, host)
     for value, axis in ((got.tokens, 0), (got.positions, 1), (got.pictures.patches, 0)):
         want = list(value.shape)
@@ -406,7 +413,7 @@ def saved(tmp_path: Path) -> Path:
 @eight
 @pytest.mark.parametrize("sizes", MESHES)
 def test_loading_reads_each_byte_once_onto_its_shard(
-    sizes: dict[str, int], saved: Path, monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, Any], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: dict[str, int] = {}
     open_tensors = files.open_tensors
@@ -424,7 +431,7 @@ def test_loading_reads_each_byte_once_onto_its_shard(
 
 @eight
 @pytest.mark.parametrize("sizes", MESHES[:2])
-def test_saving_sharded_parameters(sizes: dict[str, int], saved: Path, tmp_path: Path) -> None:
+def test_saving_sharded_parameters(sizes: dict[str, Any], saved: Path, tmp_path: Path) -> None:
     mesh = sharding.make_mesh(**sizes)
     placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
     params = jax.device_put(random_params(), placed)
@@ -459,8 +466,8 @@ import jax
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
 import numpy as np
 from test_sharding import CONFIG, Recorder, batch, random_params
-from mgsd_jax import sharding
-from mgsd_jax.model import files, hf, table
+from mgsd_jax.parallel import sharding
+from mgsd_jax.weights import files, hf, table
 folder, out = sys.argv[3:]
 mesh = sharding.make_mesh()
 assert mesh.devices.size == 4 and jax.local_device_count() == 2

@@ -33,7 +33,12 @@ PROCESSOR = load_processor(BASE)
 ENCODER = Encoder(PROCESSOR, BUILT_IN, DATA)
 LEVELS = (("frozenlake", 3), ("maze", 3), ("minibehaviour", 5))
 BOARDS = loaders.stream_boards(LEVELS, "train", seed=0, count=50)
-MIXTURE = (("questions", 0.4), ("cells", 0.2), ("plan_from_text", 0.2), ("plan_from_picture", 0.2))
+MIXTURE: Any = (
+    ("questions", 0.4),
+    ("cells", 0.2),
+    ("plan_from_text", 0.2),
+    ("plan_from_picture", 0.2),
+)
 
 
 def same(a, b) -> bool:

@@ -244,7 +244,10 @@ def explain(error: Exception, workdir: str | None = None) -> tuple[int, str]:
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script. absl takes the help from the started file, which is not this one."""
+    sys.modules["__main__"].__doc__ = __doc__
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main, flags_parser=parse_flags)
 
 

@@ -23,6 +23,14 @@ def flags(count: int) -> str:
     return f"{given} --xla_force_host_platform_device_count={count}".strip()
 
 
+def quick_flags(count: int) -> str:
+    """The same for a process whose programs are compiled as fast as possible, and run slower.
+
+    For tests that hold runs against each other, or ask only that a program runs.
+    """
+    return f"{flags(count)} --xla_backend_optimization_level=0"
+
+
 def run_again(file: str, *options: str) -> None:
     """Runs the tests of `file` with eight devices; in that process it skips the calling test."""
     if jax.device_count() == COUNT:

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from email.parser import Parser
 
+import helpers_devices
 import pytest
 
 from mgsd_jax import main
@@ -85,7 +86,12 @@ def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
     installed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     command = installed / "bin" / "mgsd_jax"
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(installed)}
+    environ = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(installed),
+        "XLA_FLAGS": helpers_devices.quick_flags(1),
+    }
 
     def call(*arguments: str) -> str:
         done = subprocess.run(
@@ -99,7 +105,8 @@ def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "--workdir" in call("--help")
+    helped = call("--help")
+    assert "--workdir" in helped and "Stages, in the order of a whole run" in helped
     changes = [f"--set={change}" for change in FEW]
     for stage in ("generate", "grounding", "distillation", "evaluate", "export", "report"):
         call(f"--stage={stage}", "--config=nano", "--workdir=run", *changes)

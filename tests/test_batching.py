@@ -10,7 +10,15 @@ import pytest
 from helpers_tokenizer import write_processor_folder
 
 from mgsd_jax.data.batch import Inputs, Pictures
-from mgsd_jax.data.batching import Side, bucket, grounding_batch, pad_rows, prompt_batch, to_inputs
+from mgsd_jax.data.batching import (
+    Side,
+    bucket,
+    grounding_batch,
+    pad_rows,
+    prompt_batch,
+    to_inputs,
+    token_bucket,
+)
 from mgsd_jax.data.processor import Encoded, Processor, encode, encode_example, load_processor
 
 BUCKETS = (16, 64, 256)
@@ -199,10 +207,8 @@ def test_bucket_says_what_to_change():
 
 
 def test_pad_rows_repeats_the_last():
-    rows, valid = pad_rows(["a", "b"], 4)
-    assert rows == ["a", "b", "b", "b"]
-    assert valid.tolist() == [True, True, False, False]
-    assert pad_rows(("a",), 1)[0] == ["a"]
+    assert pad_rows(["a", "b"], 4) == ["a", "b", "b", "b"]
+    assert pad_rows(("a",), 1) == ["a"]
     for rows in ([], ["a", "b", "c"]):
         with pytest.raises(ValueError, match=f"got {len(rows)}, want 1 to 2"):
             pad_rows(rows, 2)
@@ -219,11 +225,13 @@ def make_examples(processor: Processor) -> list[tuple[Encoded, int]]:
 
 def test_loss_mask_covers_the_answer_and_its_end_as_targets(processor: Processor):
     examples = make_examples(processor)
+    length = token_bucket([row for row, _ in examples], (96, 48), name="an example")
+    assert length == (48 if max(len(row.tokens) for row, _ in examples) <= 48 else 96)
     batch = grounding_batch(
-        examples, lengths=(96, 48), pad_id=9, patch_buckets=BUCKETS, max_pictures=1
+        examples, length=length, pad_id=9, patch_buckets=BUCKETS, max_pictures=1
     )
     assert batch.inputs.tokens.shape == batch.targets.shape == batch.loss_mask.shape
-    assert batch.targets.shape == (2, 48 if max(len(r.tokens) for r, _ in examples) <= 48 else 96)
+    assert batch.targets.shape == (2, length)
     assert batch.targets.dtype == np.int32
     assert batch.loss_mask.dtype == np.float32
     for b, (row, prompt_length) in enumerate(examples):
@@ -240,7 +248,7 @@ def test_loss_mask_covers_the_answer_and_its_end_as_targets(processor: Processor
 
 def test_grounding_batch_of_the_docstring():
     row = Encoded(np.arange(5, dtype=np.int32), ())
-    batch = grounding_batch([(row, 3)], lengths=(6,), pad_id=9, patch_buckets=(), max_pictures=0)
+    batch = grounding_batch([(row, 3)], length=6, pad_id=9, patch_buckets=(), max_pictures=0)
     assert batch.loss_mask.tolist() == [[0, 0, 1, 1, 0, 0]]
     assert batch.targets.tolist() == [[1, 2, 3, 4, 9, 9]]
 
@@ -250,7 +258,7 @@ def test_examples_without_prompt_or_answer_raise(prompt_length: int):
     row = Encoded(np.arange(5, dtype=np.int32), ())
     with pytest.raises(ValueError, match=f"prompt length: got {prompt_length}, want 1 to 4"):
         grounding_batch(
-            [(row, prompt_length)], lengths=(8,), pad_id=9, patch_buckets=(), max_pictures=0
+            [(row, prompt_length)], length=8, pad_id=9, patch_buckets=(), max_pictures=0
         )
 
 
@@ -260,8 +268,8 @@ def test_prompt_batch_pads_each_side_to_its_own_bucket(processor: Processor):
     batch = prompt_batch(
         student,
         teacher,
-        student_lengths=(64, 128),
-        teacher_lengths=(16, 256),
+        student_length=token_bucket(student, (64, 128), name="a student prompt"),
+        teacher_length=token_bucket(teacher, (16, 256), name="a teacher prompt"),
         pad_id=9,
         patch_buckets=BUCKETS,
         max_pictures=1,
@@ -275,21 +283,13 @@ def test_prompt_batch_pads_each_side_to_its_own_bucket(processor: Processor):
     for inputs in (batch.student, batch.teacher):
         assert inputs.valid[:, -1].all()
     with pytest.raises(ValueError, match=r"tokens of a teacher prompt: got \d+, want at most 32"):
-        prompt_batch(
-            student,
-            teacher,
-            student_lengths=(64,),
-            teacher_lengths=(32,),
-            pad_id=9,
-            patch_buckets=BUCKETS,
-            max_pictures=1,
-        )
+        token_bucket(teacher, (32,), name="a teacher prompt")
     with pytest.raises(ValueError, match="got 2 student and 1 teacher"):
         prompt_batch(
             student,
             teacher[:1],
-            student_lengths=(64,),
-            teacher_lengths=(256,),
+            student_length=64,
+            teacher_length=256,
             pad_id=9,
             patch_buckets=BUCKETS,
             max_pictures=1,

@@ -53,14 +53,23 @@ def bucket(n: int, buckets: Sequence[int], *, name: str = "length") -> int:
     return min(fitting)
 
 
-def pad_rows(rows: Sequence[Row], n: int) -> tuple[list[Row], np.ndarray]:
-    """The rows, the last one repeated up to n, and a mask [n] bool that is True at the real ones.
+def token_bucket(rows: Sequence[Encoded], lengths: Sequence[int], *, name: str) -> int:
+    """T: the smallest of `lengths` that holds every row. Raises ValueError where none does."""
+    longest = max((len(row.tokens) for row in rows), default=0)
+    return bucket(longest, lengths, name=f"tokens of {name}")
 
-    For the last batch of an evaluation: pad_rows([a, b], 4) is [a, b, b, b], [1, 1, 0, 0].
-    """
+
+def patch_bucket(rows: Sequence[Encoded], buckets: Sequence[int]) -> int:
+    """P: the smallest of `buckets` that holds every picture. Raises ValueError where none does."""
+    largest = max((len(picture.patches) for row in rows for picture in row.pictures), default=0)
+    return bucket(largest, buckets, name="patches of a picture")
+
+
+def pad_rows(rows: Sequence[Row], n: int) -> list[Row]:
+    """The rows, the last one repeated up to n: pad_rows([a, b], 4) is [a, b, b, b]."""
     if not 0 < len(rows) <= n:
         raise ValueError(f"rows: got {len(rows)}, want 1 to {n}")
-    return [*rows, *[rows[-1]] * (n - len(rows))], np.arange(n) < len(rows)
+    return [*rows, *[rows[-1]] * (n - len(rows))]
 
 
 def to_inputs(
@@ -104,22 +113,20 @@ def to_inputs(
 def grounding_batch(
     examples: Sequence[tuple[Encoded, int]],
     *,
-    lengths: Sequence[int],
+    length: int,
     pad_id: int,
     patch_buckets: Sequence[int],
     max_pictures: int,
     patch_channels: int | None = None,
 ) -> GroundingBatch:
-    """Right-padded examples (sequence, length of its prompt), as `encode_example` makes them.
+    """Examples (sequence, length of its prompt), as `encode_example` makes them, right-padded.
 
-    T is the smallest of `lengths` that holds the longest. Pictures are as in `to_inputs`.
-    Targets are shifted by one: a prompt of 3 tokens and an answer of 2, padded to 6, has loss_mask
-    0 0 1 1 0 0.
+    Pictures are as in `to_inputs`. Targets are shifted by one: a prompt of 3 tokens and an answer
+    of 2, padded to 6, has loss_mask 0 0 1 1 0 0.
     """
-    rows = [row for row, _ in examples]
     inputs = to_inputs(
-        rows,
-        length=bucket(_longest(rows), lengths, name="tokens of an example"),
+        [row for row, _ in examples],
+        length=length,
         side="right",
         pad_id=pad_id,
         patch_buckets=patch_buckets,
@@ -142,8 +149,8 @@ def prompt_batch(
     student: Sequence[Encoded],
     teacher: Sequence[Encoded],
     *,
-    student_lengths: Sequence[int],
-    teacher_lengths: Sequence[int],
+    student_length: int,
+    teacher_length: int,
     pad_id: int,
     patch_buckets: Sequence[int],
     max_pictures: int,
@@ -151,29 +158,26 @@ def prompt_batch(
 ) -> PromptBatch:
     """Left-padded student and teacher prompts of the same states, row by row.
 
-    Each side's T is the smallest of its lengths that holds its longest prompt. Row ids count up
-    from `first_row`: with the rows of other processes' batches before it, they are unique.
+    Row ids count up from `first_row`: they are unique over the batches of all processes where each
+    process starts after the rows of those before it.
     """
     if len(student) != len(teacher):
         raise ValueError(
             f"rows: got {len(student)} student and {len(teacher)} teacher prompts, want as many"
         )
-    student_inputs, teacher_inputs = (
+    asked, taught = (
         to_inputs(
             rows,
-            length=bucket(_longest(rows), lengths, name=f"tokens of a {name} prompt"),
+            length=length,
             side="left",
             pad_id=pad_id,
             patch_buckets=patch_buckets,
             max_pictures=max_pictures,
         )
-        for name, rows, lengths in (
-            ("student", student, student_lengths),
-            ("teacher", teacher, teacher_lengths),
-        )
+        for rows, length in ((student, student_length), (teacher, teacher_length))
     )
     row_ids = np.arange(first_row, first_row + len(student), dtype=np.int32)
-    return PromptBatch(student_inputs, teacher_inputs, row_ids)
+    return PromptBatch(asked, taught, row_ids)
 
 
 def references(responses: Sequence[np.ndarray | None], *, length: int, pad_id: int) -> References:
@@ -194,10 +198,6 @@ def references(responses: Sequence[np.ndarray | None], *, length: int, pad_id: i
         tokens[b, : len(response)] = response
         mask[b, : len(response)] = True
     return References(tokens, mask)
-
-
-def _longest(rows: Sequence[Encoded]) -> int:
-    return max((len(row.tokens) for row in rows), default=0)
 
 
 def _positions(row: Encoded) -> tuple[np.ndarray, int]:
@@ -224,8 +224,7 @@ def _stack_pictures(
     channels = every[0].patches.shape[1] if every else patch_channels
     if not max_pictures or channels is None:
         return None
-    largest = max((len(picture.patches) for picture in every), default=0)
-    size = bucket(largest, patch_buckets, name="patches of a picture")
+    size = patch_bucket(rows, patch_buckets)
     shape = (len(rows), max_pictures, size)
     pictures = Pictures(
         patches=np.zeros((*shape, channels), np.float32),

@@ -1,15 +1,14 @@
-"""Boards as Grain datasets: examples drawn, rendered, tokenised and batched ahead of the device.
+"""Batches for training: Grain draws, renders and tokenises boards ahead of the device.
 
 A loader's `get_state` / `set_state` resume it at the very next batch. Every random choice (order,
 kind of record, which optimal plan) is a function of (seed, position), so restarts and thread counts
-change nothing. Nor does the number of processes: the batch of all is the batch of one, each process
-makes its own run of the rows alone, and pads it to the largest bucket that any of them needs.
+change nothing. Nor does the number of processes: together they make the batch that one process
+would, each of them its own run of the rows, padded to the largest bucket that any of them needs.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import grain
 import numpy as np
@@ -17,7 +16,6 @@ import numpy as np
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, TeacherContext
 from mgsd_jax.data import batching
-from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.benchmarks import benchmark_keys
 from mgsd_jax.data.boards import Board, LazyBoards, read_split
 from mgsd_jax.data.encoder import Encoder
@@ -26,9 +24,10 @@ from mgsd_jax.data.records import RECORDS, check_kinds
 from mgsd_jax.data.splits import Split, draw
 from mgsd_jax.envs.noise import disturb
 
+Example = TypeVar("Example")
 Batch = TypeVar("Batch")
-Sizes = tuple[int, ...]  # padded sizes of a batch: tokens by side, patches
-Agree = Callable[[Sizes], Sizes]  # each size's largest over the processes
+Sizes = tuple[int, ...]  # buckets of a batch: its tokens (of each side), its patches
+Agree = Callable[[Sizes], Sizes]  # the largest of each size over the processes
 STREAM_LENGTH = 1 << 24  # boards in one pass over a stream
 
 
@@ -66,6 +65,78 @@ def load_boards(config: Config, split: Split, share: tuple[int, int] = (0, 1)) -
     return stream_boards(levels, split, seed=config.seed, exclude=excluded)
 
 
+@dataclasses.dataclass(frozen=True)
+class Loader(Generic[Example, Batch]):
+    """An endless iterator of the batches of one process, in the shapes that all processes agree on.
+
+    Grain makes the examples ahead, in threads. Only then are buckets chosen and rows padded, once:
+    the bucket of a batch is known when every process has its examples. With several processes
+    `next` is a collective call: all of them make it, in the same order as their other collectives.
+    """
+
+    examples: grain.DatasetIterator[list[Example]]
+    measure: Callable[[Sequence[Example]], Sizes]  # the buckets that examples need
+    pad: Callable[[Sequence[Example], Sizes], Batch]
+    agree: Agree
+
+    def __iter__(self) -> "Loader[Example, Batch]":
+        return self
+
+    def __next__(self) -> Batch:
+        examples = next(self.examples)
+        return self.pad(examples, self.agree(self.measure(examples)))
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON values; the same on every process."""
+        return self.examples.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Resumes after the batch that `state` was taken at."""
+        self.examples.set_state(state)
+
+
+def grounding_loader(
+    boards: Sequence[Board],
+    encoder: Encoder,
+    *,
+    mixture: Sequence[tuple[str, float]],
+    batch_size: int,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+    agree: Agree = tuple,
+) -> Loader[tuple[Encoded, int], batching.GroundingBatch]:
+    """Records of `mixture` by share, `batch_size` of them over all processes."""
+    check_kinds(mixture)
+    kinds = [kind for kind, _ in mixture]
+    shares = np.array([share for _, share in mixture], np.float64)
+    shares = shares / shares.sum()
+    # A batch without pictures has the shapes of the others, unless no batch ever has one.
+    pictures = any(RECORDS[kind].has_picture for kind, share in mixture if share > 0)
+    data, processor = encoder.data, encoder.processor
+
+    def example(board: Board, rng: np.random.Generator) -> tuple[Encoded, int]:
+        return encoder.record(board, kinds[rng.choice(len(kinds), p=shares)], rng)
+
+    def measure(examples: Sequence[tuple[Encoded, int]]) -> Sizes:
+        rows = [row for row, _ in examples]
+        tokens = batching.token_bucket(rows, data.sequence_buckets, name="an example")
+        return tokens, batching.patch_bucket(rows, data.patch_buckets) if pictures else 0
+
+    def pad(examples: Sequence[tuple[Encoded, int]], sizes: Sizes) -> batching.GroundingBatch:
+        length, patches = sizes
+        return batching.grounding_batch(
+            examples,
+            length=length,
+            pad_id=processor.pad_id,
+            patch_buckets=(patches,),
+            max_pictures=1 if pictures else 0,
+            patch_channels=processor.pictures.channels,
+        )
+
+    examples = _examples(boards, example, encoder, batch_size, seed, process)
+    return Loader(examples, measure, pad, agree)
+
+
 class PromptExample(NamedTuple):
     """What one board becomes for distillation."""
 
@@ -82,84 +153,6 @@ class PromptRows(NamedTuple):
     boards: tuple[Board, ...]
 
 
-class Padded(NamedTuple, Generic[Batch]):
-    """A batch, and how to pad its rows anew."""
-
-    batch: Batch
-    sizes: Sizes
-    pad: Callable[[Sizes], Batch]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loader(Generic[Batch]):
-    """An endless iterator of the batches of one process, of the shapes that all agree on.
-
-    With several processes `next` is a call of all of them, in the same order as what else they do
-    together.
-    """
-
-    padded: grain.DatasetIterator  # of Padded[Batch]
-    agree: Agree
-
-    def __iter__(self) -> "Loader[Batch]":
-        return self
-
-    def __next__(self) -> Batch:
-        batch, sizes, pad = next(self.padded)
-        agreed = self.agree(sizes)
-        return batch if agreed == sizes else pad(agreed)
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, JSON values; the same on every process."""
-        return self.padded.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch that `state` was taken at."""
-        self.padded.set_state(state)
-
-
-def grounding_loader(
-    boards: Sequence[Board],
-    encoder: Encoder,
-    *,
-    mixture: Sequence[tuple[str, float]],
-    batch_size: int,
-    seed: int,
-    process: tuple[int, int] = (0, 1),
-    agree: Agree = tuple,
-) -> Loader[batching.GroundingBatch]:
-    """A loader of records of `mixture` by share, `batch_size` of them over all processes."""
-    if not boards:
-        raise ValueError("boards: got none, want at least one to train on")
-    check_kinds(mixture)
-    kinds = [kind for kind, _ in mixture]
-    shares = np.array([share for _, share in mixture], np.float64)
-    shares = shares / shares.sum()
-    pictures = any(RECORDS[kind].has_picture for kind, share in mixture if share > 0)
-    data = encoder.data
-
-    def example(board: Board, rng: np.random.Generator) -> tuple[Encoded, int]:
-        return encoder.record(board, kinds[rng.choice(len(kinds), p=shares)], rng)
-
-    def pad(examples: Sequence[tuple[Encoded, int]], sizes: Sizes) -> batching.GroundingBatch:
-        return batching.grounding_batch(
-            examples,
-            lengths=sizes[:1] or data.sequence_buckets,
-            pad_id=encoder.processor.pad_id,
-            patch_buckets=sizes[1:] or data.patch_buckets,
-            max_pictures=1 if pictures else 0,
-            patch_channels=encoder.processor.pictures.channels,
-        )
-
-    def collate(examples: Sequence[tuple[Encoded, int]]) -> Padded[batching.GroundingBatch]:
-        batch = pad(examples, ())
-        sizes = (batch.targets.shape[1], _patches(batch.inputs))
-        return Padded(batch, sizes, functools.partial(pad, examples))
-
-    examples = _shuffled(boards, seed).random_map(example)
-    return _load(examples, batch_size, process, collate, encoder, agree)
-
-
 def prompt_loader(
     boards: Sequence[Board],
     encoder: Encoder,
@@ -174,16 +167,14 @@ def prompt_loader(
     response_length: int = 0,
     process: tuple[int, int] = (0, 1),
     agree: Agree = tuple,
-) -> Loader[PromptRows]:
-    """A loader of `batch_size` prompts over all processes; each stands `rollouts` times in a row.
+) -> Loader[PromptExample, PromptRows]:
+    """`batch_size` prompts over all processes, each of them `rollouts` times in a row.
 
-    The teacher reads the board with a share `noise` of its facts wrong (envs/noise.py), or another
-    board of the same task and level. A share of the prompts comes with a right response, padded to
+    The teacher reads the board with a share `noise` of its facts wrong, or another board of the
+    same task and level. A share of the prompts comes with a right response, padded to
     `response_length`. Row ids are those of the batch of all processes.
     """
-    if not boards:
-        raise ValueError("boards: got none, want at least one to train on")
-    data = encoder.data
+    data, pad_id = encoder.data, encoder.processor.pad_id
 
     def example(board: Board, rng: np.random.Generator) -> PromptExample:
         read = board if teacher_board == "same" else _another(boards, board, rng)
@@ -193,35 +184,36 @@ def prompt_loader(
             encoder.student(board), encoder.teacher(read, context), board, reference
         )
 
+    def measure(examples: Sequence[PromptExample]) -> Sizes:
+        students = [example.student for example in examples]
+        teachers = [example.teacher for example in examples]
+        return (
+            batching.token_bucket(students, data.prompt_buckets, name="a student prompt"),
+            batching.token_bucket(teachers, data.teacher_buckets, name="a teacher prompt"),
+            batching.patch_bucket(students, data.patch_buckets),
+        )
+
     def pad(examples: Sequence[PromptExample], sizes: Sizes) -> PromptRows:
+        student_length, teacher_length, patches = sizes
         rows = [row for row in examples for _ in range(rollouts)]
         batch = batching.prompt_batch(
             [row.student for row in rows],
             [row.teacher for row in rows],
-            student_lengths=sizes[:1] or data.prompt_buckets,
-            teacher_lengths=sizes[1:2] or data.teacher_buckets,
-            pad_id=encoder.processor.pad_id,
-            patch_buckets=sizes[2:] or data.patch_buckets,
+            student_length=student_length,
+            teacher_length=teacher_length,
+            pad_id=pad_id,
+            patch_buckets=(patches,),
             max_pictures=1,
             first_row=process[0] * len(rows),
         )
         if reference_share > 0:
-            references = batching.references(
-                [row.reference for row in rows],
-                length=response_length,
-                pad_id=encoder.processor.pad_id,
-            )
-            batch = batch._replace(references=references)
+            responses = [row.reference for row in rows]
+            held = batching.references(responses, length=response_length, pad_id=pad_id)
+            batch = batch._replace(references=held)
         return PromptRows(batch, tuple(row.board for row in rows))
 
-    def collate(examples: Sequence[PromptExample]) -> Padded[PromptRows]:
-        rows = pad(examples, ())
-        student, teacher = rows.batch.student, rows.batch.teacher
-        sizes = (student.tokens.shape[1], teacher.tokens.shape[1], _patches(student))
-        return Padded(rows, sizes, functools.partial(pad, examples))
-
-    examples = _shuffled(boards, seed).random_map(example)
-    return _load(examples, batch_size, process, collate, encoder, agree)
+    examples = _examples(boards, example, encoder, batch_size, seed, process)
+    return Loader(examples, measure, pad, agree)
 
 
 def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) -> Board:
@@ -237,45 +229,39 @@ def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
-    """The examples of one process: of every `batch_size` of them its own run of rows."""
+class _Share(Generic[Example]):
+    """The examples of one process: its own run of rows out of every `batch_size`."""
 
-    examples: grain.MapDataset
+    examples: Sequence[Example]
     batch_size: int
     process: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.examples) // self.process[1]
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Example:
         process, count = self.process
         own = self.batch_size // count
         batch, row = divmod(index, own)
         return self.examples[batch * self.batch_size + process * own + row]
 
 
-def _shuffled(boards: Any, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.source(boards).seed(seed).shuffle().repeat()
-
-
-def _patches(inputs: Inputs) -> int:
-    return 0 if inputs.pictures is None else inputs.pictures.patches.shape[2]
-
-
-def _load(
-    examples: grain.MapDataset,
-    batch_size: int,
-    process: tuple[int, int],
-    collate: Any,
+def _examples(
+    boards: Sequence[Board],
+    example: Callable[[Board, np.random.Generator], Example],
     encoder: Encoder,
-    agree: Agree,
-) -> Loader[Any]:
-    count = process[1]
+    batch_size: int,
+    seed: int,
+    process: tuple[int, int],
+) -> grain.DatasetIterator[list[Example]]:
+    """Lists of this process's examples of a batch; the boards are shuffled anew each epoch."""
+    workers, count = encoder.data.workers, process[1]
+    if not boards:
+        raise ValueError("boards: got none, want at least one to train on")
     if batch_size % count:
         raise ValueError(f"batch_size: got {batch_size}, want a multiple of {count} processes")
+    examples = grain.MapDataset.source(boards).seed(seed).shuffle().repeat().random_map(example)
     if count > 1:
-        examples = grain.MapDataset.source(_Share(examples, batch_size, process))
-    workers = encoder.data.workers
+        examples = grain.MapDataset.source(_Share(cast(Any, examples), batch_size, process))
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    batches = examples.batch(batch_size // count, batch_fn=collate).to_iter_dataset(options)
-    return Loader(iter(batches), agree)
+    return iter(examples.batch(batch_size // count, batch_fn=list).to_iter_dataset(options))

@@ -67,7 +67,7 @@ def make_answerer(
         answers: list[Answer] = []
         for start in range(0, len(boards), settings.batch_size):
             chosen = slice(start, start + settings.batch_size)
-            padded, _ = batching.pad_rows(shown[chosen], size)
+            padded = batching.pad_rows(shown[chosen], size)
             inputs = _inputs(encoder, [encode_prompt(encoder, b, mode) for b in padded], mode)
             # Rows that only fill the batch are thrown away: any id will do for them.
             ids = np.zeros(size, np.int32)
@@ -86,10 +86,9 @@ def make_answerer(
 
 def _inputs(encoder: Encoder, encoded: Sequence[Encoded], mode: Mode) -> Inputs:
     buckets = encoder.data.teacher_buckets if mode == "text" else encoder.data.prompt_buckets
-    longest = max(len(row.tokens) for row in encoded)
     return batching.to_inputs(
         encoded,
-        length=batching.bucket(longest, buckets, name=f"tokens of a {mode} prompt"),
+        length=batching.token_bucket(encoded, buckets, name=f"a {mode} prompt"),
         side="left",
         pad_id=encoder.processor.pad_id,
         patch_buckets=encoder.data.patch_buckets,

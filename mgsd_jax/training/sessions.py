@@ -74,7 +74,7 @@ class Session:
     config: Config
     metric: str
     timers: metrics.Timers
-    loader: Loader[Any]
+    loader: Loader[Any, Any]
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer
     progress: metrics.Progress
@@ -212,7 +212,7 @@ def opened(
     claim: Claim,
     config: Config,
     state: TrainState,
-    loader: Loader[Any],
+    loader: Loader[Any, Any],
     *,
     metric: str,
     best_mode: Literal["max", "min"],

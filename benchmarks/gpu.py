@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, LoraConfig
 from mgsd_jax.data import batching, positions
 from mgsd_jax.data.processor import Encoded, PicturePatches
@@ -41,7 +40,7 @@ from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
 from mgsd_jax.parallel import sharding
 from mgsd_jax.parallel.chips import CHIPS, GPUS, Chip
 from mgsd_jax.preflight import programs
-from mgsd_jax.sampling import sampler
+from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation
 from mgsd_jax.training import losses, optimizer, sessions, trainable
 from mgsd_jax.weights.released import find_config
@@ -208,15 +207,11 @@ def measure_rollout(case: Case, params: Any, prompts: batching.PromptBatch) -> d
     width = settings.max_new_tokens
 
     def seconds(width: int) -> float:
-        sampling = sampler.Sampling(
-            **config_lib.to_dict(dataclasses.replace(settings, max_new_tokens=width))
-        )
-        rollout = sampler.make_rollout(
-            case.model, sampling, eos_ids=(), banned_ids=case.banned, pad_id=0
-        )
+        sampling = dataclasses.replace(settings, max_new_tokens=width)
+        sampler = Sampler(case.model, sampling, eos_ids=(), banned_ids=case.banned, pad_id=0)
         key = jax.random.key(0)
         return median_seconds(
-            lambda: rollout({"params": params}, inputs, key, prompts.row_ids), case.rounds
+            lambda: sampler.rollout({"params": params}, inputs, key, prompts.row_ids), case.rounds
         )
 
     limit, first = limits(case), seconds(1)
@@ -287,7 +282,7 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
 
 
 def measure_loss(case: Case, tokens: int) -> dict[str, Any]:
-    """Fused reverse KL and its gradients, and the four products that it cannot do without."""
+    """The fused divergence and its gradients, and the four products that it cannot do without."""
     text, chunk = case.model.config.text, min(case.config.distillation.token_chunk, tokens)
     tokens = -(-tokens // chunk) * chunk
     keys = jax.random.split(jax.random.key(3), 5)
@@ -297,14 +292,12 @@ def measure_loss(case: Case, tokens: int) -> dict[str, Any]:
     table, teacher_table = (normal(key, shapes[1]) * 0.02 for key in keys[2:4])
     targets = jax.random.randint(keys[4], (tokens,), 0, text.vocab_size)
     weights = jnp.full(tokens, 1.0 / tokens)
-    config = dataclasses.replace(
-        distillation.loss_config(case.config.distillation), token_chunk=chunk
-    )
+    settings = dataclasses.replace(case.config.distillation, token_chunk=chunk)
 
     # All arrays are arguments: the compiler would work out what it is given as constants.
     def loss(hidden: jax.Array, table: jax.Array, *teacher: jax.Array) -> jax.Array:
-        return losses.reverse_kl(
-            hidden, table, teacher[0], teacher[1], weights, config=config, targets=targets
+        return losses.distill(
+            hidden, table, teacher[0], teacher[1], weights, settings=settings, targets=targets
         )[0]
 
     def products(hidden: jax.Array, table: jax.Array, *teacher: jax.Array) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mgsd_jax.config import DistillationConfig, OptimConfig
 from mgsd_jax.training import losses
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
@@ -31,8 +32,8 @@ def full_logits(arrays: Arrays, targets: jax.Array) -> jax.Array:
 
 
 def fused(arrays: Arrays, targets: jax.Array, token_chunk: int) -> jax.Array:
-    config = losses.DistillLossConfig(token_chunk=token_chunk)
-    loss, _ = losses.reverse_kl(*arrays, config=config, targets=targets)
+    settings = DistillationConfig(OptimConfig(lr=0.0), token_chunk=token_chunk)
+    loss, _ = losses.distill(*arrays, settings=settings, targets=targets)
     return loss
 
 

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
+from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data import positions as positions_lib
 from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
-from mgsd_jax.sampling.sampler import Sampling, make_rollout
+from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.weights import hf
 
 CONFIG = ModelConfig(
@@ -103,16 +104,16 @@ def make_inputs(batch: int, rng: np.random.Generator) -> Inputs:
 
 
 def our_runner(params: dict[str, Any], inputs: Inputs, width: int) -> Callable[[], np.ndarray]:
-    rollout = make_rollout(
+    sampler = Sampler(
         Qwen3VL(CONFIG),
-        Sampling(width, temperature=0.0),
+        SamplingConfig(width, temperature=0.0),
         eos_ids=(),
         banned_ids=(CONFIG.image_token_id, CONFIG.video_token_id),
         pad_id=PAD,
     )
     inputs, row_ids = jax.device_put((inputs, np.arange(len(inputs.tokens))))
     key = jax.random.key(0)
-    return lambda: np.asarray(rollout({"params": params}, inputs, key, row_ids).tokens)
+    return lambda: np.asarray(sampler.rollout({"params": params}, inputs, key, row_ids).tokens)
 
 
 def their_runner(model: Any, inputs: Inputs, width: int) -> Callable[[], np.ndarray]:

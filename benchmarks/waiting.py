@@ -27,6 +27,7 @@ from unittest import mock
 import jax
 
 from mgsd_jax import main
+from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation, generate
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nano.py"
@@ -75,16 +76,18 @@ def run_steps(steps: int, workdir: str) -> tuple[Program, Program]:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, boards=boards))
     generate.run(config, workdir)
     rollouts, updates = (Program([], WARM_UP + steps, []) for _ in range(2))
-    make_rollout, make_update = distillation.sampler.make_rollout, distillation.make_update
+    rollout, make_update = Sampler.rollout, distillation.make_update
+    watched = rollouts.watch(rollout, lambda out: out)
 
-    def watched_rollout(*arguments: Any, **options: Any) -> Callable:
-        return rollouts.watch(make_rollout(*arguments, **options), lambda out: out)
+    def watched_rollout(sampler: Sampler, *arguments: Any) -> Rollout:
+        # Validation's are greedy, and not looked at.
+        return (watched if sampler.sampling.temperature else rollout)(sampler, *arguments)
 
     def watched_update(*arguments: Any, **options: Any) -> Callable:
         return updates.watch(make_update(*arguments, **options), lambda out: out[1:])
 
     with (
-        mock.patch.object(distillation.sampler, "make_rollout", watched_rollout),
+        mock.patch.object(Sampler, "rollout", watched_rollout),
         mock.patch.object(distillation, "make_update", watched_update),
         contextlib.suppress(Enough),
     ):

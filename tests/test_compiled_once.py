@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.sampling import sampler
+from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation, generate, grounding, init
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -99,20 +100,17 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     prefills: set[Shape] = set()
     decodes: set[Shape] = set()
     updates: collections.Counter[Shape] = collections.Counter()
-    make_rollout, make_update = sampler.make_rollout, distillation.make_update
+    rollout, make_update = Sampler.rollout, distillation.make_update
 
-    def noting_rollouts(model: Any, sampling: Any, **options: Any) -> sampler.RolloutFn:
-        rollout = make_rollout(model, sampling, **options)
-
-        def noted(variables: Any, inputs: Inputs, *rest: Any) -> sampler.Rollout:
-            if shape_of(inputs) not in prefills:
-                # Traced whole: what asked for a value of an array on the way would fail here.
-                jax.eval_shape(rollout, variables, inputs, *rest)
-            prefills.add(shape_of(inputs))
-            decodes.add(inputs.tokens.shape)
-            return rollout(variables, inputs, *rest)
-
-        return noted
+    def noting_rollout(self: Sampler, variables: Any, inputs: Inputs, *rest: Any) -> Rollout:
+        if self.sampling.temperature == 0:  # validation's
+            return rollout(self, variables, inputs, *rest)
+        if shape_of(inputs) not in prefills:
+            # Traced whole: what asked for a value of an array on the way would fail here.
+            jax.eval_shape(functools.partial(rollout, self), variables, inputs, *rest)
+        prefills.add(shape_of(inputs))
+        decodes.add(inputs.tokens.shape)
+        return rollout(self, variables, inputs, *rest)
 
     def noting_updates(*arguments: Any) -> Callable[..., Any]:
         update = make_update(*arguments)
@@ -123,7 +121,7 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
 
         return noted
 
-    monkeypatch.setattr(sampler, "make_rollout", noting_rollouts)
+    monkeypatch.setattr(Sampler, "rollout", noting_rollout)
     monkeypatch.setattr(distillation, "make_update", noting_updates)
     distillation.run(config, str(workdir))
     assert updates.total() == 2 * EPOCH
@@ -131,8 +129,8 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     assert {shape[3] for shape in updates} == {36, 70}
     assert compiled.count("jit(update)") == len(updates)
     # Validation has a rollout of its own, greedy, of one board.
-    assert compiled.count("jit(_run_prefill)") == len(prefills) + 1 == 3
-    assert compiled.count("jit(_run_decode)") == len(decodes) + 1 == 3
+    assert compiled.count("jit(_prefill)") == len(prefills) + 1 == 3
+    assert compiled.count("jit(_decode)") == len(decodes) + 1 == 3
 
 
 def test_grounding_compiles_once_a_bucket(

@@ -15,7 +15,6 @@ from test_losses import OBJECTIVES, Case, make_case
 from mgsd_jax.parallel import axes, sharding
 from mgsd_jax.training import losses
 
-CONFIG = OBJECTIVES["reverse"]  # chunks of 8 tokens
 MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor
 eight = pytest.mark.usefixtures("eight_devices")
 
@@ -40,14 +39,13 @@ def loss_fn(kind: str, case: Case, mesh: Mesh | None) -> Any:
         return lambda hidden, head: losses.token_cross_entropy(
             hidden, head, targets, weights, token_chunk=8, mesh=mesh
         )
-    divergence = losses.sampled_reverse_kl if kind == "sampled" else losses.reverse_kl
-    return lambda hidden, head: divergence(
+    return lambda hidden, head: losses.distill(
         hidden,
         head,
         teacher_hidden,
         teacher_head,
         weights,
-        config=CONFIG,
+        settings=OBJECTIVES[kind],  # chunks of 8 tokens
         targets=targets,
         vocab_mask=jnp.arange(head.shape[0]) % 7 != 3,
         mesh=mesh,

@@ -20,7 +20,7 @@ from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.parallel import sharding
-from mgsd_jax.sampling import sampler
+from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation, grounding
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import table
@@ -63,16 +63,16 @@ def distil(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
     mesh = mesh_of(sizes)
     model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
     params, teacher = parameters(mesh, 0), parameters(mesh, 1)
-    rollout = sampler.make_rollout(
+    sampler = Sampler(
         model,
-        sampler.Sampling(6, temperature=0.0),
+        c.SamplingConfig(6, temperature=0.0),
         eos_ids=(5,),
         banned_ids=BANNED,
         pad_id=0,
     )
     prompts, row_ids = sharding.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
     laid = sharding.make_layout(mesh, jnp.float32)({"params": params})
-    sampled = rollout(laid, prompts, sharding.make_key(0, mesh), row_ids)
+    sampled = sampler.rollout(laid, prompts, sharding.make_key(0, mesh), row_ids)
     batch = distillation.DistillationBatch(
         prompts, sharding.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
     )
@@ -99,7 +99,7 @@ def ground(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
     )
     for _ in range(2):
         state, metrics = update(state, {}, batch)
-    loss = validate(state.params, {}, batch)[0]
+    loss = validate(state.params, batch, {})[0]
     return sharding.to_every((state, metrics, loss), mesh)
 
 

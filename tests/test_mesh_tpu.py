@@ -10,6 +10,7 @@ from helpers_tpu import tpu_mesh
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mgsd_jax import config as c
 from mgsd_jax.parallel import axes
 from mgsd_jax.training import losses
 
@@ -32,17 +33,17 @@ def compiled(width: int, mesh: Mesh) -> Any:
     teacher_head = shaped((VOCABULARY, width), jnp.bfloat16, axes.MODEL)
     weights = shaped((tokens,), jnp.float32, axes.BATCH)
     targets = shaped((tokens,), jnp.int32, axes.BATCH)
-    config = losses.DistillLossConfig(token_chunk=CHUNK)
+    settings = c.DistillationConfig(c.OptimConfig(lr=0.0), token_chunk=CHUNK)
 
     def loss(student: Any, head: Any, teacher: Any, teacher_head: Any, *rest: Any) -> Any:
         weights, targets, vocab_mask = rest
-        return losses.reverse_kl(
+        return losses.distill(
             student,
             head,
             teacher,
             teacher_head,
             weights,
-            config=config,
+            settings=settings,
             targets=targets,
             vocab_mask=vocab_mask,
             mesh=mesh,

@@ -24,10 +24,11 @@ from helpers_model import (  # noqa: E402
     to_inputs,
 )
 
+from mgsd_jax.config import SamplingConfig  # noqa: E402
 from mgsd_jax.data.batch import Inputs  # noqa: E402
 from mgsd_jax.model.config import ModelConfig, tiny  # noqa: E402
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden, head, logits  # noqa: E402
-from mgsd_jax.sampling.sampler import Sampling, make_rollout  # noqa: E402
+from mgsd_jax.sampling.sampler import Sampler  # noqa: E402
 
 TOLERANCE = 1e-4
 MODELS = {
@@ -190,9 +191,9 @@ def test_greedy_rollout_equals_generate_token_for_token() -> None:
     assert len(np.unique(free)) > 12
     eos = (int(free[0, 7]), int(free[1, 2]))
     want = generate(model, config, rows, eos=eos, banned=banned)
-    sampling = Sampling(max_new_tokens=free.shape[1], temperature=0.0)
-    rollout = make_rollout(Qwen3VL(config), sampling, eos_ids=eos, banned_ids=banned, pad_id=PAD)
-    got = rollout({"params": params}, inputs, jax.random.key(0), np.arange(len(rows)))
+    sampling = SamplingConfig(max_new_tokens=free.shape[1], temperature=0.0)
+    sampler = Sampler(Qwen3VL(config), sampling, eos_ids=eos, banned_ids=banned, pad_id=PAD)
+    got = sampler.rollout({"params": params}, inputs, jax.random.key(0), np.arange(len(rows)))
     np.testing.assert_array_equal(got.tokens, want)
     ends = [next((i + 1 for i, t in enumerate(r) if t in eos), len(r)) for r in free.tolist()]
     assert len(set(ends)) == len(rows) and max(ends) == free.shape[1]

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from mgsd_jax.checks import ranges
 from mgsd_jax.config import OptimConfig
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training import optimizer
@@ -39,13 +40,13 @@ def make_batch(seed: int = 1) -> dict[str, Any]:
     }
 
 
-def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, Any]:
+def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     hidden = jnp.tanh(batch["x"] @ params["layer"]["kernel"] + params["layer"]["bias"])
     rows = ((hidden * params["norm"]["scale"]).sum(-1) + batch["positions"].sum((0, 2))) ** 2
     weights = batch["weights"]
     big = (rows > 1).astype(jnp.float32)
     aux = {"big": Mean((big * weights).sum(), weights.sum()), "rows": rows}
-    return (rows * weights).sum(), weights.sum(), aux
+    return (rows * weights).sum(), (weights.sum(), aux)
 
 
 def assert_close(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
@@ -68,7 +69,7 @@ def test_gradients_are_those_of_the_mean_loss() -> None:
     grads, loss, aux = optimizer.accumulate(loss_fn, params, batch, 4, AXES)
 
     def mean(params: Any) -> jax.Array:
-        total, weight, _ = loss_fn(params, batch)
+        total, (weight, _) = loss_fn(params, batch)
         return total / weight
 
     value, want = jax.value_and_grad(mean)(params)
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_the_mean_loss() -> None:
     assert loss.value == pytest.approx(float(value), rel=1e-6)
     assert loss.weight == 8.5
     # Scalars of the auxiliaries are sums; rows come back in the order of the batch.
-    expected = loss_fn(params, batch)[2]
+    expected = loss_fn(params, batch)[1][1]
     assert_close(aux, expected)
 
 
@@ -129,7 +130,7 @@ def test_cosine_schedule_falls_to_zero_after_the_last_update() -> None:
 )
 def test_settings_that_say_nothing_sensible_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="got"):
-        optimizer.make_optimizer(dataclasses.replace(OPTIM, **changes), 10)
+        ranges.coerce(dataclasses.replace(OPTIM, **changes), OptimConfig, "optim")
 
 
 # ---------------------------------------------------------------------------------- update
@@ -167,14 +168,13 @@ def test_norms_are_those_of_the_step() -> None:
     assert metrics["skipped_update"] == 0
 
 
-def test_only_the_named_parameters_decay() -> None:
+def test_all_parameters_decay() -> None:
     params = make_params()
-    tx = optimizer.make_optimizer(OPTIM, 10, decayed=("kernel$",))
+    tx = optimizer.make_optimizer(OPTIM, 10)
     grads = jax.tree.map(jnp.zeros_like, params)
     state, _ = optimizer.update(optimizer.init(params, tx), grads, tx)
-    kernel = params["layer"]["kernel"]
-    np.testing.assert_allclose(state.params["layer"]["kernel"], kernel * (1 - 1e-3), rtol=1e-6)
-    np.testing.assert_array_equal(state.params["norm"]["scale"], params["norm"]["scale"])
+    want = jax.tree.map(lambda x: x * (1 - 1e-3), params)
+    assert_close(state.params, want, atol=0)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -187,9 +187,6 @@ def test_a_gradient_that_is_not_finite_changes_the_step_alone(bad: float) -> Non
     after, metrics = step(state, grads)
     assert_close((after.params, after.opt_state), (state.params, state.opt_state), rtol=0, atol=0)
     assert (after.step, metrics["skipped_update"], metrics["update_norm"]) == (2, 1, 0)
-    spoiled, metrics = optimizer.update(state, grads, tx, skip_nonfinite=False)
-    assert not np.isfinite(spoiled.params["norm"]["scale"]).all()
-    assert metrics["skipped_update"] == 0
 
 
 def test_in_place_copies_no_donated_array_and_computes_the_same() -> None:

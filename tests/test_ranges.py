@@ -170,10 +170,6 @@ def test_what_is_wanted_is_said(text: str, line: str) -> None:
     [
         (["evaluate.tries=2"], "evaluate.tries: got 2 at temperature 0, want 1, or a temperature"),
         (["grounding.mixture=(('questions', 0),)"], "grounding.mixture: got (('questions', 0.0),)"),
-        (
-            ["distillation.forward_kl_mix=0.5"],
-            "distillation.forward_kl_mix: got 0.5 with objective",
-        ),
         (["data.channels=(0, 0, 1)"], "data.channels: got (0, 0, 1), want an order of (0, 1, 2)"),
         (["data.picture_size=256"], "data: got picture_size=256, cell_pixels=32, want just one"),
         (["grounding.microbatches=5"], "grounding.microbatches: got 5, want a divisor of 48"),

@@ -9,11 +9,13 @@ import pytest
 from helpers_model import random_params, random_rows, to_inputs
 from jax.typing import ArrayLike
 
+from mgsd_jax.checks import ranges
+from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, apply_hidden, head, logits
 from mgsd_jax.sampling import sampler
-from mgsd_jax.sampling.sampler import Rollout, Sampling, invert_cdf, keep_nucleus, make_rollout
+from mgsd_jax.sampling.sampler import Rollout, Sampler, invert_cdf, keep_nucleus
 
 CONFIG = tiny()
 MODEL = Qwen3VL(CONFIG)
@@ -35,7 +37,7 @@ def prompts(order: tuple[int, ...] = (0, 1, 2, 3)) -> Inputs:
 
 
 def rollout(
-    sampling: Sampling,
+    sampling: SamplingConfig,
     inputs: Inputs | None = None,
     *,
     seed: int = 0,
@@ -43,7 +45,7 @@ def rollout(
     eos: tuple[int, ...] = EOS,
     pad: int = PAD,
 ) -> Rollout:
-    run = make_rollout(MODEL, sampling, eos_ids=eos, banned_ids=BANNED, pad_id=pad)
+    run = Sampler(MODEL, sampling, eos_ids=eos, banned_ids=BANNED, pad_id=pad).rollout
     inputs = prompts() if inputs is None else inputs
     return jax.device_get(run(VARIABLES, inputs, jax.random.key(seed), row_ids))
 
@@ -66,24 +68,24 @@ def taken(logprobs: ArrayLike, tokens: ArrayLike) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_the_training_forward(temperature: float) -> None:
-    out = rollout(Sampling(R, temperature))
+    out = rollout(SamplingConfig(R, temperature))
     want = taken(forward_logprobs(prompts(), out.tokens, out.mask, temperature), out.tokens)
     assert np.abs(out.logprobs - want)[out.mask].max() <= 1e-4
     np.testing.assert_array_equal(out.logprobs[~out.mask], 0)
 
 
 def test_greedy_takes_the_likeliest_token_and_reports_its_logprob() -> None:
-    out = rollout(Sampling(R, 0.0))
+    out = rollout(SamplingConfig(R, 0.0))
     expected = np.asarray(forward_logprobs(prompts(), out.tokens, out.mask, 1.0))
     np.testing.assert_array_equal(out.tokens[out.mask], expected.argmax(-1)[out.mask])
     assert np.abs(out.logprobs - taken(expected, out.tokens))[out.mask].max() <= 1e-4
 
 
 def test_mask_runs_through_the_first_end_token_then_pads() -> None:
-    free = rollout(Sampling(R), eos=())
+    free = rollout(SamplingConfig(R), eos=())
     assert free.mask.all() and free.truncated.all()
     eos = (int(free.tokens[0, 5]), int(free.tokens[2, 0]))
-    out = rollout(Sampling(R), eos=eos)
+    out = rollout(SamplingConfig(R), eos=eos)
     for got, mask, truncated, want in zip(
         out.tokens, out.mask, out.truncated, free.tokens, strict=True
     ):
@@ -97,48 +99,49 @@ def test_mask_runs_through_the_first_end_token_then_pads() -> None:
 
 
 def test_end_token_at_the_last_position_is_not_truncated() -> None:
-    free = rollout(Sampling(R), eos=())
+    free = rollout(SamplingConfig(R), eos=())
     last = int(free.tokens[0, -1])
     assert last not in free.tokens[0, :-1]
-    out = rollout(Sampling(R), eos=(last, last))
+    out = rollout(SamplingConfig(R), eos=(last, last))
     assert out.mask[0].all() and not out.truncated[0]
 
 
 def test_pad_id_may_be_sampled_and_counts_until_the_row_ends() -> None:
     """Whether a token counts is never read off its id."""
-    free = rollout(Sampling(R), eos=())
-    out = rollout(Sampling(R), eos=(), pad=int(free.tokens[1, 2]))
+    free = rollout(SamplingConfig(R), eos=())
+    out = rollout(SamplingConfig(R), eos=(), pad=int(free.tokens[1, 2]))
     assert out.mask.all()
     np.testing.assert_array_equal(out.tokens, free.tokens)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place() -> None:
-    want = rollout(Sampling(R))
+    want = rollout(SamplingConfig(R))
     order = (2, 0, 3, 1)
-    got = rollout(Sampling(R), prompts(order), row_ids=ROW_IDS[list(order)])
+    got = rollout(SamplingConfig(R), prompts(order), row_ids=ROW_IDS[list(order)])
     np.testing.assert_array_equal(got.tokens, want.tokens[list(order)])
-    alone = rollout(Sampling(R), prompts((1,)), row_ids=ROW_IDS[1:2])
+    alone = rollout(SamplingConfig(R), prompts((1,)), row_ids=ROW_IDS[1:2])
     np.testing.assert_array_equal(alone.tokens[0], want.tokens[1])
     np.testing.assert_allclose(alone.logprobs[0], want.logprobs[1], atol=1e-5)
 
 
 def test_other_row_ids_and_other_seeds_draw_otherwise() -> None:
     same = prompts((0, 0, 0, 0))
-    out = rollout(Sampling(R), same)
+    out = rollout(SamplingConfig(R), same)
     assert len({tuple(row) for row in out.tokens}) == 4
-    again = rollout(Sampling(R), same, seed=1)
+    again = rollout(SamplingConfig(R), same, seed=1)
     assert all((a != b).any() for a, b in zip(out.tokens, again.tokens, strict=True))
 
 
 def test_a_shorter_rollout_is_the_start_of_a_longer_one() -> None:
-    short, long = rollout(Sampling(5), eos=()), rollout(Sampling(R), eos=())
+    short, long = rollout(SamplingConfig(5), eos=()), rollout(SamplingConfig(R), eos=())
     np.testing.assert_array_equal(short.tokens, long.tokens[:, :5])
 
 
 def test_first_tokens_follow_the_model_distribution() -> None:
     """Chi-square of 4096 draws of one token against the forward's probabilities."""
     inputs = prompts((2,) * 512)
-    run = make_rollout(MODEL, Sampling(1, 0.5), eos_ids=(), banned_ids=BANNED, pad_id=PAD)
+    one = SamplingConfig(1, 0.5)
+    run = Sampler(MODEL, one, eos_ids=(), banned_ids=BANNED, pad_id=PAD).rollout
     ids = np.arange(512)
     drawn = [run(VARIABLES, inputs, jax.random.key(s), ids).tokens[:, 0] for s in range(8)]
     counts = np.bincount(np.concatenate(drawn), minlength=CONFIG.text.vocab_size)
@@ -151,10 +154,10 @@ def test_first_tokens_follow_the_model_distribution() -> None:
 
 
 def test_the_loop_stops_when_all_rows_have_ended() -> None:
-    free = rollout(Sampling(R), eos=())
+    free = rollout(SamplingConfig(R), eos=())
     eos = (int(free.tokens[0, 2]), int(free.tokens[1, 1]))
     keep = (0, 1, 0, 1)  # four rows, to share the program of the other tests
-    out = rollout(Sampling(R), prompts(keep), row_ids=ROW_IDS[list(keep)], eos=eos)
+    out = rollout(SamplingConfig(R), prompts(keep), row_ids=ROW_IDS[list(keep)], eos=eos)
     _, cache = decode(prompts(keep), ROW_IDS[list(keep)], eos)
     longest = out.mask.sum(axis=1).max()
     assert longest <= 3 and int(cache.length) == prompts().tokens.shape[1] + longest - 1
@@ -164,25 +167,23 @@ def decode(
     inputs: Inputs, row_ids: np.ndarray, eos: tuple[int, ...], *, lower: bool = False
 ) -> Any:
     """The inner program of a rollout, for what a rollout does not show: the cache it leaves."""
-    static = sampler._Static(MODEL, R, greedy=False, top_k=0, use_top_p=False)
-    choice = sampler._Choice(
-        np.array(eos, np.int32),
-        np.array(BANNED, np.int32),
-        np.int32(PAD),
-        np.float32(1),
-        np.float32(1),
-    )
-    hidden, cache = sampler._prefill(static, VARIABLES, inputs)
-    arguments = (static, choice, VARIABLES, hidden, cache, inputs.next_position)
-    call = sampler._decode.lower if lower else sampler._decode
-    return call(*arguments, jax.random.key(0), row_ids)
+    run = Sampler(MODEL, SamplingConfig(R), eos_ids=eos, banned_ids=BANNED, pad_id=PAD)
+    programs = run.programs(VARIABLES, inputs, jax.random.key(0), row_ids)
+    prefill, arguments = programs["prefill"]
+    prefilled = prefill(*arguments)
+    decode, (static, choice, variables, _, _, *rest) = programs["decode"]
+    call = decode.lower if lower else decode
+    return call(static, choice, variables, *prefilled, *rest)
 
 
 def test_temperature_and_top_p_share_a_program() -> None:
-    rollout(Sampling(R, 0.9, top_p=0.9))
-    decode: Any = sampler._decode
+    rollout(SamplingConfig(R, 0.9, top_p=0.9))
+    decode: Any = sampler._compiled(None)[1]
     before = decode._cache_size()
-    hot, cold = rollout(Sampling(R, 2.0, top_p=0.8)), rollout(Sampling(R, 0.2, top_p=0.5))
+    hot, cold = (
+        rollout(SamplingConfig(R, 2.0, top_p=0.8)),
+        rollout(SamplingConfig(R, 0.2, top_p=0.5)),
+    )
     assert decode._cache_size() == before
     assert hot.logprobs.sum() < cold.logprobs.sum()
 
@@ -206,8 +207,8 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p: float) -> None:
         np.testing.assert_array_equal(np.flatnonzero(got), np.sort(order[:size]))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(R, top_k=4), Sampling(R, top_p=0.4)])
-def test_truncated_sampling_stays_inside_and_renormalises(sampling: Sampling) -> None:
+@pytest.mark.parametrize("sampling", [SamplingConfig(R, top_k=4), SamplingConfig(R, top_p=0.4)])
+def test_truncated_sampling_stays_inside_and_renormalises(sampling: SamplingConfig) -> None:
     out = rollout(sampling)
     full = np.asarray(forward_logprobs(prompts(), out.tokens, out.mask, 1.0))
     if sampling.top_k:
@@ -256,11 +257,11 @@ def test_inverse_cdf_never_lands_on_an_impossible_token() -> None:
 )
 def test_sampling_refuses_values_out_of_range(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"got .*want"):
-        Sampling(**{"max_new_tokens": 4, **wrong})
+        ranges.coerce(SamplingConfig(**{"max_new_tokens": 4, **wrong}), SamplingConfig, "sampling")
 
 
 @pytest.mark.parametrize("wrong", [{"eos_ids": (256,)}, {"pad_id": -1}, {"banned_ids": (11,)}])
 def test_make_rollout_refuses_ids_that_cannot_be(wrong: dict) -> None:
     ids = {"eos_ids": EOS, "banned_ids": BANNED, "pad_id": PAD, **wrong}
     with pytest.raises(ValueError, match=r"got .*want"):
-        make_rollout(MODEL, Sampling(4), **ids)
+        Sampler(MODEL, SamplingConfig(4), **ids)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, LoraConfig, OptimConfig, SamplingConfig
 from mgsd_jax.data.batch import Inputs, Pictures
@@ -25,7 +24,7 @@ from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import sharding
 from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.roofline import Work
-from mgsd_jax.sampling import sampler
+from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation, grounding
 from mgsd_jax.stages.distillation import DistillationBatch
 from mgsd_jax.training import optimizer, trainable
@@ -184,19 +183,10 @@ def _rollout(
     length, slots = config.data.prompt_buckets[-1], sampling.max_new_tokens
     inputs = _placed(_inputs(config, model, rows, length, has_picture=True), mesh)
     # How many ids end a row shapes the program, which ones does not.
-    programs = sampler.programs(
-        model,
-        sampler.Sampling(**config_lib.to_dict(sampling)),
-        eos_ids=(0, 1),
-        banned_ids=(model.config.image_token_id, model.config.video_token_id),
-        pad_id=0,
-        arguments=(
-            laid_out,
-            inputs,
-            _key(mesh),
-            _placed(_array((rows,), jnp.int32), mesh),
-        ),
-    )
+    banned = (model.config.image_token_id, model.config.video_token_id)
+    sampler = Sampler(model, sampling, eos_ids=(0, 1), banned_ids=banned, pad_id=0)
+    row_ids = _placed(_array((rows,), jnp.int32), mesh)
+    programs = sampler.programs(laid_out, inputs, _key(mesh), row_ids)
     works = roofline.rollout_works(model, laid_out, rows, length, slots, _patches(config))
     for name, (jitted, arguments) in programs.items():
         yield Program(name, jitted, arguments, kept, works[name])

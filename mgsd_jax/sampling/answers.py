@@ -24,7 +24,7 @@ from mgsd_jax.data.segments import decode_rows
 from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import axes, sharding
-from mgsd_jax.sampling.sampler import Sampling, make_rollout
+from mgsd_jax.sampling.sampler import Sampler
 
 Answerer = Callable[..., list[Answer]]
 
@@ -40,9 +40,9 @@ def make_answerer(
     (`sharding.make_layout`), every process asks about all boards, and gets all answers.
     """
     processor = encoder.processor
-    generate = make_rollout(
+    sampler = Sampler(
         model,
-        Sampling(**config_lib.to_dict(settings.sampling)),
+        settings.sampling,
         eos_ids=processor.eos_ids,
         banned_ids=processor.banned_ids,
         pad_id=processor.pad_id,
@@ -73,7 +73,7 @@ def make_answerer(
             ids = np.zeros(size, np.int32)
             ids[: len(row_ids[chosen])] = row_ids[chosen]
             asked = sharding.to_global((inputs, ids), mesh, is_whole=True)
-            sampled = sharding.to_every(generate(variables, asked[0], rng, asked[1]), mesh)
+            sampled = sharding.to_every(sampler.rollout(variables, asked[0], rng, asked[1]), mesh)
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
             answers += [
                 Answer(texts[i], bool(sampled.truncated[i]), int(sampled.mask[i].sum()))

@@ -16,6 +16,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.cache import KVCache
 from mgsd_jax.model.cpu import join_layers
@@ -24,26 +25,8 @@ from mgsd_jax.parallel import sharding
 from mgsd_jax.parallel.axes import BATCH, constrain, dividing, fit, parts
 
 Variables = dict[str, Any]  # {'params': ..., optionally 'adapters': ...}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens; temperature 0 takes the most probable one."""
-
-    max_new_tokens: int  # R
-    temperature: float = 1.0
-    top_p: float = 1.0  # 1: off
-    top_k: int = 0  # 0: off
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature: got {self.temperature}, want 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}, want a number in (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: got {self.top_k}, want 0 (off) or more")
+Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a jitted function, and its arguments
+_SUBLANES = 8  # rows of a TPU's tile; with fewer the default layout pads less
 
 
 @struct.dataclass
@@ -56,11 +39,91 @@ class Rollout:
     truncated: jax.Array  # [B] bool, True where R tokens went by without an end token
 
 
-RolloutFn = Callable[[Variables, Inputs, jax.Array, jax.typing.ArrayLike], Rollout]
-
-
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Sampler:
+    """Samples one response to each prompt.
+
+    `banned_ids` (picture pads) have probability 0; `eos_ids` end a row and belong to it; after that
+    it emits `pad_id`. Samplers that differ only in ids, in a temperature above 0 or in a top_p
+    below 1 share one compiled program. Raises ValueError for ids outside the vocabulary, or both
+    banned and ending.
+    """
+
+    model: Qwen3VL
+    sampling: SamplingConfig
+    _: dataclasses.KW_ONLY
+    eos_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        vocabulary = self.model.config.text.vocab_size
+        for name, ids in (
+            ("eos_ids", self.eos_ids),
+            ("banned_ids", self.banned_ids),
+            ("pad_id", (self.pad_id,)),
+        ):
+            if any(not 0 <= i < vocabulary for i in ids):
+                raise ValueError(f"{name}: got {ids}, want ids in [0, {vocabulary})")
+        if set(self.eos_ids) & set(self.banned_ids):
+            raise ValueError(f"banned_ids: got {self.banned_ids}, want none of {self.eos_ids}")
+
+    def rollout(
+        self, variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.typing.ArrayLike
+    ) -> Rollout:
+        """One response a row, without reading anything back to the host.
+
+        Prompts are left-padded. A row's response depends on `rng`, its own `row_ids` [B] entry and
+        its own prompt, not on its neighbours or its place in the batch. `logprobs` are float32,
+        after bans, temperature, top-k and top-p; those of greedy rollouts are the model's at
+        temperature 1.
+        """
+        prefill, decode = _compiled(_places(self.model, inputs.tokens.shape[0]))
+        hidden, cache = prefill(self._static, variables, inputs)
+        rest = (hidden, cache, inputs.next_position, rng, row_ids)
+        return decode(self._static, self._choice, variables, *rest)[0]
+
+    def programs(
+        self, variables: Variables, inputs: Inputs, rng: Any, row_ids: Any
+    ) -> dict[str, Program]:
+        """'prefill' and 'decode' of `rollout`, to be lowered with their arguments; runs nothing.
+
+        The arguments are ShapeDtypeStructs that lie on the model's mesh.
+        """
+        places = _places(self.model, inputs.tokens.shape[0])
+        prefill, decode = _compiled(places)
+        prefilled = jax.eval_shape(functools.partial(_prefill, self._static), variables, inputs)
+        if places is not None:
+            prefilled = sharding.abstract(prefilled, places)
+        rest = (*prefilled, inputs.next_position, rng, row_ids)
+        return {
+            "prefill": (prefill, (self._static, variables, inputs)),
+            "decode": (decode, (self._static, self._choice, variables, *rest)),
+        }
+
+    @property
+    def _static(self) -> "_Static":
+        sampling = self.sampling
+        return _Static(
+            self.model,
+            max_new_tokens=sampling.max_new_tokens,
+            greedy=sampling.temperature == 0,
+            top_k=min(sampling.top_k, self.model.config.text.vocab_size),
+            use_top_p=sampling.top_p < 1,
+        )
+
+    @property
+    def _choice(self) -> "_Choice":
+        return _Choice(
+            eos_ids=np.asarray(self.eos_ids, np.int32),
+            banned_ids=np.asarray(self.banned_ids, np.int32),
+            pad_id=np.int32(self.pad_id),
+            temperature=np.float32(self.sampling.temperature),
+            top_p=np.float32(self.sampling.top_p),
+        )
+
+
+class _Static(NamedTuple):
     """What selects a compiled program, besides shapes."""
 
     model: Qwen3VL
@@ -80,70 +143,25 @@ class _Choice(NamedTuple):
     top_p: np.float32
 
 
-def make_rollout(
-    model: Qwen3VL,
-    sampling: Sampling,
-    *,
-    eos_ids: tuple[int, ...],
-    banned_ids: tuple[int, ...],
-    pad_id: int,
-) -> RolloutFn:
-    """A function `rollout(variables, inputs, rng, row_ids)` that samples one response a row.
+@functools.cache
+def _compiled(places: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(prefill, decode), jitted; the last hidden states and the cache lie as `places` say.
 
-    Prompts are left-padded. A row's response depends on `rng`, its own `row_ids` [B] entry and its
-    own prompt, not on its neighbours or its place in the batch. `banned_ids` (picture pads) have
-    probability 0; `eos_ids` end a row and belong to it; after that it emits `pad_id`. Nothing is
-    read back to the host. Calls of `make_rollout` that differ only in ids, in a temperature above
-    0 or in a top_p below 1 share one compiled program.
-
-    `logprobs` are float32, after bans, temperature, top-k and top-p. For greedy rollouts they are
-    those of the model at temperature 1.
+    The cache is returned, although nothing reads it: XLA refuses to reuse a donated buffer that has
+    no output to go to, and would hold the cache twice.
     """
-    static, choice = _prepare(model, sampling, eos_ids, banned_ids, pad_id)
-
-    def rollout(
-        variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.typing.ArrayLike
-    ) -> Rollout:
-        prefill, decode = _jitted(_places(model, inputs.tokens.shape[0]))
-        hidden, cache = prefill(static, variables, inputs)
-        rest = (hidden, cache, inputs.next_position, rng, row_ids)
-        return decode(static, choice, variables, *rest)[0]
-
-    return rollout
+    return (
+        jax.jit(_prefill, static_argnums=0, out_shardings=places),
+        jax.jit(
+            _decode,
+            static_argnums=0,
+            donate_argnames="cache",
+            out_shardings=None if places is None else (None, places[1]),
+        ),
+    )
 
 
-def programs(
-    model: Qwen3VL,
-    sampling: Sampling,
-    *,
-    eos_ids: tuple[int, ...],
-    banned_ids: tuple[int, ...],
-    pad_id: int,
-    arguments: tuple[Variables, Inputs, Any, Any],
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """'prefill' and 'decode' of such a rollout: jitted function and arguments; runs nothing.
-
-    `arguments` are those of the rollout, as ShapeDtypeStructs that lie on the model's mesh.
-    """
-    static, choice = _prepare(model, sampling, eos_ids, banned_ids, pad_id)
-    variables, inputs, rng, row_ids = arguments
-    places = _places(model, inputs.tokens.shape[0])
-    prefill, decode = _jitted(places)
-    prefilled = jax.eval_shape(functools.partial(_prefill, static), variables, inputs)
-    if places is not None:
-        prefilled = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            prefilled,
-            places,
-        )
-    rest = (*prefilled, inputs.next_position, rng, row_ids)
-    return {
-        "prefill": (prefill, (static, variables, inputs)),
-        "decode": (decode, (static, choice, variables, *rest)),
-    }
-
-
-def _places(model: Qwen3VL, rows: int) -> tuple[Any, KVCache] | None:
+def _places(model: Qwen3VL, rows: int) -> Any:
     """Where the last hidden states and the cache lie between prefill and decode; None: anywhere.
 
     On a TPU the loop wants rows beside widths, [L, S, K, B, H] in memory: handed over in the
@@ -161,64 +179,13 @@ def _places(model: Qwen3VL, rows: int) -> tuple[Any, KVCache] | None:
     return by_row, KVCache(**fields, length=cast(Any, NamedSharding(mesh, P())))
 
 
-_SUBLANES = 8  # rows of a TPU's tile; with fewer the default layout pads less
-
-
-@functools.cache
-def _jitted(places: tuple[Any, KVCache] | None) -> tuple[Any, Any]:
-    """The two programs, with their results laid out as `places` say."""
-    if places is None:
-        return _prefill, _decode
-    return (
-        jax.jit(_run_prefill, static_argnums=0, out_shardings=places),
-        jax.jit(
-            _run_decode,
-            static_argnums=0,
-            donate_argnames="cache",
-            out_shardings=(None, places[1]),
-        ),
-    )
-
-
-def _prepare(
-    model: Qwen3VL,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
-    banned_ids: tuple[int, ...],
-    pad_id: int,
-) -> tuple[_Static, _Choice]:
-    vocabulary = model.config.text.vocab_size
-    for name, ids in (("eos_ids", eos_ids), ("banned_ids", banned_ids), ("pad_id", (pad_id,))):
-        if any(not 0 <= i < vocabulary for i in ids):
-            raise ValueError(f"{name}: got {ids}, want ids in [0, {vocabulary})")
-    if set(eos_ids) & set(banned_ids):
-        raise ValueError(f"banned_ids: got {banned_ids}, want none of eos_ids {eos_ids}")
-    static = _Static(
-        model=model,
-        max_new_tokens=sampling.max_new_tokens,
-        greedy=sampling.temperature == 0,
-        top_k=min(sampling.top_k, vocabulary),
-        use_top_p=sampling.top_p < 1,
-    )
-    choice = _Choice(
-        eos_ids=np.asarray(eos_ids, np.int32),
-        banned_ids=np.asarray(banned_ids, np.int32),
-        pad_id=np.int32(pad_id),
-        temperature=np.float32(sampling.temperature),
-        top_p=np.float32(sampling.top_p),
-    )
-    return static, choice
-
-
-def _run_prefill(
-    static: _Static, variables: Variables, inputs: Inputs
-) -> tuple[jax.Array, KVCache]:
+def _prefill(static: _Static, variables: Variables, inputs: Inputs) -> tuple[jax.Array, KVCache]:
     slots = inputs.tokens.shape[1] + static.max_new_tokens
     prefilled = static.model.apply(variables, inputs, slots, method="prefill")
     return cast(tuple[jax.Array, KVCache], prefilled)
 
 
-def _run_decode(
+def _decode(
     static: _Static,
     choice: _Choice,
     variables: Variables,
@@ -285,12 +252,6 @@ def _run_decode(
     _, out, done, _, split = state
     out = dataclasses.replace(out, truncated=~done)
     return sharding.constrain_batch(out, static.model.mesh), join_layers(split)
-
-
-_prefill = jax.jit(_run_prefill, static_argnums=0)
-# The cache is returned, although no one reads it: XLA refuses to reuse a donated buffer that has
-# no output to go to, and would hold the cache twice.
-_decode = jax.jit(_run_decode, static_argnums=0, donate_argnames="cache")
 
 
 def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:

@@ -4,6 +4,9 @@ reads the same board as text, would have said at every one of the student's own 
 Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
+import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,15 +23,17 @@ from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import loaders, segments
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
+from mgsd_jax.data.batching import References
 from mgsd_jax.data.boards import Board
-from mgsd_jax.data.encoder import load_encoder
+from mgsd_jax.data.encoder import Encoder, load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import processes, sharding
-from mgsd_jax.sampling import answers, sampler
+from mgsd_jax.sampling import answers
+from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import loading
-from mgsd_jax.training import guards, losses, monitor, optimizer, sessions
+from mgsd_jax.training import divergences, guards, losses, monitor, optimizer, sessions
 from mgsd_jax.training.divergences import TokenStats
 from mgsd_jax.workdir import folders
 
@@ -40,7 +45,8 @@ class DistillationBatch(NamedTuple):
     teacher: Inputs
     tokens: jax.Array  # [B, R] int32
     mask: jax.Array  # [B, R] bool, True through the first end token
-    weights: jax.Array | None = None  # [B, R] float32 of the tokens in the loss; None: the mask
+    # [B, R] float32 of the tokens in the loss; None: the mask
+    weights: jax.Array | np.ndarray | None = None
 
 
 BATCH_AXES: Any = DistillationBatch(
@@ -50,20 +56,6 @@ BATCH_AXES: Any = DistillationBatch(
     mask=sessions.FIRST,
     weights=sessions.FIRST,
 )
-
-
-def loss_config(settings: DistillationConfig) -> losses.DistillLossConfig:
-    """The settings of the loss; 'sampled_reverse_kl' has its own function and no divergence."""
-    is_jsd = settings.objective == "jsd"
-    return losses.DistillLossConfig(
-        objective="reverse_kl"
-        if settings.objective == "sampled_reverse_kl"
-        else settings.objective,
-        jsd_teacher_weight=settings.jsd_teacher_weight if is_jsd else None,
-        forward_kl_mix=settings.forward_kl_mix,
-        token_chunk=settings.token_chunk,
-        token_kl_cap=settings.token_kl_cap or None,
-    )
 
 
 def response_hidden(
@@ -79,38 +71,37 @@ def response_hidden(
 
 def loss_fn(
     trained: Any,
+    batch: DistillationBatch,
     frozen: Any,
     teacher_variables: Any,
-    batch: DistillationBatch,
     *,
     student: Qwen3VL,
     teacher: Qwen3VL,
     settings: DistillationConfig,
     vocab_mask: np.ndarray,
-) -> tuple[jax.Array, jax.Array, TokenStats]:
-    """Weighted divergence over the response tokens in nats, its weight, and statistics [B, R]."""
-    variables = tree.combine(trained, frozen)
+) -> tuple[jax.Array, tuple[jax.Array, TokenStats]]:
+    """Weighted divergence over the response tokens in nats, (its weight, statistics [B, R])."""
+    batch = sharding.constrain_batch(batch, student.mesh)
+    variables = tree.combine(sharding.constrain_state(trained, student.mesh), frozen)
     students = response_hidden(student, variables, batch.student, batch.tokens, batch.mask)
     teachers = jax.lax.stop_gradient(
         response_hidden(teacher, teacher_variables, batch.teacher, batch.tokens, batch.mask)
     )
     valid = batch.mask.reshape(-1) > 0
     weights = valid.astype(jnp.float32) if batch.weights is None else batch.weights.reshape(-1)
-    is_sampled = settings.objective == "sampled_reverse_kl"
-    divergence = losses.sampled_reverse_kl if is_sampled else losses.reverse_kl
-    loss, stats = divergence(
+    loss, stats = losses.distill(
         students,
         qwen3vl.head(variables["params"]),
         teachers,
         qwen3vl.head(teacher_variables["params"]),
         weights,
-        config=loss_config(settings),
+        settings=settings,
         targets=batch.tokens.reshape(-1),
         vocab_mask=jnp.asarray(vocab_mask),
         valid=valid,
         mesh=student.mesh,
     )
-    return loss, weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats)
+    return loss, (weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats))
 
 
 def make_update(
@@ -128,7 +119,9 @@ def make_update(
     `banned_ids` can be sampled by neither reader.
     """
     vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
-    mesh = student.mesh
+    loss_of = functools.partial(
+        loss_fn, student=student, teacher=teacher, settings=settings, vocab_mask=vocab_mask
+    )
 
     def update(
         state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
@@ -138,40 +131,36 @@ def make_update(
         else:
             teacher_variables = {"params": teacher_params or frozen["params"]}
 
-        def microbatch_loss(trained: Any, batch: DistillationBatch) -> Any:
-            return loss_fn(
-                sharding.constrain_state(trained, mesh),
-                frozen,
-                teacher_variables,
-                sharding.constrain_batch(batch, mesh),
-                student=student,
-                teacher=teacher,
-                settings=settings,
-                vocab_mask=vocab_mask,
-            )
-
         grads, loss, stats = optimizer.accumulate(
-            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+            functools.partial(loss_of, frozen=frozen, teacher_variables=teacher_variables),
+            state.params,
+            batch,
+            settings.microbatches,
+            BATCH_AXES,
         )
         state, norms = optimizer.update(
             state, grads, tx, loss=loss.sum, in_place=student.kernel.is_plain
         )
         if settings.teacher_decay:
             state = optimizer.move_average(state, settings.teacher_decay)
-        state = sharding.constrain_state(state, mesh)
-        return state, {"loss": loss, **norms}, sharding.constrain_batch(stats, mesh)
+        state = sharding.constrain_state(state, student.mesh)
+        return state, {"loss": loss, **norms}, sharding.constrain_batch(stats, student.mesh)
 
     return jax.jit(update, donate_argnums=0)
 
 
-def with_references(sampled: sampler.Rollout, references: Any) -> tuple[jax.Array, jax.Array]:
-    """(tokens, mask) [B, R] of the responses to learn from: references where a row has one."""
+def with_references(sampled: Rollout, references: References | None) -> Rollout:
+    """The responses to learn from: references where a row has one.
+
+    Only their tokens and mask: logprobs and truncated stay those of what was sampled.
+    """
     if references is None:
-        return sampled.tokens, sampled.mask
+        return sampled
     has_one = references.mask[:, :1]
-    return (
-        jnp.where(has_one, references.tokens, sampled.tokens),
-        jnp.where(has_one, references.mask, sampled.mask),
+    return dataclasses.replace(
+        sampled,
+        tokens=jnp.where(has_one, references.tokens, sampled.tokens),
+        mask=jnp.where(has_one, references.mask, sampled.mask),
     )
 
 
@@ -196,47 +185,12 @@ def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -
     return rows * (3 * students + teachers)
 
 
-def _own(mask: np.ndarray, prompts: loaders.PromptRows) -> np.ndarray:
-    """The mask without the rows whose response is not the student's own."""
-    references = prompts.batch.references
-    return mask if references is None else mask & ~references.mask[:, :1]
-
-
-def run(config: Config, workdir: str) -> None:
-    """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
-    given, config = config, config_lib.resolve(config, workdir)
+def _prompts(
+    config: Config, training: Sequence[Board], encoder: Encoder, share: tuple[int, int]
+) -> loaders.Loader[loaders.PromptExample, loaders.PromptRows]:
+    """Prompts of the training boards, for both readers."""
     settings = config.distillation
-    folder = epath.Path(workdir) / "distillation"
-    share = (jax.process_index(), jax.process_count())
-    training = loaders.load_boards(config, "train", share)
-    held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)
-    loading.check_finished(settings.student)
-    loading.check_finished(settings.teacher)
-    sections = ("model", "data", "distillation", "checkpoint", "seed")
-    with folders.claimed(folder, given, sections) as claim:
-        _train(config, claim, training, held_out)
-
-
-def _train(
-    config: Config,
-    claim: folders.Claim,
-    training: Sequence[Board],
-    held_out: Sequence[Board],
-) -> None:
-    settings = config.distillation
-    mesh = sharding.open_mesh(config.mesh)
-    prompts_a_step = settings.batch_size * settings.rollouts
-    sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
-
-    # The student, the part of it that learns, and the frozen teacher.
-    student, trained, frozen = loading.load_student(
-        settings, config, claim.folder, claim.notes, mesh, metric="val/success"
-    )
-    teacher = loading.load_teacher(settings, config, mesh, student)
-
-    # Prompts of the training boards.
-    encoder = load_encoder(config.data, student.processor)
-    loader = loaders.prompt_loader(
+    return loaders.prompt_loader(
         training,
         encoder,
         context=settings.teacher_context,
@@ -247,75 +201,113 @@ def _train(
         teacher_board=settings.teacher_board,
         reference_share=settings.reference_share,
         response_length=settings.sampling.max_new_tokens,
-        process=sharding.process_share(mesh),
+        process=share,
         agree=processes.largest,
     )
 
-    # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
-    # gradient and update in one.
-    lay_out = sharding.make_layout(mesh, student.model.dtype)
-    rollout = sampler.make_rollout(
-        student.model,
-        sampler.Sampling(**config_lib.to_dict(settings.sampling)),
-        eos_ids=student.processor.eos_ids,
-        banned_ids=student.processor.banned_ids,
-        pad_id=student.processor.pad_id,
-    )
-    answer = answers.make_answerer(student.model, encoder, config.evaluate)
-    tx = optimizer.make_optimizer(settings.optim, settings.steps)
 
-    update = make_update(student.model, teacher.model, settings, tx, student.processor.banned_ids)
-    rng = sharding.make_key(config.seed, mesh)
-    choose = jax.jit(with_references)
-    state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
+def run(config: Config, workdir: str) -> None:
+    """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
+    given, config = config, config_lib.resolve(config, workdir)
+    settings = config.distillation
+    divergences.named(settings)  # a wrong name ends the run here
+    share = (jax.process_index(), jax.process_count())
+    training = loaders.load_boards(config, "train", share)
+    held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)
+    loading.check_finished(settings.student)
+    loading.check_finished(settings.teacher)
+    with contextlib.ExitStack() as held:
+        folder = epath.Path(workdir) / "distillation"
+        sections = ("model", "data", "distillation", "checkpoint", "seed")
+        claim = held.enter_context(folders.claimed(folder, given, sections))
+        mesh = sharding.open_mesh(config.mesh)
+        prompts_a_step = settings.batch_size * settings.rollouts
+        sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
 
-    with sessions.opened(
-        claim, config, state, loader, metric="val/success", best_mode="max", steps=settings.steps
-    ) as session:
-        state = session.state
+        # The student, the part of it that learns, and the frozen teacher.
+        student, trained, frozen = loading.load_student(
+            settings, config, claim.folder, claim.notes, mesh, metric="val/success"
+        )
+        teacher = loading.load_teacher(settings, config, mesh, student)
+        processor = student.processor
+        encoder = load_encoder(config.data, processor)
+        loader = _prompts(config, training, encoder, sharding.process_share(mesh))
+
+        # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
+        # gradient and update in one.
+        lay_out = sharding.make_layout(mesh, student.model.dtype)
+        sampler = Sampler(
+            student.model,
+            settings.sampling,
+            eos_ids=processor.eos_ids,
+            banned_ids=processor.banned_ids,
+            pad_id=processor.pad_id,
+        )
+        tx = optimizer.make_optimizer(settings.optim, settings.steps)
+        update = make_update(student.model, teacher.model, settings, tx, processor.banned_ids)
+        answer = answers.make_answerer(student.model, encoder, config.evaluate)
+        rng = sharding.make_key(config.seed, mesh)
+        choose = jax.jit(with_references)
+
+        state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
+        opened = sessions.opened(
+            claim,
+            config,
+            state,
+            loader,
+            metric="val/success",
+            best_mode="max",
+            steps=settings.steps,
+        )
+        session = held.enter_context(opened)
+        state, spent = session.state, session.timers.seconds
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
                 prompts = next(loader)
             with session.timers.phase("rollout"):
                 asked = sharding.to_global(prompts.batch, mesh)
-                sampled = rollout(
+                sampled = sampler.rollout(
                     lay_out(tree.combine(state.params, frozen)),
                     asked.student,
                     jax.random.fold_in(rng, step),
                     asked.row_ids,
                 )
                 learned = choose(sampled, asked.references)
-                own = sharding.to_local(
-                    (sampled.tokens, sampled.mask, sampled.truncated, sampled.logprobs)
-                )
-                tokens, mask = own[:2] if asked.references is None else sharding.to_local(learned)
-            groups = segments.segments(student.processor, tokens, mask > 0)
-            weights: Any = token_weights(groups, settings)
-            if weights is not None:
-                weights = sharding.to_global(weights, mesh)
+                # The rows of this process: what it sampled, and what it learns from.
+                own = own_learned = sharding.to_local(sampled)
+                if asked.references is not None:
+                    own_learned = sharding.to_local(learned)
+            groups = segments.segments(processor, own_learned.tokens, own_learned.mask)
+            weights = sharding.to_global(token_weights(groups, settings), mesh)
             batch = DistillationBatch(
-                asked.student, asked.teacher, tokens=learned[0], mask=learned[1], weights=weights
+                asked.student, asked.teacher, learned.tokens, learned.mask, weights
             )
             started = time.perf_counter()
             state, measured, stats = update(state, frozen, teacher.params, batch)
             # The host scores the rollouts while the device works on the update.
-            responses = segments.decode_rows(student.processor, own[0], own[1])
-            measured |= monitor.rollout_metrics(prompts.boards, responses, own[2], own[1])
+            responses = segments.decode_rows(processor, own.tokens, own.mask)
+            measured |= monitor.rollout_metrics(prompts.boards, responses, own.truncated, own.mask)
             stats = sharding.to_local(stats)
+            spent["update"] = time.perf_counter() - started
             measured |= monitor.token_metrics(groups, stats)
             measured |= guards.rollout_measures(
-                tokens, _own(mask, prompts), own[3], stats.student_logprob, settings.sampling
+                own_learned.tokens,
+                _is_sampled(own_learned.mask, prompts),
+                own.logprobs,
+                stats.student_logprob,
+                settings.sampling,
             )
-            spent = session.timers.seconds
-            spent["update"] = time.perf_counter() - started
-            measured["tokens_per_s/rollout"] = own[1].sum() / spent["rollout"]
-            measured |= sessions.speed(
-                update_flops(student.model, teacher.model, batch),
-                2 * mask.size,
-                spent["update"],
-            )
+            measured["tokens_per_s/rollout"] = own.mask.sum() / spent["rollout"]
+            flops = update_flops(student.model, teacher.model, batch)
+            measured |= sessions.speed(flops, 2 * own.mask.size, spent["update"])
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
                     given = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
                     measured |= monitor.validation_metrics(held_out, given)
             session.finish_step(step + 1, state, measured)
+
+
+def _is_sampled(mask: np.ndarray, prompts: loaders.PromptRows) -> np.ndarray:
+    """The mask without the rows that learn from a reference."""
+    references = prompts.batch.references
+    return mask if references is None else mask & ~references.mask[:, :1]

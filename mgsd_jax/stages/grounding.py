@@ -3,9 +3,10 @@
 Axes: B batch, T tokens, D width.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from mgsd_jax import tree
 from mgsd_jax.config import Config, GroundingConfig
 from mgsd_jax.data import loaders
 from mgsd_jax.data.batching import GroundingBatch
-from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.data.records import check_kinds
 from mgsd_jax.model import qwen3vl
@@ -36,10 +36,11 @@ BATCH_AXES: Any = GroundingBatch(
 
 
 def loss_fn(
-    trained: Any, frozen: Any, batch: GroundingBatch, *, model: Qwen3VL, token_chunk: int
-) -> tuple[jax.Array, jax.Array, dict[str, Mean]]:
-    """Summed cross-entropy of the answers' tokens in nats, their number, and summed metrics."""
-    variables = tree.combine(trained, frozen)
+    trained: Any, batch: GroundingBatch, frozen: Any, *, model: Qwen3VL, token_chunk: int
+) -> tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]:
+    """Summed cross-entropy of the answers' tokens in nats, (their number, summed metrics)."""
+    batch = sharding.constrain_batch(batch, model.mesh)
+    variables = tree.combine(sharding.constrain_state(trained, model.mesh), frozen)
     hidden = qwen3vl.apply_hidden(model, variables, batch.inputs)
     weights = jnp.asarray(batch.loss_mask).reshape(-1)
     loss, stats = losses.token_cross_entropy(
@@ -51,7 +52,7 @@ def loss_fn(
         mesh=model.mesh,
     )
     count = weights.sum()
-    return loss, count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)}
+    return loss, (count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)})
 
 
 def make_update(
@@ -59,7 +60,7 @@ def make_update(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The jitted update, its state donated, and the jitted loss on held-out batches.
 
-    update(state, frozen, batch) -> (state, metrics); validate(trained, frozen, batch) -> what
+    update(state, frozen, batch) -> (state, metrics); validate(trained, batch, frozen) -> what
     `loss_fn` returns.
     """
     loss_of = functools.partial(loss_fn, model=model, token_chunk=settings.token_chunk)
@@ -67,12 +68,12 @@ def make_update(
     def update(
         state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
     ) -> tuple[optimizer.TrainState, dict[str, Any]]:
-        def microbatch_loss(trained: Any, batch: GroundingBatch) -> Any:
-            trained = sharding.constrain_state(trained, model.mesh)
-            return loss_of(trained, frozen, sharding.constrain_batch(batch, model.mesh))
-
         grads, loss, sums = optimizer.accumulate(
-            microbatch_loss, state.params, batch, settings.microbatches, BATCH_AXES
+            functools.partial(loss_of, frozen=frozen),
+            state.params,
+            batch,
+            settings.microbatches,
+            BATCH_AXES,
         )
         state, norms = optimizer.update(
             state, grads, tx, loss=loss.sum, in_place=model.kernel.is_plain
@@ -97,54 +98,46 @@ def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/grounding` to `config.grounding.steps`, from its last checkpoint if any."""
     given, config = config, config_lib.resolve(config, workdir)
     settings = config.grounding
-    folder = epath.Path(workdir) / "grounding"
     check_kinds(settings.mixture)
     share = (jax.process_index(), jax.process_count())
     training = loaders.load_boards(config, "train", share)
-    validation_boards = loaders.load_boards(config, "val")
+    validation = loaders.load_boards(config, "val")
     loading.check_finished(settings.student)
-    sections = ("model", "data", "grounding", "checkpoint", "seed")
-    with folders.claimed(folder, given, sections) as claim:
-        _train(config, claim, training, validation_boards)
+    with contextlib.ExitStack() as held:
+        folder = epath.Path(workdir) / "grounding"
+        sections = ("model", "data", "grounding", "checkpoint", "seed")
+        claim = held.enter_context(folders.claimed(folder, given, sections))
+        mesh = sharding.open_mesh(config.mesh)
+        rows, parts = settings.batch_size, settings.microbatches
+        sharding.check_batch(mesh, "grounding.batch_size", rows, parts)
 
+        # The model, and which part of it learns.
+        student, trained, frozen = loading.load_student(
+            settings, config, claim.folder, claim.notes, mesh, metric="val/loss"
+        )
 
-def _train(
-    config: Config,
-    claim: folders.Claim,
-    training: Sequence[Board],
-    validation_boards: Sequence[Board],
-) -> None:
-    settings = config.grounding
-    mesh = sharding.open_mesh(config.mesh)
-    sharding.check_batch(mesh, "grounding.batch_size", settings.batch_size, settings.microbatches)
+        # Records from the training boards, and fixed ones from the validation boards.
+        make_loader = functools.partial(
+            loaders.grounding_loader,
+            encoder=load_encoder(config.data, student.processor),
+            mixture=settings.mixture,
+            batch_size=settings.batch_size,
+            process=sharding.process_share(mesh),
+            agree=processes.largest,
+        )
+        loader = make_loader(training, seed=config.seed)
+        fixed = make_loader(validation, seed=config.seed + 1)
+        held_out = [sharding.to_global(next(fixed), mesh) for _ in range(settings.eval_batches)]
 
-    # The model, and which part of it learns.
-    student, trained, frozen = loading.load_student(
-        settings, config, claim.folder, claim.notes, mesh, metric="val/loss"
-    )
+        # One jitted update, its state donated.
+        tx = optimizer.make_optimizer(settings.optim, settings.steps)
+        update, validate = make_update(student.model, settings, tx)
+        state = optimizer.init(trained, tx, mesh)
 
-    # Records from the training boards, and fixed ones from the validation boards.
-    encoder = load_encoder(config.data, student.processor)
-    options: dict[str, Any] = {
-        "mixture": settings.mixture,
-        "batch_size": settings.batch_size,
-        "process": sharding.process_share(mesh),
-        "agree": processes.largest,
-    }
-    loader = loaders.grounding_loader(training, encoder, seed=config.seed, **options)
-    validation = loaders.grounding_loader(
-        validation_boards, encoder, seed=config.seed + 1, **options
-    )
-    held_out = [sharding.to_global(next(validation), mesh) for _ in range(settings.eval_batches)]
-
-    # One jitted update, its state donated.
-    tx = optimizer.make_optimizer(settings.optim, settings.steps)
-    update, validate = make_update(student.model, settings, tx)
-    state = optimizer.init(trained, tx, mesh)
-
-    with sessions.opened(
-        claim, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
-    ) as session:
+        opened = sessions.opened(
+            claim, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
+        )
+        session = held.enter_context(opened)
         state = session.state
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
@@ -152,10 +145,9 @@ def _train(
             started = time.perf_counter()
             state, measured = jax.block_until_ready(update(state, frozen, batch))
             seconds = time.perf_counter() - started
-            measured |= sessions.speed(
-                update_flops(student.model, batch), batch.targets.size, seconds
-            )
+            flops = update_flops(student.model, batch)
+            measured |= sessions.speed(flops, batch.targets.size, seconds)
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
-                sums = [validate(state.params, frozen, b)[:2] for b in held_out]
-                measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, w in sums))
+                sums = [validate(state.params, b, frozen) for b in held_out]
+                measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, (w, _) in sums))
             session.finish_step(step + 1, state, measured)

@@ -17,7 +17,7 @@ from absl import logging
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.checks.fields import read_json
-from mgsd_jax.config import DataConfig
+from mgsd_jax.config import DataConfig, SamplingConfig
 from mgsd_jax.data import batching
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
@@ -27,7 +27,7 @@ from mgsd_jax.envs import ENVS
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.sampling import sampler
+from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.weights import peft
 
 FILE = "parity.json"
@@ -60,9 +60,9 @@ def measure(
         max_pictures=1,
     )
     model = model.clone(dtype=jnp.float32, remat="none", kernel=Kernel())
-    rollout = sampler.make_rollout(
+    sampler = Sampler(
         model,
-        sampler.Sampling(_TOKENS, temperature=0.0),
+        SamplingConfig(_TOKENS, temperature=0.0),
         eos_ids=processor.eos_ids,
         banned_ids=processor.banned_ids,
         pad_id=processor.pad_id,
@@ -76,7 +76,9 @@ def measure(
         return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]  # [B, R]
 
     with jax.default_matmul_precision("highest"):
-        found = rollout(variables, inputs, jax.random.key(0), np.arange(_PROMPTS, dtype=np.int32))
+        found = sampler.rollout(
+            variables, inputs, jax.random.key(0), np.arange(_PROMPTS, dtype=np.int32)
+        )
         logits = score(variables, found.tokens, found.mask)
     tokens, mask, logits = (np.asarray(x) for x in (found.tokens, found.mask, logits))
     return {

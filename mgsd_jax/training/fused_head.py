@@ -7,8 +7,8 @@ matmuls instead of six, no logits kept for the backward pass, and no array of [N
 
 On a mesh the vocabulary is split over axes.MODEL and stays where it is; what moves is a chunk of
 hidden states to all parts of the vocabulary, a handful of sums a token, and the chunk's gradient
-back: 6 C D numbers, where gathering the head would move V D. The rows of 'data' meet in the
-head's gradient alone, once. Left to itself the compiler gathers [V, D] in every turn of the loop.
+back: 6 C D numbers, where gathering the head would move V D. The rows of 'data' meet only in the
+head's gradient, once. Left to itself the compiler gathers [V, D] in every turn of the loop.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mgsd_jax.parallel import axes
 from mgsd_jax.training.divergences import Shard
 
-# (settings, shard, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
-ChunkLoss = Callable[[Any, Shard, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
-
+# (shard, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
+ChunkLoss = Callable[[Shard, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
 
 # On a CPU the head's gradient takes a chunk's product in parts that stay in the cache: a product of
 # [V, D] would be written and read again before it is added. Elsewhere matmuls want aligned, large
@@ -34,19 +34,11 @@ ChunkLoss = Callable[[Any, Shard, jax.Array, Any, Any], tuple[jax.Array, Any, ja
 _HEAD_PARTS = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class FusedLoss:
-    """The static half of a fused loss."""
-
-    chunk_loss: ChunkLoss
-    settings: Any  # handed to chunk_loss
-    token_chunk: int  # tokens whose logits are held at once
-    train_head: bool = True  # False: the head gets no gradient even where it is asked for
-    mesh: Mesh | None = None  # None: on one device
-
-
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def fused_loss(
-    spec: FusedLoss,
+    chunk_loss: ChunkLoss,
+    token_chunk: int,
+    mesh: Mesh | None,
     hidden: jax.Array,
     head: jax.Array,
     weights: jax.Array,
@@ -56,80 +48,62 @@ def fused_loss(
 ) -> tuple[jax.Array, Any]:
     """(sum_t w_t L_t float32, statistics [N] of every token, 0 where it is not counted).
 
-    hidden [N, D], head [V, D], weights [N], counted [N] bool (every token of weight != 0 is);
-    rows, a pytree of [N, ...], and shared, a pytree of [V, ...], are what chunk_loss needs besides
-    the logits. Gradients go to hidden and head, each formed only where it is asked for; without
-    differentiation there is none to form.
+    At most token_chunk tokens' logits are held at once. hidden [N, D], head [V, D], weights [N],
+    counted [N] bool (every token of weight != 0 is); rows, a pytree of [N, ...], and shared, a
+    pytree of [V, ...], are what chunk_loss needs besides the logits. Gradients go to hidden and
+    head, each formed only where it is asked for; statistics carry none.
     """
-    result: Any = _fused(spec, hidden, head, weights, counted, rows, shared)
-    loss, stats = result
-    return loss, jax.tree.map(jax.lax.stop_gradient, stats)
+    arrays = (hidden, head, weights, counted, rows, shared)
+    primals = jax.tree.map(lambda x: CustomVJPPrimal(x, False), arrays)
+    return _forward(chunk_loss, token_chunk, mesh, *primals)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(spec: FusedLoss, *arrays: Any) -> tuple[jax.Array, Any]:
-    loss, stats, _ = _run(spec, (False, False), *arrays)
-    return loss, stats
-
-
-def _fused_forward(spec: FusedLoss, hidden: Any, head: Any, *others: Any) -> tuple[Any, Any]:
-    wanted = (hidden.perturbed, head.perturbed and spec.train_head)
-    others = jax.tree.map(lambda x: x.value, others, is_leaf=_is_primal)
-    loss, stats, gradients = _run(spec, wanted, hidden.value, head.value, *others)
-    return (loss, stats), gradients
-
-
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def _fused_backward(_: FusedLoss, gradients: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    scale = cotangents[0]  # the statistics carry no gradient
-    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 6
-    scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
-    return (*scaled, None, None, None, None)
-
-
-_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
-
-
-def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """[N, V] float32: the accumulator itself, not rounded to the inputs' dtype."""
-    return _matmul("ND,VD->NV", hidden, head)
-
-
-def _run(
-    spec: FusedLoss,
-    wanted: tuple[bool, bool],
-    hidden: jax.Array,
-    head: jax.Array,
-    weights: jax.Array,
-    counted: jax.Array,
-    rows: Any,
-    shared: Any,
-) -> tuple[jax.Array, Any, tuple[jax.Array | None, jax.Array | None]]:
-    """(loss, statistics, gradients of hidden and head, None where not wanted)."""
+def _forward(
+    chunk_loss: ChunkLoss, token_chunk: int, mesh: Mesh | None, *primals: Any
+) -> tuple[tuple[jax.Array, Any], tuple[jax.Array | None, jax.Array | None]]:
+    """((loss, statistics), (gradient of hidden, gradient of head)), None where not wanted."""
+    wanted = (primals[0].perturbed, primals[1].perturbed)
+    hidden, head, weights, counted, rows, shared = jax.tree.map(
+        lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, CustomVJPPrimal)
+    )
+    run = partial(_run_part, chunk_loss, token_chunk, wanted)
     tokens = (hidden, weights.astype(jnp.float32), counted, rows)
-    if spec.mesh is None:
-        return _run_part(spec, wanted, _Split(), tokens, head, shared)
-    mesh = spec.mesh
+    if mesh is None:
+        loss, stats, gradients = run(_Split(), tokens, head, shared)
+        return (loss, stats), gradients
     split = _Split(axes.BATCH, axes.dividing(mesh, axes.MODEL, head.shape[0]))
     total = hidden.shape[0]
     spare = -total % axes.parts(mesh, axes.BATCH)
     if spare:
         tokens = jax.tree.map(lambda x: jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)), tokens)
     by_token, by_word = P(split.tokens), P(split.vocabulary or None)
-    run = jax.shard_map(
-        partial(_run_part, spec, wanted, split),
+    loss, stats, (d_hidden, d_head) = jax.shard_map(
+        partial(run, split),
         mesh=mesh,
         in_specs=(by_token, by_word, by_word),
         out_specs=(P(), by_token, (by_token, by_word)),
-        check_vma=False,  # what varies over which axis is told by _Split, not by every zero
-    )
-    loss, stats, (d_hidden, d_head) = run(tokens, head, shared)
+        check_vma=False,  # _Split says what varies over which axis, so not every zero has to
+    )(tokens, head, shared)
     stats, d_hidden = jax.tree.map(lambda x: x[:total], (stats, d_hidden))
-    return loss, stats, (d_hidden, d_head)
+    return (loss, stats), (d_hidden, d_head)
+
+
+def _backward(
+    _: ChunkLoss, __: int, ___: Mesh | None, gradients: Any, cotangents: tuple[Any, Any]
+) -> tuple[Any, ...]:
+    scale = cotangents[0]  # the statistics carry no gradient
+    if isinstance(scale, SymbolicZero):
+        return (None,) * 6
+    scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+    return (*scaled, None, None, None, None)
+
+
+fused_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[N, V] float32: the accumulator itself, not rounded to the inputs' dtype."""
+    return _matmul("ND,VD->NV", hidden, head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,36 +115,36 @@ class _Split:
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """Axes along which tokens meet all parts of the vocabulary."""
+        """Mesh axes that split tokens and vocabulary: each token meets all parts of it there."""
         return tuple(axis for axis in self.tokens if axis in self.vocabulary)
 
     @property
     def copies(self) -> tuple[str, ...]:
-        """Axes along which the same part of the vocabulary meets other tokens."""
+        """Mesh axes that split tokens but not the vocabulary: the head's gradient is summed."""
         return tuple(axis for axis in self.tokens if axis not in self.vocabulary)
 
 
 def _run_part(
-    spec: FusedLoss,
+    chunk_loss: ChunkLoss,
+    token_chunk: int,
     wanted: tuple[bool, bool],
     split: _Split,
     tokens: tuple[jax.Array, jax.Array, jax.Array, Any],
     head: jax.Array,
     shared: Any,
 ) -> tuple[jax.Array, Any, tuple[jax.Array | None, jax.Array | None]]:
-    """`_run` for the tokens and the part of the head that one device holds."""
-    train_hidden, train_head = wanted
+    """(loss, statistics, gradients) of the tokens and the part of the head on one device."""
     hidden, weights, counted, rows = tokens
     kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
-    shard = Shard(split.vocabulary)
-    in_parts = spec.mesh is None and jax.default_backend() == "cpu"
-    head_parts = _HEAD_PARTS if in_parts and head.shape[0] % _HEAD_PARTS == 0 else 1
+    packing, trips = _pack(counted, token_chunk, split)
+    is_cpu = not split.tokens and jax.default_backend() == "cpu"
+    head_parts = _HEAD_PARTS if is_cpu and head.shape[0] % _HEAD_PARTS == 0 else 1
 
-    def step(carry: Any, index: jax.Array, picked: Any) -> tuple[Any, Any]:
-        d_hidden, d_head = carry
-        chunk_hidden, chunk_weights, chunk_rows = picked
+    def body(i: jax.Array, state: Any) -> Any:
+        d_hidden, d_head, packed = state
+        index, (chunk_hidden, chunk_weights, chunk_rows) = packing.pick(i, (hidden, weights, rows))
         logits = head_logits(chunk_hidden, kernel)
-        loss, stats, d_logits = spec.chunk_loss(spec.settings, shard, logits, chunk_rows, shared)
+        loss, stats, d_logits = chunk_loss(Shard(split.vocabulary), logits, chunk_rows, shared)
         # Selects and not products: a row counted for its statistics alone may hold a NaN.
         live = (chunk_weights != 0)[:, None]
         loss = jnp.where(live[:, 0], loss * chunk_weights, 0.0)
@@ -183,85 +157,97 @@ def _run_part(
             d_hidden = d_hidden.at[index].set(part.astype(hidden.dtype), mode="drop")
         if d_head is not None:
             d_head = _add_product(d_head, d_logits, jnp.where(live, chunk_hidden, 0), head_parts)
-        return (d_hidden, d_head), (loss, stats)
+        return d_hidden, d_head, packing.put(i, packed, (loss, stats))
 
-    carry = (
-        jnp.zeros_like(hidden) if train_hidden else None,
-        jnp.zeros(head.shape, jnp.float32) if train_head else None,
-    )
-    (d_hidden, d_head), (loss, stats) = _over_packed_chunks(
-        step, carry, (hidden, weights, rows), counted, spec.token_chunk, split
-    )
+    d_hidden = jnp.zeros_like(hidden) if wanted[0] else None
+    d_head = jnp.zeros(head.shape, jnp.float32) if wanted[1] else None
+    # Without an array to put them into, the body returns a chunk's outputs themselves.
+    outputs = jax.eval_shape(body, jnp.int32(0), (d_hidden, d_head, None))[2]
+    state = (d_hidden, d_head, packing.zeros(outputs))
+    d_hidden, d_head, packed = jax.lax.fori_loop(0, trips, body, state)
+    loss, stats = packing.unpack(packed)
     loss = _sum_over(jnp.sum(loss), split.tokens)
     if d_head is not None:
         d_head = _sum_over(d_head, split.copies).astype(head.dtype)
     return loss, stats, (d_hidden, d_head)
 
 
-def _over_packed_chunks(
-    step: Callable[[Any, jax.Array, Any], tuple[Any, Any]],
-    carry: Any,
-    rows: Any,
-    counted: jax.Array,
-    token_chunk: int,
-    split: _Split,
-) -> tuple[Any, Any]:
-    """Calls step(carry, index, rows) for chunks of the counted [N] rows; outputs are [N] again.
+@dataclasses.dataclass(frozen=True)
+class _Packing:
+    """How the counted rows of all devices along `gathered` are taken `chunk` at a time.
 
-    Counted rows are numbered through all devices of `split.gathered`, and chunks are runs of these
-    numbers: the loop is as long as their number, not N, asks for, however they are spread. Every
-    device gives the rows it has, zeros for the others, and takes back the outputs that are its
-    own; index [C] says which of its rows they are, out of range where another device has them. A
-    row that is not counted is never read: step sees zeros past the last counted row, and outputs
-    are 0 where nothing was counted.
+    Counted rows are numbered (their rank) through these devices in order, and turn i of the loop
+    takes the ranks i * chunk and following, wherever they are: the loop is as long as the number of
+    counted rows, not N, asks for. Each device gives the rows it has and zeros for the others, the
+    sum over devices is the chunk, and each takes back the outputs of its own rows. Rows that are
+    not counted are never read.
+
+    An example: 2 devices of 3 rows each, chunk 4, all counted but row 1 of the first (`own` is 3):
+
+        device  first  rank_of_row  rows of ranks 0-3  rows of ranks 4-7
+        0       0      0 none 1     0 2 none none      none none none none
+        1       2      0 1 2        none none 0 1      2 none none none
+
+    A device's window into its own ranks starts at i * chunk - first, here 0 and 4, -2 and 2: it may
+    hang over on either side, so `row_of_rank` has room for a chunk before and after. There and
+    where there is no row, it holds `own`, which is out of range: reads fill, writes are dropped.
     """
-    own = counted.shape[0]
-    chunk = min(token_chunk, own * _size(split.gathered))
-    # The rank of each counted row here, and the row of each rank, `own` where there is none. Room
-    # for a chunk on both sides: a window into the ranks may hang over or miss them altogether.
-    place = jnp.where(counted, jnp.cumsum(counted) - 1, own + chunk)
-    held = jnp.full(own + 2 * chunk, own).at[place + chunk].set(jnp.arange(own), mode="drop")
-    first, total = _numbering(jnp.sum(counted), split.gathered)
 
-    def window(i: jax.Array) -> jax.Array:
-        return jnp.clip(i * chunk - first, -chunk, own) + chunk
+    chunk: int
+    gathered: tuple[str, ...]
+    first: jax.Array  # [] the number of counted rows on the devices before this one
+    counted: jax.Array  # [own] bool
+    rank_of_row: jax.Array  # [own] among the counted rows of this device; out of range elsewhere
+    row_of_rank: jax.Array  # [chunk + own + chunk] its inverse; `own` where there is none
 
-    def pick(i: jax.Array) -> tuple[jax.Array, Any]:
-        index = jax.lax.dynamic_slice_in_dim(held, window(i), chunk)
+    def pick(self, i: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+        """(this device's rows [C] of turn i, `own` where another has them; the chunk's values)."""
+        index = jax.lax.dynamic_slice_in_dim(self.row_of_rank, self._start(i), self.chunk)
         mine = jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
-        return index, jax.tree.map(lambda x: _sum_over(x, split.gathered), mine)
+        return index, jax.tree.map(lambda x: _sum_over(x, self.gathered), mine)
 
-    def body(i: jax.Array, state: Any) -> Any:
-        carry, packed = state
-        carry, outputs = step(carry, *pick(i))
-        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=window(i), axis=0)
-        return carry, jax.tree.map(update, packed, outputs)
+    def zeros(self, outputs: Any) -> Any:
+        """Room for outputs, which are [C, ...] for every chunk, by rank as `row_of_rank`."""
+        size = self.row_of_rank.size
+        return jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), outputs)
 
-    _, shapes = jax.eval_shape(lambda c: step(c, *pick(jnp.int32(0))), carry)
-    packed = jax.tree.map(lambda s: jnp.zeros((held.size, *s.shape[1:]), s.dtype), shapes)
+    def put(self, i: jax.Array, packed: Any, outputs: Any) -> Any:
+        """`packed` with the outputs of turn i; the outputs themselves where packed is None."""
+        if packed is None:
+            return outputs
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self._start(i), axis=0)
+        return jax.tree.map(put, packed, outputs)
+
+    def unpack(self, packed: Any) -> Any:
+        """Outputs of this device's rows [own, ...], 0 where they are not counted."""
+        index = jnp.where(self.counted, self.rank_of_row + self.chunk, self.row_of_rank.size)
+        return jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), packed)
+
+    def _start(self, i: jax.Array) -> jax.Array:
+        own = self.counted.size
+        return jnp.clip(i * self.chunk - self.first, -self.chunk, own) + self.chunk
+
+
+def _pack(counted: jax.Array, token_chunk: int, split: _Split) -> tuple[_Packing, jax.Array]:
+    """The packing of counted rows [own], and the number of turns that their loop takes."""
+    own, gathered = counted.size, split.gathered
+    chunk = min(token_chunk, own * (jax.lax.axis_size(gathered) if gathered else 1))
+    rank_of_row = jnp.where(counted, jnp.cumsum(counted) - 1, own + chunk)
+    row_of_rank = jnp.full(own + 2 * chunk, own)
+    row_of_rank = row_of_rank.at[rank_of_row + chunk].set(jnp.arange(own), mode="drop")
+    first, total = jnp.int32(0), jnp.sum(counted)
+    if gathered:
+        counts = jax.lax.all_gather(total, gathered)
+        is_before = jnp.arange(counts.size) < jax.lax.axis_index(gathered)
+        first, total = jnp.sum(jnp.where(is_before, counts, 0)), jnp.sum(counts)
     trips = (total + chunk - 1) // chunk
     if split.copies:  # their loops hold no common sum, but one program runs them all
         trips = jax.lax.pmax(trips, split.copies)
-    carry, packed = jax.lax.fori_loop(0, trips, body, (carry, packed))
-    index = jnp.where(counted, place + chunk, held.size)
-    return carry, jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), packed)
-
-
-def _numbering(count: jax.Array, gathered: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    """(the number of this device's first row, the number of all rows) along these axes."""
-    if not gathered:
-        return jnp.int32(0), count
-    counts = jax.lax.all_gather(count, gathered)
-    before = jnp.arange(counts.size) < jax.lax.axis_index(gathered)
-    return jnp.sum(jnp.where(before, counts, 0)), jnp.sum(counts)
+    return _Packing(chunk, gathered, first, counted, rank_of_row, row_of_rank), trips
 
 
 def _sum_over(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
-
-
-def _size(names: tuple[str, ...]) -> int:
-    return jax.lax.axis_size(names) if names else 1
 
 
 def _add_product(total: jax.Array, a: jax.Array, b: jax.Array, parts: int) -> jax.Array:

@@ -17,7 +17,6 @@ from mgsd_jax.evaluation import rows, scoring
 from mgsd_jax.evaluation.summary import error_of, summarize
 from mgsd_jax.main import load_config
 from mgsd_jax.report import compare, compare_page
-from mgsd_jax.report.markup import write
 from mgsd_jax.stages import report
 from mgsd_jax.workdir import metrics
 
@@ -153,6 +152,12 @@ def test_the_page_says_it_all_and_loads_nothing(runs: list[str], tmp_path: pathl
     )
 
 
+def contents(comparison: compare.Comparison) -> str:
+    """All that is on the page below its head."""
+    sections = compare_page.make_sections(comparison, "command")
+    return "".join(html for section in sections for html in section.content)
+
+
 def test_boards_in_dispute_are_solved_by_one_and_not_by_the_other(
     comparison: compare.Comparison,
 ) -> None:
@@ -161,9 +166,32 @@ def test_boards_in_dispute_are_solved_by_one_and_not_by_the_other(
     for _, answers in chosen:
         assert not answers["weak"]["outcome"]["success"] and answers["strong"]["outcome"]["success"]
         assert all(row["plan"] for row in answers.values())
-    page = write("page", compare_page.make_page("t", comparison, ()))
+    page = contents(comparison)
     drawn = len(compare.disputed(comparison))
     assert page.count('class="route good"') == page.count('class="route bad"') == drawn > 6
+
+
+def test_a_board_that_stands_twice_in_a_benchmark_stays_one_under_its_new_number(
+    tmp_path: pathlib.Path,
+) -> None:
+    """`same_as` of a row is an index: it has to follow the boards where they are renumbered."""
+    twice = [ALL[0], ALL[1], ALL[0]._replace(index=2)]
+    folders = []
+    for name, order in (("a", (0, 1, 2)), ("b", (1, 2, 0))):
+        folder = tmp_path / name / "evaluate"
+        folder.mkdir(parents=True)
+        boards = [board._replace(index=order[board.index]) for board in twice]
+        rows.write_boards(folder, boards, ["0", "1", "2"])
+        found = [scoring.score_row(board, "picture", answer(board, True)) for board in boards]
+        extra = {"model": "distilled", "attempt": 0, "truncated": False, "response_tokens": 3}
+        rows.append(folder, [row | extra for row in found])
+        (folder / "summary.json").write_text(json.dumps(summarize(rows.read_rows(folder))))
+        folders.append(str(tmp_path / name))
+    comparison = compare.compare(folders)
+    same = {(row["model"], row["index"]): row["same_as"] for row in comparison.rows}
+    assert same == {(name, index): index % 2 for name in "ab" for index in (0, 1, 2)}
+    ((_, _, whole, _),) = compare.pair_differences(comparison)
+    assert whole is not None and whole["n"] == 2
 
 
 def test_failures_are_counted_whole(comparison: compare.Comparison) -> None:
@@ -195,7 +223,7 @@ def test_runs_without_a_board_in_common_are_not_compared(
     ((_, _, whole, parts),) = compare.pair_differences(found)
     assert whole is not None and whole["value"] is None and whole["n"] == 0
     assert parts["minibehaviour"] == whole
-    assert "no board in common" in write("page", compare_page.make_page("t", found, ()))
+    assert "no board in common" in contents(found)
     assert "weak ? other" in compare_page.headline(found)
 
 
@@ -215,7 +243,7 @@ def test_the_report_compares_the_runs_that_it_is_given(
 
 
 def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"absent: got no results there, want a workdir with"):
+    with pytest.raises(ValueError, match=r"absent: no results found, want a workdir with"):
         compare.compare([runs[0], str(tmp_path / "absent")])
     with pytest.raises(ValueError, match=r"report.runs: got .* want different folders"):
         compare.compare([runs[0], runs[0] + "/../weak"])

@@ -21,7 +21,7 @@ from mgsd_jax.envs import ENVS, frozenlake
 from mgsd_jax.envs.base import Reason
 from mgsd_jax.evaluation.rules import judge
 from mgsd_jax.evaluation.summary import ERRORS, summarize
-from mgsd_jax.report import boards, curves, evaluation_page, inputs, markup, words
+from mgsd_jax.report import boards, curves, evaluation_page, inputs, markup, tables, words
 from mgsd_jax.report.evaluation_page import build_report
 from mgsd_jax.workdir import metrics
 
@@ -417,6 +417,16 @@ def test_sections_of_the_page_are_the_sections_of_its_twin(report: pathlib.Path)
     assert found == [
         heading for name, heading in evaluation_page.HEADINGS.items() if name != "boards"
     ]
+
+
+def test_names_that_read_alike_keep_a_column_each() -> None:
+    """'a_b' and 'a b' are two models, though both are written 'a b'."""
+    rows = [row for row in make_rows() if row["mode"] == "perception"]
+    rows = [
+        row | {"model": model, "id": model + row["id"]} for row in rows for model in ("a b", "a_b")
+    ]
+    table = tables.perception(summarize(rows), "maze")
+    assert [cell.text for cell in table.head] == ["question", "a b", "a b"]
 
 
 def test_numbers_read_well() -> None:

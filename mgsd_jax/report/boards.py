@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,13 @@ SIDE = 256  # pixels of a board picture
 RESPONSE_LIMIT = 1200  # characters of a response that are shown
 # How many boards of each kind the gallery takes from each task.
 QUOTA: Mapping[Kind, int] = {"fixed": 2, "broken": 1, "failed": 1, "solved": 1}
+# By whether the first and the last model solve a board.
+_KINDS: Mapping[tuple[bool, bool], tuple[Kind, str]] = {
+    (False, True): ("fixed", "{0} fails, {1} solves it"),
+    (True, False): ("broken", "{0} solves it, {1} fails"),
+    (False, False): ("failed", "{0} and {1} both fail"),
+    (True, True): ("solved", "{0} and {1} both solve it"),
+}
 # In cells: how far a route keeps to the right, so that a way back does not hide the way there, and
 # how far a refused move is drawn.
 _LANE, _STUB = 0.11, 0.4
@@ -49,7 +56,7 @@ def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
     """
     answers = first_answers(rows)
     names = sort_models({name for by_model in answers.values() for name in by_model})
-    known = [name for name in names if name in MODELS] or names
+    known = main_models(names)
     picks = []
     for task in ENVS:
         found: dict[Kind, list[Pick]] = {kind: [] for kind in QUOTA}
@@ -70,6 +77,12 @@ def first_answers(rows: Sequence[Row]) -> dict[BoardKey, dict[str, PlanRow]]:
     return answers
 
 
+def main_models(names: Iterable[str]) -> Sequence[str]:
+    """Return base, grounded and distilled, as far as they are there; else all names in order."""
+    ordered = sort_models(names)
+    return [name for name in ordered if name in MODELS] or ordered
+
+
 def spread(found: Sequence[Any], count: int) -> list[Any]:
     """Return `count` of what was found, evenly spread; all of it where there is no more."""
     if len(found) <= count:
@@ -78,22 +91,12 @@ def spread(found: Sequence[Any], count: int) -> list[Any]:
 
 
 def _pick(board: BoardKey, rows: Mapping[str, PlanRow], known: Sequence[str]) -> Pick:
-    first, last = model_label(known[0]), model_label(known[-1])
-    before, after = (rows[name]["outcome"]["success"] for name in (known[0], known[-1]))
-    if before and after:
-        why = f"{last} solves it" if first == last else f"{first} and {last} both solve it"
-        return Pick(board, why, rows, "solved")
-    if after:
-        return Pick(board, f"{first} fails, {last} solves it", rows, "fixed")
-    if before:
-        return Pick(board, f"{first} solves it, {last} fails", rows, "broken")
-    why = f"{last} fails" if first == last else f"{first} and {last} both fail"
-    return Pick(board, why, rows, "failed")
-
-
-def gallery(picks: Sequence[Pick]) -> Markup:
-    """Return the boards as HTML, one below the other."""
-    return write("cards", [card(pick, number) for number, pick in enumerate(picks)])
+    first, last = known[0], known[-1]
+    before, after = (bool(rows[name]["outcome"]["success"]) for name in (first, last))
+    kind, words = _KINDS[before, after]
+    if first == last:
+        words = "{1} solves it" if after else "{1} fails"
+    return Pick(board, words.format(model_label(first), model_label(last)), rows, kind)
 
 
 def card(pick: Pick, number: int) -> Markup:
@@ -102,39 +105,22 @@ def card(pick: Pick, number: int) -> Markup:
     The picture is there once and referred to by its `number`.
     """
     task, level, index = pick.board
-    env = ENVS[task]
-    source = f"{task}, level {level}, index {index}"
-    state = env.from_text(next(iter(pick.rows.values()))["task_text"], source=source)
+    text = next(iter(pick.rows.values()))["task_text"]
+    state = ENVS[task].from_text(text, source=f"{task}, level {level}, index {index}")
+    picture = png_uri(ENVS[task].render(state, SIDE))
+    image = tag("image", id=f"board{number}", width=SIDE, height=SIDE, href=picture)
     title = f"{TASKS[task]}, level {level}, board {index}"
-    name, shortest = f"board{number}", env.shortest_plan(state)
-    image = tag("image", id=name, width=SIDE, height=SIDE, href=png_uri(env.render(state, SIDE)))
-    panels = [
-        {
-            "name": "shortest",
-            "drawing": _drawing(image, task, state, shortest, "hint", f"{title}: a shortest route"),
-            "sign": "",
-            "outcome": _actions(len(shortest)),
-            "plan": _arrows(shortest),
-            "state": "",
-            "response": "",
-        }
+    plan = ENVS[task].shortest_plan(state)
+    drawing = _drawing(image, task, state, plan, "hint", f"{title}: a shortest route")
+    panels: list[tuple[object, ...]] = [
+        ("shortest", drawing, _actions(len(plan)), _arrows(plan), None, 0)
     ]
+    use = tag("use", href=f"#board{number}")
     for model, row in pick.rows.items():
-        words, plan = outcome_words(row), tuple(row["plan"])
-        style, sign = ("good", "✓") if row["outcome"]["success"] else ("bad", "✗")
-        alt = f"{title}, plan of {model_label(model)}: {words}"
-        panels.append(
-            {
-                "name": model_label(model),
-                "drawing": _drawing(tag("use", href=f"#{name}"), task, state, plan, style, alt),
-                "style": style,
-                "sign": sign,
-                "outcome": words,
-                "plan": _arrows(plan),
-                "state": _state_words(row),
-                "response": _shown(row["response"]),
-            }
-        )
+        words, plan, name = outcome_words(row), tuple(row["plan"]), model_label(model)
+        style = "good" if row["outcome"]["success"] else "bad"
+        drawing = _drawing(use, task, state, plan, style, f"{title}, plan of {name}: {words}")
+        panels.append((name, drawing, words, _arrows(plan), row, RESPONSE_LIMIT))
     return write("card", title, pick.why, panels)
 
 
@@ -169,17 +155,6 @@ def _actions(count: int) -> str:
 
 def _arrows(plan: Plan) -> str:
     return " ".join(_ARROWS[action] for action in plan) if plan else "no plan"
-
-
-def _state_words(row: PlanRow) -> str:
-    if row["state_f1"] is None:
-        return ""
-    return "exactly" if row["state_exact"] else f"F1 {row['state_f1']:.2f}"
-
-
-def _shown(text: str) -> str:
-    cut = f"\n[{len(text) - RESPONSE_LIMIT} more characters]" if len(text) > RESPONSE_LIMIT else ""
-    return text[:RESPONSE_LIMIT] + cut or "(nothing)"
 
 
 def _drawing(image: Markup, task: str, state: Any, plan: Plan, style: str, alt: str) -> Markup:

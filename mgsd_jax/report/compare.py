@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -12,23 +12,17 @@ from mgsd_jax.checks import fields
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation.measures import Measure, difference, gap_by_task
 from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PlanRow, Row, board_of, plans
-from mgsd_jax.evaluation.summary import MODELS, error_of, sort_models, summarize
-from mgsd_jax.report.boards import first_answers, spread
-from mgsd_jax.report.inputs import (
-    STAGES,
-    Curve,
-    Evaluation,
-    Stage,
-    Summary,
-    read_evaluation,
-    read_stage,
-)
+from mgsd_jax.evaluation.summary import MODELS, Summary, error_of, summarize
+from mgsd_jax.report import inputs
+from mgsd_jax.report.boards import first_answers, main_models, spread
+from mgsd_jax.report.inputs import STAGES, Curve, Evaluation, Stage
 from mgsd_jax.workdir import paths
 from mgsd_jax.workdir.folders import CONFIG_FILE
 
 _LAST_SHARE = 0.1  # of the steps, what the end of a curve is the mean of
 # Settings that say where things are and how fast they go.
 _PLACES = ("folder", "path", "models", "student", "teacher", "workers", "every", "runs")
+Failure = tuple[str, str, str]  # task, error, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +41,8 @@ class Run:
 class Comparison:
     """The runs, their rows as one evaluation, and its summary.
 
-    In `rows` a board has the same index in every run, and models have new names: the result of a
-    run has the run's, another one 'run: model'; a base that answered alike everywhere is 'base'.
+    In `rows` a board has the same index in every run, and models have new names (`name_models`).
+    `shown` is the summary of the results, and of the base if all runs share it.
     """
 
     runs: tuple[Run, ...]
@@ -60,36 +54,30 @@ class Comparison:
         return tuple(run.name for run in self.runs)
 
     @property
-    def shown(self) -> tuple[str, ...]:
-        """The base that all share, if they do, and the results."""
-        return (*(name for name in ("base",) if name in self.summary["models"]), *self.results)
-
-    @property
-    def shown_summary(self) -> Summary:
-        """The summary without the models that are not shown."""
-        changed = {
-            key: {name: self.summary[key][name] for name in self.shown}
-            for key in ("models", "diagnostics")
+    def shown(self) -> Summary:
+        names = [name for name in ("base", *self.results) if name in self.summary["models"]]
+        models, found = self.summary["models"], self.summary["diagnostics"]
+        return {
+            **self.summary,
+            "models": {name: models[name] for name in names},
+            "diagnostics": {name: found[name] for name in names},
         }
-        return {**self.summary, **changed}
 
 
 def compare(folders: Sequence[str], model: str = "") -> Comparison:
-    """Reads runs (workdirs, or evaluation folders) and puts them side by side.
+    """Read runs (workdirs, or evaluation folders) and put them side by side.
 
     `model` stands for each run; '' is the last of base, grounded, distilled, else of all by name.
     Raises ValueError for a run without results, one without `model`, or names given twice.
     """
-    runs = tuple(
-        read_run(folder, name, model)
-        for folder, name in zip(folders, run_names(folders), strict=True)
-    )
+    named = zip(folders, run_names(folders), strict=True)
+    runs = tuple(read_run(folder, name, model) for folder, name in named)
     rows = tuple(_merge(runs))
     return Comparison(runs, rows, summarize(rows, source="report.runs"))
 
 
 def run_names(folders: Sequence[str]) -> list[str]:
-    """The shortest ends of the folders that tell them apart; 'evaluate' at the end is left out."""
+    """Return the shortest ends of the folders that tell them apart, without a last 'evaluate'."""
     resolved = [paths.absolute(folder) for folder in folders]
     if len(set(resolved)) < len(folders) or not folders:
         raise ValueError(f"report.runs: got {tuple(folders)}, want different folders")
@@ -105,48 +93,38 @@ def run_names(folders: Sequence[str]) -> list[str]:
 
 
 def read_run(folder: str, name: str, model: str = "") -> Run:
-    """One run; raises ValueError where it has no results or not the model."""
+    """Return one run. Raises ValueError where it has no results, or none of the model."""
     root = epath.Path(folder)
-    evaluation_folder = root if (root / ROWS_FILE).is_file() else root / "evaluate"
-    if not evaluation_folder.is_dir():
+    source = root if (root / ROWS_FILE).is_file() else root / "evaluate"
+    if not source.is_dir():
         raise ValueError(
-            f"{root}: got no results there, want a workdir with evaluate/{ROWS_FILE} or an "
+            f"{root}: no results found, want a workdir with evaluate/{ROWS_FILE} or an "
             "evaluation folder; run --stage=evaluate first"
         )
-    evaluation = read_evaluation(evaluation_folder)
+    evaluation = inputs.read_evaluation(source)
     models = [name for name, modes in evaluation.summary["models"].items() if "picture" in modes]
     if not models:
-        raise ValueError(f"{evaluation_folder}: got no answers to pictures, want some to compare")
+        raise ValueError(f"{source}: got no answers to pictures, want some to compare")
     if model and model not in models:
-        raise ValueError(f"{evaluation_folder}: got models {models}, want {model!r} (report.model)")
-    known = [name for name in sort_models(models) if name in MODELS] or list(sort_models(models))
-    workdir = evaluation_folder.parent
-    stages = tuple(read_stage(stage, workdir / stage) for stage in STAGES)
-    return Run(name, str(root), evaluation, stages, _settings(workdir), model or known[-1])
-
-
-def _settings(workdir: epath.Path) -> dict[str, object]:
-    found: dict[str, object] = {}
+        raise ValueError(f"{source}: got models {models}, want {model!r} (report.model)")
+    settings: dict[str, object] = {}
     for stage in (*STAGES, "evaluate"):
-        path = workdir / stage / CONFIG_FILE
+        path = source.parent / stage / CONFIG_FILE
         if path.is_file():
             leaves = tree.named_leaves(fields.read_json(path))
-            found |= {key.replace("/", "."): value for key, value in leaves}
-    return found
+            settings |= {key.replace("/", "."): value for key, value in leaves}
+    stages = tuple(inputs.read_stage(stage, source.parent / stage) for stage in STAGES)
+    return Run(name, str(root), evaluation, stages, settings, model or main_models(models)[-1])
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
-    """The settings that are not the same in all runs, in order of name; absent ones are None."""
+    """Return the settings that are not the same in all runs; absent ones are None."""
     names = sorted({name for run in runs for name in run.settings})
-    values = {
-        name: [run.settings.get(name) for run in runs]
-        for name in names
-        if name.split(".")[-1] not in _PLACES
-    }
+    values = {name: [run.settings.get(name) for run in runs] for name in names}
     return {
         name: found
         for name, found in values.items()
-        if any(value != found[0] for value in found[1:])
+        if name.split(".")[-1] not in _PLACES and any(value != found[0] for value in found)
     }
 
 
@@ -156,93 +134,89 @@ def number_boards(runs: Sequence[Run]) -> list[dict[BoardKey, int]]:
     A board keeps the index that it has in the first run that has it, or gets the next free one. A
     benchmark may hold a board twice: the first of one run is then the first of another.
     """
-    contents: dict[str, tuple[str, int, Hashable]] = {}
-    numbers: dict[tuple[tuple[str, int, Hashable], int], int] = {}
+    contents: dict[str, tuple] = {}  # what a board is, by its text
+    numbers: dict[tuple, int] = {}
     taken: set[BoardKey] = set()
     found = []
     for run in runs:
         texts = {board_of(row): row["task_text"] for row in run.evaluation.rows}
-        counts: collections.Counter[tuple[str, int, Hashable]] = collections.Counter()
-        indices: dict[BoardKey, int] = {}
+        counts: collections.Counter[tuple] = collections.Counter()
+        indices = {}
         for (task, level, index), text in sorted(texts.items()):
             if text not in contents:
                 source = f"{run.folder}, {task}, level {level}, index {index}"
                 state = ENVS[task].from_text(text, source=source)
                 contents[text] = (task, level, ENVS[task].key(state))
-            board = (contents[text], counts[contents[text]])
+            board = (*contents[text], counts[contents[text]])
             counts[contents[text]] += 1
             if board not in numbers:
-                numbers[board] = index
-                while (task, level, numbers[board]) in taken:
-                    numbers[board] += 1
+                free = (i for i in itertools.count(index) if (task, level, i) not in taken)
+                numbers[board] = next(free)
                 taken.add((task, level, numbers[board]))
             indices[task, level, index] = numbers[board]
         found.append(indices)
     return found
 
 
-def name_models(
-    runs: Sequence[Run], numbers: Sequence[Mapping[BoardKey, int]]
-) -> list[dict[str, str | None]]:
-    """Return for each run the names of its models in the comparison, None for one left out.
+def name_models(rows: Sequence[Sequence[Row]], runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return for each run what its models are called in the comparison.
 
-    The result of a run has the run's name, another model 'run: model'. A base that is no result and
-    answered alike in every run is there once, as 'base'.
+    The result of a run has the run's name, another model is 'run: model'. A base that is no result
+    and answered alike in every run is called 'base' in the first and left out of the others.
     """
-    shares_base = _answer_alike("base", runs, numbers) and all(run.result != "base" for run in runs)
+    answers = [
+        {
+            (board_of(row), row["mode"], row.get("attempt", 0)): row["response"]
+            for row in some
+            if row["model"] == "base"
+        }
+        for some in rows
+    ]
+    is_alike = bool(answers[0]) and all(found == answers[0] for found in answers)
     named = []
-    for i, run in enumerate(runs):
-        models = run.evaluation.summary["models"]
-        names: dict[str, str | None] = {name: f"{run.name}: {name}" for name in models}
+    for run in runs:
+        names = {name: f"{run.name}: {name}" for name in run.evaluation.summary["models"]}
         names[run.result] = run.name
-        if shares_base:
-            names["base"] = None if i else "base"
+        if is_alike and all(run.result != "base" for run in runs):
+            del names["base"]
+            names |= {} if named else {"base": "base"}
         named.append(names)
     return named
 
 
-def _answer_alike(
-    model: str, runs: Sequence[Run], numbers: Sequence[Mapping[BoardKey, int]]
-) -> bool:
-    """Whether a model gave the same responses to the same questions in every run."""
-    answers = [
-        {
-            (*board_of(row)[:2], indices[board_of(row)], row["mode"], row.get("attempt", 0)): row[
-                "response"
-            ]
-            for row in run.evaluation.rows
-            if row["model"] == model
-        }
-        for run, indices in zip(runs, numbers, strict=True)
-    ]
-    return bool(answers[0]) and all(each == answers[0] for each in answers[1:])
-
-
-def _merge(runs: Sequence[Run]) -> Iterator[Row]:
+def _merge(runs: Sequence[Run]) -> list[Row]:
     """The rows of all runs as of one evaluation."""
-    numbers = number_boards(runs)
     texts: dict[BoardKey, str] = {}  # equal boards may be written in several ways
-    for run, indices, names in zip(runs, numbers, name_models(runs, numbers), strict=True):
+    renumbered: list[list[Row]] = []
+    for run, indices in zip(runs, number_boards(runs), strict=True):
+        # Rows of one board that a benchmark holds twice name it by the lowest of its new numbers.
+        lowest: dict[BoardKey, int] = {}
+        for row in run.evaluation.rows:
+            named, new = _named_once(row), indices[board_of(row)]
+            lowest[named] = min(lowest.get(named, new), new)
+        renumbered.append([])
         for row in sorted(run.evaluation.rows, key=lambda row: (board_of(row), row["mode"])):
-            name = names[row["model"]]
-            if name is None:
-                continue
-            task, level, index = board_of(row)
-            index, same = indices[task, level, index], row.get("same_as", index)
-            yield {
-                **row,
-                "model": name,
-                "id": f"{run.name}/{row['id']}",
-                "index": index,
-                "same_as": indices.get((task, level, same), index),
-                "task_text": texts.setdefault((task, level, index), row["task_text"]),
-            }
+            new = indices[board_of(row)]
+            text = texts.setdefault((row["task"], row["level"], new), row["task_text"])
+            same = lowest[_named_once(row)]
+            renumbered[-1].append({**row, "index": new, "same_as": same, "task_text": text})
+    return [
+        {**row, "model": names[row["model"]], "id": f"{run.name}/{row['id']}"}
+        for run, rows, names in zip(runs, renumbered, name_models(renumbered, runs), strict=True)
+        for row in rows
+        if row["model"] in names
+    ]
+
+
+def _named_once(row: Row) -> BoardKey:
+    """The board of a row, by the same name for all boards of equal content (see rows.py)."""
+    return row["task"], row["level"], row.get("same_as", row["index"])
 
 
 def pair_differences(
     comparison: Comparison,
 ) -> list[tuple[str, str, Measure | None, dict[str, Measure | None]]]:
-    """(run, other run, difference, the same by task) of every two results, from the picture."""
+    """Return (run, other run, difference, the same by task) of every two results, from pictures."""
     rows = {
         name: [row for row in plans(comparison.rows, "picture") if row["model"] == name]
         for name in comparison.results
@@ -255,7 +229,7 @@ def pair_differences(
 
 
 def disputed(comparison: Comparison, a_task: int = 4) -> list[tuple[BoardKey, dict[str, PlanRow]]]:
-    """Boards that some results solve from the picture and some do not, evenly spread in a task.
+    """Return boards that some results solve from the picture and some do not, spread by task.
 
     Of a task that has boards with a plan of every result, only these: two routes say more than one.
     """
@@ -276,35 +250,33 @@ def disputed(comparison: Comparison, a_task: int = 4) -> list[tuple[BoardKey, di
 
 def frequent_failures(
     comparison: Comparison, count: int = 8
-) -> dict[tuple[str, str, str], collections.Counter[str]]:
-    """The most frequent failures, (task, error, reason), each with its count by result."""
-    found: dict[tuple[str, str, str], collections.Counter[str]] = {}
+) -> dict[Failure, collections.Counter[str]]:
+    """Return the most frequent failures from pictures, each with its count by result."""
+    found: dict[Failure, collections.Counter[str]] = {}
     for row in plans(comparison.rows, "picture"):
-        if row["model"] in comparison.results:
-            error = error_of(row)
-            if error not in ("success", "not_optimal"):
-                key = (row["task"], error, row["outcome"]["reason"] or "")
-                found.setdefault(key, collections.Counter())[row["model"]] += 1
+        error = error_of(row)
+        if row["model"] in comparison.results and error not in ("success", "not_optimal"):
+            failure = (row["task"], error, row["outcome"]["reason"] or "")
+            found.setdefault(failure, collections.Counter())[row["model"]] += 1
     ranked = sorted(found.items(), key=lambda item: (-item[1].total(), item[0]))
     return dict(ranked[:count])
 
 
-def curve_of(run: Run, stage: str, name: str) -> Curve | None:
-    """A curve of a stage of a run, None where there is none with values."""
+def curves_of(run: Run, stage: str) -> dict[str, Curve]:
+    """Return the curves of a stage that have values, by name."""
     (found,) = (part for part in run.stages if part.name == stage)
-    return next((curve for curve in found.curves if curve.name == name and curve.values), None)
+    return {curve.name: curve for curve in found.curves if curve.values}
 
 
 def ends(run: Run, prefix: str) -> dict[str, float]:
-    """The last values of distillation's metrics `prefix/...`: means over a tenth of the steps.
+    """Return the last values of distillation's metrics `prefix/...`: means over a tenth of steps.
 
     A range of positions that no response reached is 0 at every step and is left out.
     """
-    (stage,) = (part for part in run.stages if part.name == "distillation")
     found = {}
-    for curve in stage.curves:
-        group, _, name = curve.name.partition("/")
+    for name, curve in curves_of(run, "distillation").items():
+        group, _, key = name.partition("/")
         if group == prefix and any(curve.values):
             last = curve.values[-max(1, round(_LAST_SHARE * len(curve.values))) :]
-            found[name] = sum(last) / len(last)
+            found[key] = sum(last) / len(last)
     return found

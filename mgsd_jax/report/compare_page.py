@@ -6,40 +6,13 @@ from etils import epath
 from markupsafe import Markup
 
 from mgsd_jax.report import boards, curves, plots, tables
-from mgsd_jax.report.compare import (
-    Comparison,
-    compare,
-    curve_of,
-    differing_settings,
-    disputed,
-    ends,
-    frequent_failures,
-    pair_differences,
-)
+from mgsd_jax.report import compare as runs_lib
+from mgsd_jax.report.compare import Comparison
 from mgsd_jax.report.inputs import PathLike, parts
 from mgsd_jax.report.markup import write
-from mgsd_jax.report.page import (
-    HOW_TO_READ_ROUTES,
-    PUBLISHED,
-    Page,
-    Section,
-    check_path,
-    html,
-    missing,
-    paragraph,
-    tile,
-    write_page,
-)
+from mgsd_jax.report.page import PUBLISHED, Section, gallery, missing, tables_html, write_page
 from mgsd_jax.report.tables import Cell, Table, make_table, measure_cell, points_cell
-from mgsd_jax.report.words import (
-    DASH,
-    ERRORS,
-    MODES,
-    TASKS,
-    compared,
-    model_label,
-    reason_label,
-)
+from mgsd_jax.report.words import DASH, ERRORS, MODES, TASKS, compared, model_label, reason_label
 
 _CURVES = {
     "grounding": ("loss", "val/loss"),
@@ -48,7 +21,13 @@ _CURVES = {
         *("teacher_agreement", "student_entropy", "rollout/length", "rollout/truncated"),
     ),
 }
-# Metrics of distillation by token group and by response position.
+# Metrics of distillation by response position and by token group.
+_TEACHER = {
+    "kl_pos": "KL to the teacher by position (nats)",
+    "kl": "KL to the teacher by token group (nats)",
+    "agree_pos": "Same next token as the teacher, by position",
+    "agree": "Same next token as the teacher, by token group",
+}
 _PREFIXES = ("kl", "kl_pos", "agree", "agree_pos")
 _SEGMENTS = ("state", "sentence", "plan", "format")
 _NOTE = (
@@ -64,25 +43,53 @@ def build_comparison(folders: Sequence[str], out_path: PathLike, *, model: str =
     `folders` are workdirs or evaluation folders; `model` stands for each run, by default its last
     one. Raises ValueError naming the folder where a run has no results.
     """
-    out = check_path(out_path)
-    comparison = compare(folders, model)
+    comparison = runs_lib.compare(folders, model)
     title = f"Comparison of {' and '.join(comparison.results)}"
-    commands = (
-        f"python -m mgsd_jax.main --stage=report --config=... --workdir=... "
-        f"--set report.runs={','.join(folders)}",
+    program = "python -m mgsd_jax.main --stage=report --config=... --workdir=..."
+    command = f"{program} --set report.runs={','.join(folders)}"
+    record = {
+        "title": title,
+        "order": headline(comparison),
+        "runs": {
+            run.name: {
+                "folder": run.folder,
+                "model": run.result,
+                "ends": {prefix: runs_lib.ends(run, prefix) for prefix in _PREFIXES},
+            }
+            for run in comparison.runs
+        },
+        "differences": [
+            {"later": later, "earlier": earlier, "macro": whole, "tasks": by_task}
+            for later, earlier, whole, by_task in runs_lib.pair_differences(comparison)
+        ],
+        "settings": runs_lib.differing_settings(comparison.runs),
+        "summary": comparison.summary,
+        "commands": [command],
+    }
+    lines = [f"# {title}", "", f"**{headline(comparison)}**", ""]
+    lines += [
+        tables.to_markdown(table) for made in tables_of(comparison).values() for table in made
+    ]
+    return write_page(
+        out_path,
+        comparison.shown,
+        make_sections(comparison, command),
+        "\n".join([*lines, "```sh", command, "```", ""]),
+        record,
+        key=_NOTE + " >: the interval of the difference leaves out 0; ≈: it does not.",
     )
-    page = make_page(title, comparison, commands)
-    markdown = [f"# {title}", "", f"**{headline(comparison)}**", ""]
-    for made in tables_of(comparison).values():
-        markdown += map(tables.to_markdown, made)
-    markdown += ["```sh", *commands, "```", ""]
-    write_page(out, page, "\n".join(markdown), as_json(title, comparison, commands))
-    return out
+
+
+def headline(comparison: Comparison) -> str:
+    """Return the runs from best to worst, as 'b > a ≈ c', by their paired intervals."""
+    models = comparison.summary["models"]
+    order = sorted(comparison.results, key=lambda name: -models[name]["picture"]["macro"]["value"])
+    return compared(order, comparison.summary)
 
 
 def tables_of(comparison: Comparison) -> dict[str, list[Table]]:
     """Return every table of the page by section."""
-    summary = comparison.shown_summary
+    summary = comparison.shown
     tasks = {task for *_, part in parts(summary, "picture") for task in part["tasks"]}
     return {
         "results": [results_table(comparison)],
@@ -97,32 +104,28 @@ def tables_of(comparison: Comparison) -> dict[str, list[Table]]:
 
 def results_table(comparison: Comparison) -> Table:
     """A row for each model and what it reads; a column for each task, and their mean."""
-    models = comparison.summary["models"]
-    names = [*comparison.shown, *(name for name in models if name not in comparison.shown)]
-    keys = [(name, "text") for name in comparison.shown] + [(name, "picture") for name in names]
-    found = {key: models[key[0]][key[1]] for key in keys if key[1] in models[key[0]]}
-    columns = {
-        title: [
-            measure_cell(part["tasks"][task]["level_mean"] if task in part["tasks"] else None)
-            for part in found.values()
-        ]
-        for task, title in TASKS.items()
-        if any(task in part["tasks"] for part in found.values())
-    }
-    columns["macro"] = [measure_cell(part["macro"]) for part in found.values()]
-    labels = [(model_label(name), MODES[mode]) for name, mode in found]
+    shown = [*parts(comparison.shown, "text"), *parts(comparison.shown, "picture")]
+    known = comparison.shown["models"]
+    shown += [part for part in parts(comparison.summary, "picture") if part[0] not in known]
+    columns = {}
+    for task, title in TASKS.items():
+        found = [part["tasks"].get(task) for *_, part in shown]
+        if any(found):
+            columns[title] = [measure_cell(part and part["level_mean"]) for part in found]
+    columns["macro"] = [measure_cell(part["macro"]) for *_, part in shown]
+    labels = [(model_label(name), MODES[mode]) for name, mode, _ in shown]
     note = "Success: a task is the mean over its levels, macro the mean over tasks. " + PUBLISHED
     return make_table("Results", ("model", "reads"), labels, columns, note)
 
 
 def differences_table(comparison: Comparison) -> Table:
     """A row for every two runs, in points: all tasks, then task by task."""
-    found = pair_differences(comparison)
-    missing = "no board in common"
-    columns = {"macro": [points_cell(whole, missing) for *_, whole, _ in found]}
+    found = runs_lib.pair_differences(comparison)
+    none = "no board in common"
+    columns = {"macro": [points_cell(whole, none) for *_, whole, _ in found]}
     for task, title in TASKS.items():
         if any(task in by_task for *_, by_task in found):
-            columns[title] = [points_cell(by_task.get(task), missing) for *_, by_task in found]
+            columns[title] = [points_cell(by_task.get(task), none) for *_, by_task in found]
     columns["boards in common"] = [tables.count_cell(whole) for *_, whole, _ in found]
     labels = [(f"{model_label(later)} − {model_label(earlier)}",) for later, earlier, *_ in found]
     return make_table("Paired differences", ("compared",), labels, columns, _NOTE)
@@ -130,14 +133,11 @@ def differences_table(comparison: Comparison) -> Table:
 
 def failures_table(comparison: Comparison) -> Table:
     """The failures that are most frequent over all results, with each one's count."""
-    models, found = comparison.summary["models"], frequent_failures(comparison)
-    columns = {
-        model_label(name): [
-            tables.share_cell(counts[name], models[name]["picture"]["n"])
-            for counts in found.values()
-        ]
-        for name in comparison.results
-    }
+    found = runs_lib.frequent_failures(comparison)
+    columns = {}
+    for name in comparison.results:
+        n = comparison.summary["models"][name]["picture"]["n"]
+        columns[name] = [tables.share_cell(count[name], n) for count in found.values()]
     labels = [
         (Cell(f"{ERRORS[error]}; {reason_label(reason)}", TASKS[task]),)
         for task, error, reason in found
@@ -148,13 +148,9 @@ def failures_table(comparison: Comparison) -> Table:
 
 def settings_table(comparison: Comparison) -> Table:
     """The settings in which the runs differ."""
-    found = differing_settings(comparison.runs)
-    columns = {
-        model_label(run.name): [
-            Cell(DASH if values[i] is None else str(values[i])[:60]) for values in found.values()
-        ]
-        for i, run in enumerate(comparison.runs)
-    }
+    found = runs_lib.differing_settings(comparison.runs)
+    texts = [[DASH if v is None else str(v)[:60] for v in values] for values in found.values()]
+    columns = {run.name: [Cell(row[i]) for row in texts] for i, run in enumerate(comparison.runs)}
     note = "Of the stages whose settings were found; folders are left out."
     if not found:
         note = "No setting differs, or none was found. " + note
@@ -162,132 +158,86 @@ def settings_table(comparison: Comparison) -> Table:
     return make_table("Where the settings differ", ("setting",), labels, columns, note)
 
 
-def headline(comparison: Comparison) -> str:
-    """Return the runs from best to worst, as 'b > a ≈ c', by their paired intervals."""
-    models = comparison.summary["models"]
-    order = sorted(comparison.results, key=lambda name: -models[name]["picture"]["macro"]["value"])
-    return compared(order, comparison.summary)
-
-
-def make_page(title: str, comparison: Comparison, commands: Sequence[str]) -> Page:
-    """Return the page; a section with nothing in it is left out."""
-    summary, models = comparison.shown_summary, list(comparison.shown)
-    made = {name: html(some) for name, some in tables_of(comparison).items()}
+def make_sections(comparison: Comparison, command: str) -> list[Section]:
+    """Return the sections of the page; one with nothing in it is left out."""
+    made = tables_html(tables_of(comparison))
     sources = [f"{model_label(run.name)}: {run.result} of {run.folder}" for run in comparison.runs]
-    making = [write("list", sources), write("commands", "\n".join(commands))]
     content = {
-        "Results": [*made["results"], plots.dot_plot(summary)],
+        "Results": [*made["results"], plots.dot_plot(comparison.shown)],
         "Differences": made["differences"],
         "Learning curves": _curves(comparison),
         "Student and teacher": _teacher(comparison),
-        "How answers end": [plots.stacked_bars(summary), *made["failures"]],
+        "How answers end": [plots.stacked_bars(comparison.shown), *made["failures"]],
         "Boards where the runs differ": _gallery(comparison),
         "By level": made["levels"],
         "Reading and planning": made["reading"],
         "Rules and tries": made["rules"],
-        "How this was made": [*made["settings"], *making],
+        "How this was made": [
+            *made["settings"],
+            write("list", sources),
+            write("commands", command),
+        ],
     }
-    return Page(
-        title=title,
-        order=headline(comparison),
-        verdict="",
-        tiles=[
-            tile(name, "picture", model_label(name), summary, models)
-            for name, *_ in parts(summary, "picture")
-        ],
-        key=_NOTE + " >: the interval of the difference leaves out 0; ≈: it does not.",
-        sections=[
-            Section(heading.lower().replace(" ", "-"), heading, found)
-            for heading, found in content.items()
-            if found
-        ],
-    )
+    return [
+        Section(heading.lower().replace(" ", "-"), heading, found)
+        for heading, found in content.items()
+        if found
+    ]
 
 
 def _curves(comparison: Comparison) -> list[Markup]:
     content = []
     for stage, names in _CURVES.items():
-        drawn = []
-        for name in names:
-            series = {run.name: curve_of(run, stage, name) for run in comparison.runs}
-            there = {run: curve for run, curve in series.items() if curve is not None}
-            if there:
-                drawn.append(curves.overlay(name, there, comparison.results))
+        found = {run.name: runs_lib.curves_of(run, stage) for run in comparison.runs}
+        drawn = [
+            curves.overlay(name, there, comparison.results)
+            for name in names
+            if (there := {run: some[name] for run, some in found.items() if name in some})
+        ]
         if drawn:
             content += [write("heading", stage.capitalize()), write("panels", drawn)]
-    if content:
-        content.insert(0, curves.legend(comparison.results))
-    return content + [
+    legend = [curves.legend(comparison.results)] if content else []
+    absent = [
         missing(f"No curve of {run.name}: {stage.missing}.")
         for run in comparison.runs
         for stage in run.stages
         if stage.missing
     ]
+    return legend + content + absent
 
 
 def _teacher(comparison: Comparison) -> list[Markup]:
     drawn = []
-    for prefix, title in (
-        ("kl_pos", "KL to the teacher by position (nats)"),
-        ("kl", "KL to the teacher by token group (nats)"),
-        ("agree_pos", "Same next token as the teacher, by position"),
-        ("agree", "Same next token as the teacher, by token group"),
-    ):
-        series = {run.name: ends(run, prefix) for run in comparison.runs}
+    for prefix, title in _TEACHER.items():
+        series = {run.name: runs_lib.ends(run, prefix) for run in comparison.runs}
         series = {run: found for run, found in series.items() if found}
         names = {name for found in series.values() for name in found}
-        ordered = [name for name in _SEGMENTS if name in names]
-        if prefix.endswith("_pos"):
-            ordered = sorted(names, key=_first_position)
-        if ordered:
-            joined = prefix.endswith("_pos")
-            drawn.append(
-                curves.categories(title, series, ordered, comparison.results, joined=joined)
-            )
+        joined = prefix.endswith("_pos")
+        order = sorted(names, key=_start) if joined else [s for s in _SEGMENTS if s in names]
+        if order:
+            drawn.append(curves.categories(title, series, order, comparison.results, joined=joined))
     if not drawn:
         return []
     intro = (
         "Over the student's own responses, mean over the last tenth of the steps of distillation."
     )
-    return [paragraph(intro), curves.legend(comparison.results), write("panels", drawn)]
+    legend = curves.legend(comparison.results)
+    return [write("paragraph", intro), legend, write("panels", drawn)]
 
 
-def _first_position(name: str) -> int:
-    """Where a range such as '16-63' or '256-' starts."""
+def _start(name: str) -> int:
+    """Where a range of positions starts: '16-63', '256-', or '256+' of older versions."""
     return int(name.replace("+", "-").split("-")[0])
 
 
 def _gallery(comparison: Comparison) -> list[Markup]:
     picks = []
-    for board, rows in disputed(comparison):
-        solved = [model_label(name) for name, row in rows.items() if row["outcome"]["success"]]
-        failed = [model_label(name) for name, row in rows.items() if not row["outcome"]["success"]]
-        why = f"solved by {', '.join(solved)}; not by {', '.join(failed)}"
+    for board, rows in runs_lib.disputed(comparison):
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for name, row in rows.items():
+            names[bool(row["outcome"]["success"])].append(model_label(name))
+        why = f"solved by {', '.join(names[True])}; not by {', '.join(names[False])}"
         picks.append(boards.Pick(board, why, rows))
     if not picks:
         return [missing("No board is solved by some of the runs and not by others.")]
-    intro = "Of each task up to 4, evenly spread over levels and boards. "
-    return [paragraph(intro + HOW_TO_READ_ROUTES), boards.gallery(picks)]
-
-
-def as_json(title: str, comparison: Comparison, commands: Sequence[str]) -> dict[str, object]:
-    """Return what the page shows as JSON values."""
-    return {
-        "title": title,
-        "order": headline(comparison),
-        "runs": {
-            run.name: {
-                "folder": run.folder,
-                "model": run.result,
-                "ends": {prefix: ends(run, prefix) for prefix in _PREFIXES},
-            }
-            for run in comparison.runs
-        },
-        "differences": [
-            {"later": later, "earlier": earlier, "macro": whole, "tasks": by_task}
-            for later, earlier, whole, by_task in pair_differences(comparison)
-        ],
-        "settings": differing_settings(comparison.runs),
-        "summary": comparison.summary,
-        "commands": list(commands),
-    }
+    return gallery(picks, "Of each task up to 4, evenly spread over levels and boards.")

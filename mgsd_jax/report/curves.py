@@ -1,15 +1,15 @@
 """Plots with axes: success over levels, metrics over steps, and runs drawn over each other."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from mgsd_jax.report.inputs import Curve, Summary, parts
-from mgsd_jax.report.markup import join, tag, write
-from mgsd_jax.report.plots import colour, icon, mark
+from mgsd_jax.evaluation.summary import Summary
+from mgsd_jax.report import plots
+from mgsd_jax.report.inputs import Curve
+from mgsd_jax.report.markup import tag, write
 from mgsd_jax.report.words import DASH, MODES, TASKS, model_label, percent
 
 Point = tuple[float, float]
@@ -28,78 +28,93 @@ class Frame:
     x: tuple[float, float] = (0.0, 1.0)
     y: tuple[float, float] = (0.0, 1.0)
 
-    def at(self, x: float, y: float) -> Point:
+    def at(self, point: Point) -> Point:
         """Return the place of a point in the picture."""
         (first, last), (low, high) = self.x, self.y
-        share = (x - first) / (last - first) if last > first else 0.5
-        return self.left + self.width * share, self.top + self.height * (high - y) / (high - low)
+        share = (point[0] - first) / (last - first) if last > first else 0.5
+        down = (high - point[1]) / (high - low)
+        return self.left + self.width * share, self.top + self.height * down
 
     def line(
         self, points: Iterable[Point], shape: str = "polyline", **attributes: object
     ) -> Markup:
         """Return a line (or another `shape`) through the points."""
-        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in itertools.starmap(self.at, points))
+        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, points))
         return tag(shape, points=corners, **attributes)
 
-    def marks(self, points: Iterable[Point], shape: Markup, scale: float) -> Markup:
+    def marks(self, points: Iterable[Point], shape: Markup, scale: float) -> list[Markup]:
         """Return the `shape`, made smaller, at every point."""
-        places = itertools.starmap(self.at, points)
-        moves = [f"translate({x:.1f} {y:.1f}) scale({scale})" for x, y in places]
-        return join([tag("g", shape, transform=move) for move in moves])
+        moves = [f"translate({x:.1f} {y:.1f}) scale({scale})" for x, y in map(self.at, points)]
+        return [tag("g", shape, transform=move) for move in moves]
 
     def axes(
         self, x_ticks: Iterable[tuple[float, str, str]], y_ticks: Iterable[tuple[float, str]]
     ) -> Markup:
         """Return lines across the plot with their numbers, and (x, words, anchor) below it."""
         right, below = self.left + self.width, self.top + self.height + 16
-        levels = [(self.at(0, y)[1], words) for y, words in y_ticks]
+        levels = [(self.at((0, y))[1], words) for y, words in y_ticks]
         lines = [tag("line", x1=self.left, x2=right, y1=y, y2=y) for y, _ in levels]
         numbers = [
             tag("text", words, x=self.left - 5, y=y + 4, text_anchor="end") for y, words in levels
         ]
         names = [
-            tag("text", words, x=self.at(x, 0)[0], y=below, text_anchor=anchor)
+            tag("text", words, x=self.at((x, 0))[0], y=below, text_anchor=anchor)
             for x, words, anchor in x_ticks
         ]
-        return join([tag("g", *lines, class_="grid"), *numbers, *names])
+        return Markup("").join([tag("g", *lines, class_="grid"), *numbers, *names])
+
+
+def _of_values(
+    values: Sequence[float], place: tuple[int, int, int, int], x: tuple[float, float]
+) -> tuple[Frame, list[tuple[float, str]]]:
+    """A frame that holds these values, and the numbers beside it."""
+    frame = Frame(*place, x=x, y=limits(min(values), max(values)))
+    return frame, [(tick, short(tick)) for tick in nice_ticks(*frame.y)]
+
+
+def _panel(
+    title: str, drawn: Sequence[Markup], height: int, alt: str, last: str | None = None
+) -> Markup:
+    svg = tag("svg", *drawn, viewBox=f"0 0 320 {height}", role="img", aria_label=alt)
+    return write("panel", title, last, svg if drawn else "")
+
+
+def _dodge(number: int, count: int, width: float) -> float:
+    """How far to the right the mark of one of `count` series is drawn, so that none hides one."""
+    return (number - (count - 1) / 2) * width
 
 
 def level_plot(summary: Summary, task: str) -> Markup:
     """Return success over the levels of a task: every model from pictures, the base from text."""
-    shown = [*(p for p in parts(summary, "text") if p[0] == "base"), *parts(summary, "picture")]
     series = [
         (model, mode, part["tasks"][task]["levels"])
-        for model, mode, part in shown
+        for model, mode, part in plots.featured(summary, "text", "picture")
         if task in part["tasks"]
     ]
     models = list(summary["models"])
     levels = sorted({int(level) for *_, found in series for level in found})
     frame = Frame(34, 10, 276, 150, x=(0, len(levels)))
-    drawn = [
-        frame.axes(
-            [(i + 0.5, str(level), "middle") for i, level in enumerate(levels)],
-            [(at / 100, str(at)) for at in (0, 25, 50, 75, 100)],
-        )
-    ]
+    width = min(0.7 / len(series), 9 * len(levels) / frame.width)
+    names = [(i + 0.5, str(level), "middle") for i, level in enumerate(levels)]
+    drawn = [frame.axes(names, [(at / 100, str(at)) for at in (0, 25, 50, 75, 100)])]
     heard = []
     for i, (model, mode, found) in enumerate(series):
-        # Side by side, so that no mark hides another.
-        shift = _dodge(i, len(series), min(0.7 / len(series), 9 * len(levels) / frame.width))
-        measures = [
-            (levels.index(int(level)) + 0.5 + shift, part["success"])
-            for level, part in found.items()
-        ]
+        shift = 0.5 + _dodge(i, len(series), width)
+        measures = [(levels.index(int(n)) + shift, part["success"]) for n, part in found.items()]
         points = [(x, measure["value"]) for x, measure in measures]
+        spans = [
+            frame.line([(x, measure["low"]), (x, measure["high"])], class_="span")
+            for x, measure in measures
+        ]
         dash = {"stroke_dasharray": "4 3"} if mode == "text" else {}
-        ends = [(frame.at(x, m["low"]), frame.at(x, m["high"])) for x, m in measures]
-        spans = [tag("line", class_="span", x1=x, x2=x, y1=low, y2=y) for (x, low), (_, y) in ends]
-        marks = frame.marks(points, mark(model, mode, models), 0.75)
         line = frame.line(points, class_="link", **dash)
-        drawn.append(tag("g", line, *spans, marks, style=f"--c:{colour(model, models)}"))
+        marks = frame.marks(points, plots.mark(model, mode, models), 0.75)
+        style = f"--c:{plots.colour(model, models)}"
+        drawn.append(tag("g", line, *spans, *marks, style=style))
         shares = ", ".join(f"{n} {percent(part['success']['value'])}" for n, part in found.items())
         heard.append(f"{model_label(model)} from {MODES[mode]}: level {shares}")
-    words = "level (side of the board)"
-    drawn.append(tag("text", words, x=172, y=193, text_anchor="middle", class_="axis-name"))
+    axis = {"x": 172, "y": 193, "text_anchor": "middle", "class_": "axis-name"}
+    drawn.append(tag("text", "level (side of the board)", **axis))
     title = TASKS[task]
     return _panel(title, drawn, 196, f"{title}, success over levels. {'; '.join(heard)}.")
 
@@ -111,16 +126,13 @@ def curve_plot(curve: Curve) -> Markup:
         return _panel(curve.name, [], 0, "", last=DASH + lost)
     bins = bin_curve(curve)
     first, last = curve.steps[0], curve.steps[-1]
-    frame, ticks = _frame(curve.values, (46, 6, 268, 104), (first, last))
+    frame, y_ticks = _of_values(curve.values, (46, 6, 268, 104), (first, last))
+    x_ticks = [(first, str(first), "start"), (last, f"step {last}", "end")]
     band = [(step, high) for step, _, _, high in bins]
     band += [(step, low) for step, _, low, _ in reversed(bins)]
-    x, y = frame.at(*bins[-1][:2])
-    drawn = [
-        frame.axes([(first, str(first), "start"), (last, f"step {last}", "end")], ticks),
-        frame.line(band, "polygon"),
-        frame.line([(step, mean) for step, mean, _, _ in bins]),
-        tag("circle", cx=x, cy=y, r=3),
-    ]
+    line = [(step, mean) for step, mean, _, _ in bins]
+    end = frame.marks(line[-1:], tag("circle", r=3), 1)
+    drawn = [frame.axes(x_ticks, y_ticks), frame.line(band, "polygon"), frame.line(line), *end]
     alt = (
         f"{curve.name}: from {short(curve.values[0])} at step {first} to {short(curve.values[-1])} "
         f"at step {last}, between {short(min(curve.values))} and {short(max(curve.values))}"
@@ -128,13 +140,14 @@ def curve_plot(curve: Curve) -> Markup:
     return _panel(curve.name, drawn, 132, alt, last=short(curve.values[-1]) + lost)
 
 
+# Several runs in one plot.
+
+
 def legend(runs: Sequence[str]) -> Markup:
     """Return the marks and lines of the runs with their names."""
-    items = []
-    for run in runs:
-        line = tag("line", x1=0, x2=40, y1=8, y2=8, class_="over", **_stroke(run, runs))
-        items.append((icon(run, "picture", runs, line), model_label(run)))
-    return write("legend", items)
+    lines = {run: tag("line", x1=0, x2=40, y1=8, y2=8, **_stroke(run, runs)) for run in runs}
+    icons = [plots.icon(run, "picture", runs, line) for run, line in lines.items()]
+    return write("legend", list(zip(icons, map(model_label, runs), strict=True)))
 
 
 def overlay(title: str, curves: Mapping[str, Curve], runs: Sequence[str]) -> Markup:
@@ -160,14 +173,10 @@ def categories(
     """Return a value for each name and run, `joined` by lines where the names have an order."""
     ticks = [(i + 0.5, name, "middle") for i, name in enumerate(names)]
     width = 0.0 if joined else min(0.06 * len(names), 0.6 / len(runs))
-    points = {
-        run: [
-            (i + 0.5 + _dodge(runs.index(run), len(runs), width), found[name])
-            for i, name in enumerate(names)
-            if name in found
-        ]
-        for run, found in series.items()
-    }
+    points = {}
+    for run, found in series.items():
+        shift = 0.5 + _dodge(runs.index(run), len(runs), width)
+        points[run] = [(i + shift, found[name]) for i, name in enumerate(names) if name in found]
     return _overlay(title, points, runs, (0, len(names)), ticks, marked=slice(None), joined=joined)
 
 
@@ -182,39 +191,22 @@ def _overlay(
     joined: bool = True,
 ) -> Markup:
     values = [value for points in series.values() for _, value in points]
-    frame, y_ticks = _frame(values, (46, 8, 264, 132), x)
+    frame, y_ticks = _of_values(values, (46, 8, 264, 132), x)
     drawn, heard = [frame.axes(x_ticks, y_ticks)], []
     for run, points in series.items():
-        if joined:
-            drawn.append(frame.line(points, class_="over", **_stroke(run, runs)))
-        drawn.append(frame.marks(points[marked], mark(run, "picture", runs), 0.7))
+        drawn += [frame.line(points, **_stroke(run, runs))] if joined else []
+        drawn += frame.marks(points[marked], plots.mark(run, "picture", runs), 0.7)
         heard.append(f"{model_label(run)} {', '.join(short(y) for _, y in points[-6:])}")
     return _panel(title, drawn, 162, f"{title}. {'; '.join(heard)}")
 
 
-def _frame(
-    values: Sequence[float], place: tuple[int, int, int, int], x: tuple[float, float]
-) -> tuple[Frame, list[tuple[float, str]]]:
-    """The frame of a plot of these values, and the numbers beside it."""
-    frame = Frame(*place, x=x, y=limits(min(values), max(values)))
-    return frame, [(tick, short(tick)) for tick in nice_ticks(*frame.y)]
-
-
-def _panel(
-    title: str, drawn: list[Markup], height: int, alt: str, last: str | None = None
-) -> Markup:
-    svg = tag("svg", *drawn, viewBox=f"0 0 320 {height}", role="img", aria_label=alt)
-    return write("panel", title, last, svg if drawn else "")
-
-
 def _stroke(run: str, runs: Sequence[str]) -> dict[str, str]:
+    style = {"class_": "over", "style": f"--c:{plots.colour(run, runs)}"}
     dash = _DASHES[runs.index(run) % len(_DASHES)]
-    return {"style": f"--c:{colour(run, runs)}"} | ({"stroke_dasharray": dash} if dash else {})
+    return style | ({"stroke_dasharray": dash} if dash else {})
 
 
-def _dodge(number: int, count: int, width: float) -> float:
-    """How far to the right the mark of one of `count` series is drawn, `width` apart."""
-    return (number - (count - 1) / 2) * width
+# Numbers of an axis.
 
 
 def bin_curve(curve: Curve, count: int = _BINS) -> list[tuple[float, float, float, float]]:

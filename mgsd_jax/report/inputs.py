@@ -5,21 +5,19 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import cast
 
 from etils import epath
 
 from mgsd_jax.checks import fields
 from mgsd_jax.evaluation.rows import ROWS_FILE, Row, read_rows
-from mgsd_jax.evaluation.summary import check_rows
+from mgsd_jax.evaluation.summary import Part, Summary, check_rows
 from mgsd_jax.workdir import metrics
 
 SUMMARY_FILE = "summary.json"
 _SUMMARY_KEYS = ("models", "diagnostics", "modality_gap", "differences", "gap_closed_by")
 STAGES = ("grounding", "distillation")
 PathLike = str | os.PathLike[str]
-Summary = Mapping[str, Any]  # as `summarize` returns it
-Part = Mapping[str, Any]  # of a summary: the measures of a model in a mode, in all or in a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,7 @@ def read_evaluation(folder: PathLike) -> Evaluation:
         raise ValueError(
             f"{summary_path}: got rows by model and mode {stated}, want {counts} as in {rows_path}"
         )
-    return Evaluation(rows, summary)
+    return Evaluation(rows, cast(Summary, summary))
 
 
 def read_stage(name: str, folder: PathLike | None) -> Stage:

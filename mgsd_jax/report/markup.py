@@ -1,9 +1,11 @@
-"""HTML and SVG: the macros of page.html, and SVG elements. All text is escaped on its way in."""
+"""HTML by the macros of page.html, and SVG elements. All text is escaped on its way in."""
 
 import functools
 
 import jinja2
 from markupsafe import Markup
+
+from mgsd_jax.report import words
 
 
 @functools.cache
@@ -15,16 +17,13 @@ def _macros() -> jinja2.environment.TemplateModule:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"percent": words.percent, "interval": words.interval}
     return environment.get_template("page.html").make_module()
 
 
 def write(macro: str, *arguments: object) -> Markup:
     """Return what a macro of page.html makes of its arguments."""
     return getattr(_macros(), macro)(*arguments)
-
-
-def join(parts: list[Markup]) -> Markup:
-    return Markup("").join(parts)
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from mgsd_jax.evaluation.measures import Measure
-from mgsd_jax.evaluation.summary import MODELS
-from mgsd_jax.report.inputs import Part, Summary, parts
+from mgsd_jax.evaluation.summary import MODELS, Part, Summary
+from mgsd_jax.report.inputs import parts
 from mgsd_jax.report.markup import tag, write
-from mgsd_jax.report.words import ERRORS, MODES, TASKS, interval, model_label, percent
+from mgsd_jax.report.words import ERRORS, MODES, TASKS, model_label
 
 _OTHER_COLOURS = 6
 _SHAPES = {
@@ -26,7 +25,6 @@ _OTHER_SHAPES = (
     Markup('<path d="M0 7 6.5-5-6.5-5Z"/>'),
     Markup('<path d="M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"/>'),
 )
-NOTHING = Markup("")
 _CROSS = Markup('<path d="M-5-5 5 5M5-5-5 5"/>')
 _STYLES = {"picture": "full", "text": "hollow", "blind": "cross"}
 _MIN_SHARE = 9  # percent of a bar that two digits need on a narrow screen
@@ -58,7 +56,7 @@ def _place(model: str, models: Sequence[str]) -> int:
     return [name for name in models if name not in MODELS].index(model)
 
 
-def icon(model: str, mode: str, models: Sequence[str], line: Markup = NOTHING) -> Markup:
+def icon(model: str, mode: str, models: Sequence[str], line: str = "") -> Markup:
     """Return the mark as a picture of the height of a line of text, above a `line` if given."""
     width = 40 if line else 18
     drawn = tag("g", mark(model, mode, models), transform=f"translate({width // 2} 8)")
@@ -70,62 +68,48 @@ def who(model: str, mode: str) -> str:
     return f"{model_label(model)}, {MODES[mode]}"
 
 
+def featured(summary: Summary, *modes: str) -> list[tuple[str, str, Part]]:
+    """Return (model, mode, measures) of every model from pictures, and of the base from text."""
+    found = [part for mode in modes for part in parts(summary, mode)]
+    return [part for part in found if part[1] == "picture" or part[0] == "base"]
+
+
 def dot_plot(summary: Summary) -> Markup:
     """Return success with its interval by model and mode: all tasks, then task by task."""
     shown = [part for mode in ("blind", "picture", "text") for part in parts(summary, mode)]
     models = list(summary["models"])
-    groups = {"All tasks": [_dot(*part, part[2]["macro"], models) for part in shown]}
+    measures = {"All tasks": [part["macro"] for *_, part in shown]}
     for task, title in TASKS.items():
-        groups[title] = [
-            _dot(*part, part[2]["tasks"][task]["success"], models)
-            for part in shown
-            if task in part[2]["tasks"]
+        tasks = [part["tasks"].get(task) for *_, part in shown]
+        measures[title] = [part and part["success"] for part in tasks]
+    groups = {
+        title: [
+            (who(model, mode), colour(model, models), mark(model, mode, models), measure)
+            for (model, mode, _), measure in zip(shown, found, strict=True)
+            if measure
         ]
-    return write("dot_plot", {title: rows for title, rows in groups.items() if rows})
-
-
-def _dot(model: str, mode: str, _: Part, measure: Measure, models: Sequence[str]) -> dict:
-    return {
-        "who": who(model, mode),
-        "colour": colour(model, models),
-        "mark": mark(model, mode, models),
-        "number": percent(measure["value"]),
-        "interval": interval(measure),
-        **{key: f"{100 * measure[key]:.2f}" for key in ("value", "low", "high")},
+        for title, found in measures.items()
+        if any(found)
     }
-
-
-def legend(summary: Summary) -> Markup:
-    """Return the marks of the level plots with their names."""
-    shown = [*parts(summary, "picture"), *(p for p in parts(summary, "text") if p[0] == "base")]
-    models = list(summary["models"])
-    return write("legend", [(icon(m, mode, models), who(m, mode)) for m, mode, _ in shown])
+    return write("dot_plot", groups)
 
 
 def stacked_bars(summary: Summary) -> Markup:
     """Return how the answers of each model and mode end, one bar of 100 % each, with a legend."""
-    bars = [
-        {"who": who(model, mode), "n": part["n"], "parts": _bar_parts(part)}
-        for model, mode, part in parts(summary)
-    ]
+    bars = [(who(model, mode), _pieces(part), part["n"]) for model, mode, part in parts(summary)]
     return write("bars", ERRORS, bars)
 
 
-def _bar_parts(part: Part) -> list[dict[str, str]]:
+def _pieces(part: Part) -> list[dict[str, str]]:
     start, found = 0.0, []
     for kind, label in ERRORS.items():
         count = part["errors"].get(kind, 0)  # summaries of older versions lack some kinds
         share = 100 * count / part["n"]
         if count:
-            found.append(
-                {
-                    "kind": kind,
-                    "words": f"{label}: {count} of {part['n']}, {share:.0f} %",
-                    "start": f"{start:.2f}",
-                    "width": f"{share:.2f}",
-                    "middle": f"{start + share / 2:.2f}",
-                    "number": f"{share:.0f}" if share >= _MIN_SHARE else "",
-                }
-            )
+            words = f"{label}: {count} of {part['n']}, {share:.0f} %"
+            number = f"{share:.0f}" if share >= _MIN_SHARE else ""
+            place = {"start": start, "width": share, "middle": start + share / 2}
+            percents = {key: f"{value:.2f}%" for key, value in place.items()}
+            found.append({"kind": kind, "words": words, "number": number, **percents})
         start += share
     return found

@@ -3,26 +3,10 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from markupsafe import Markup
-
 from mgsd_jax.evaluation.measures import Measure
-from mgsd_jax.report.inputs import Part, Summary, parts
-from mgsd_jax.report.markup import write
-from mgsd_jax.report.words import (
-    DASH,
-    ERRORS,
-    MODES,
-    REASONS,
-    RULES,
-    TASKS,
-    interval,
-    model_label,
-    p_value,
-    percent,
-    points,
-    reason_label,
-    signed,
-)
+from mgsd_jax.evaluation.summary import Part, Summary
+from mgsd_jax.report import words
+from mgsd_jax.report.inputs import parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,31 +39,26 @@ def make_table(
 ) -> Table:
     """Return a table of columns, its rows named by `labels` under the first words of the head.
 
-    An n that all cells of a column share is written in its head, any other in the cells.
+    The name of a column may be that of a model. An n that all cells of a column share is written
+    in its head, any other in the cells.
     """
-    heads, cells = list(map(Cell, head)), []
+    heads, made = list(map(Cell, head)), []
     for name, column in columns.items():
         counts = {cell.n for cell in column if cell.n is not None}
-        heads.append(Cell(name, f"n {counts.pop()}") if len(counts) == 1 else Cell(name))
-        if len(counts) > 1:
-            column = [
-                cell
-                if cell.n is None
-                else Cell(cell.text, f"{cell.detail}, n {cell.n}", cell.share)
-                for cell in column
-            ]
-        cells.append(column)
-    rows = zip(labels, zip(*cells, strict=True), strict=True)
-    made = tuple(
-        (*(Cell(name) if isinstance(name, str) else name for name in label), *row)
-        for label, row in rows
-    )
-    return Table(title, tuple(heads), made, note, len(head))
+        shared = f"n {min(counts)}" if len(counts) == 1 else ""
+        heads.append(Cell(words.model_label(name), shared))
+        made.append(column if shared else list(map(_with_count, column)))
+    rows = []
+    for label, *cells in zip(labels, *made, strict=True):
+        named = [Cell(name) if isinstance(name, str) else name for name in label]
+        rows.append((*named, *cells))
+    return Table(title, tuple(heads), tuple(rows), note, len(head))
 
 
-def to_html(table: Table) -> Markup:
-    """Return the table as HTML that scrolls sideways on its own where the screen is narrow."""
-    return write("table", table)
+def _with_count(cell: Cell) -> Cell:
+    if cell.n is None:
+        return cell
+    return dataclasses.replace(cell, detail=f"{cell.detail}, n {cell.n}")
 
 
 def to_markdown(table: Table) -> str:
@@ -103,9 +82,9 @@ def _plain(cell: Cell) -> str:
 def measure_cell(measure: Measure | None) -> Cell:
     """Return a share with its interval; a dash where it was not measured."""
     if measure is None or measure["value"] is None:
-        return Cell(DASH)
+        return Cell(words.DASH)
     share = min(1.0, max(0.0, measure["value"]))
-    return Cell(percent(measure["value"]), interval(measure), share)
+    return Cell(words.percent(measure["value"]), words.interval(measure), share)
 
 
 def _counted(measure: Measure | None) -> Cell:
@@ -117,16 +96,16 @@ def _counted(measure: Measure | None) -> Cell:
 
 
 def points_cell(measure: Measure | None, missing: str = "not measured") -> Cell:
-    """Return a difference in points with its interval and p-value; a dash and why it is missing."""
+    """Return a difference in points with its interval and p-value, or a dash and why."""
     if measure is None or measure["value"] is None:
-        return Cell(DASH, missing)
-    p = f", {p_value(measure)}" if "p_value" in measure else ""
-    return Cell(points(measure["value"]), signed(measure) + p)
+        return Cell(words.DASH, missing)
+    p = f", {words.p_value(measure)}" if "p_value" in measure else ""
+    return Cell(words.points(measure["value"]), words.signed(measure) + p)
 
 
 def count_cell(measure: Measure | None) -> Cell:
     """Return the n of a measure."""
-    return Cell(DASH if measure is None else str(measure["n"]))
+    return Cell(words.DASH if measure is None else str(measure["n"]))
 
 
 # Tables of a summary. Those that may be absent are lists of one table or none.
@@ -135,7 +114,7 @@ _Shown = Sequence[tuple[str, str, Part]]  # model, mode, what was measured
 
 
 def _by_mode(title: str, shown: _Shown, columns: Mapping[str, Sequence[Cell]], note: str) -> Table:
-    labels = [(model_label(model), MODES[mode]) for model, mode, _ in shown]
+    labels = [(words.model_label(model), words.MODES[mode]) for model, mode, _ in shown]
     return make_table(title, ("model", "reads"), labels, columns, note)
 
 
@@ -146,7 +125,7 @@ def overall(summary: Summary) -> Table:
     keys = {"shortest": "optimal", "parsed": "parsed", "legal": "legal", "progress": "progress"}
     columns = {
         "success": [measure_cell(part["macro"]) for part in found],
-        "success, unbalanced": [Cell(percent(part["macro_upstream"])) for part in found],
+        "success, unbalanced": [Cell(words.percent(part["macro_upstream"])) for part in found],
         **{name: [measure_cell(part[key]) for part in found] for name, key in keys.items()},
         "truncated": [measure_cell(part["truncated"]) for part in found],
         "tokens": [_lengths(part["response_tokens"]) for part in found],
@@ -164,7 +143,7 @@ def overall(summary: Summary) -> Table:
 def _lengths(lengths: Mapping[str, float | None]) -> Cell:
     mean, median = lengths["mean"], lengths["median"]
     if mean is None or median is None:  # an endpoint that does not count its tokens
-        return Cell(DASH)
+        return Cell(words.DASH)
     return Cell(f"{mean:.0f}", f"median {median:.0f}")
 
 
@@ -178,7 +157,7 @@ def by_level(summary: Summary, task: str) -> Table:
     for level in sorted({int(level) for *_, part in shown for level in part["levels"]}):
         found = [part["levels"].get(str(level)) for *_, part in shown]
         columns[f"level {level}"] = [_counted(part and part["success"]) for part in found]
-    return _by_mode(TASKS[task], shown, columns, "Wilson 95 % intervals.")
+    return _by_mode(words.TASKS[task], shown, columns, "Wilson 95 % intervals.")
 
 
 def passes(summary: Summary) -> list[Table]:
@@ -198,8 +177,8 @@ def errors(summary: Summary) -> Table:
     shown = list(parts(summary))
     # Summaries of older versions lack some kinds.
     columns = {
-        words: [share_cell(part["errors"].get(name, 0), part["n"]) for *_, part in shown]
-        for name, words in ERRORS.items()
+        label: [share_cell(part["errors"].get(name, 0), part["n"]) for *_, part in shown]
+        for name, label in words.ERRORS.items()
     }
     columns["n"] = [Cell(str(part["n"])) for *_, part in shown]
     note = (
@@ -211,18 +190,18 @@ def errors(summary: Summary) -> Table:
 
 
 def share_cell(count: int, n: int) -> Cell:
-    return Cell(str(count), percent(count / n), count / n)
+    return Cell(str(count), words.percent(count / n), count / n)
 
 
 def reasons(summary: Summary) -> Table:
     """Why the simulator stopped, by model and mode."""
     shown = list(parts(summary))
     found = {reason for *_, part in shown for reason in part["reasons"]}
-    names = [name for name in REASONS if name in found] + sorted(found - REASONS.keys())
+    names = [name for name in words.REASONS if name in found] + sorted(found - words.REASONS.keys())
     columns = {}
     for name in names:
         counts = [(part["reasons"].get(name, 0), part["n"]) for *_, part in shown]
-        columns[reason_label(name)] = [Cell(str(count), "", count / n) for count, n in counts]
+        columns[words.reason_label(name)] = [Cell(str(count), "", count / n) for count, n in counts]
     return _by_mode("What the simulator said", shown, columns, "")
 
 
@@ -233,10 +212,12 @@ def rule_sets(summary: Summary) -> list[Table]:
     evaluation = [rules["upstream_eval"] for *_, rules in shown]
     columns = {
         **{
-            words: [measure_cell(rules[name]["success"]) for *_, rules in shown]
-            for name, words in RULES.items()
+            label: [measure_cell(rules[name]["success"]) for *_, rules in shown]
+            for name, label in words.RULES.items()
         },
-        "public evaluation, unbalanced": [Cell(percent(r["macro_upstream"])) for r in evaluation],
+        "public evaluation, unbalanced": [
+            Cell(words.percent(r["macro_upstream"])) for r in evaluation
+        ],
         "otherwise than the reward": [Cell(str(rules["otherwise"])) for rules in reward],
         "otherwise than the evaluation": [Cell(str(rules["otherwise"])) for rules in evaluation],
     }
@@ -262,7 +243,7 @@ def diagnostics(summary: Summary) -> Table:
     }
     # Summaries of older versions lack some.
     columns = {
-        words: [_counted(part.get(key)) for part in found.values()] for words, key in names.items()
+        label: [_counted(part.get(key)) for part in found.values()] for label, key in names.items()
     }
     note = (
         "State F1: the state facts that a response to the picture states, in whatever way of "
@@ -271,74 +252,65 @@ def diagnostics(summary: Summary) -> Table:
         "Plan on GT: success when the true state is given as text. E2E: success from the picture. "
         "Plan given own state: success on the board that the response itself describes."
     )
-    labels = [(model_label(model),) for model in found]
+    labels = [(words.model_label(model),) for model in found]
     return make_table("Reading the state, and planning over it", ("model",), labels, columns, note)
 
 
 def perception(summary: Summary, task: str) -> Table:
     """Share of right answers to each question about the picture, by model."""
     asked = {
-        model_label(model): part["tasks"][task]
+        model: part["tasks"][task]
         for model, _, part in parts(summary, "perception")
         if task in part["tasks"]
     }
     names = dict.fromkeys(name for part in asked.values() for name in part["questions"])
-    columns = {
-        model: [
-            _counted(measure)
-            for measure in (
-                *map(part["questions"].get, names),
-                part["all_right"],
-                part.get("strict"),
-            )
-        ]
-        for model, part in asked.items()
-    }
-    labels = [*(name.replace("_", " ") for name in names), "all of them", "in the asked form"]
+    columns = {}
+    for model, part in asked.items():
+        measures = [*map(part["questions"].get, names), part["all_right"], part.get("strict")]
+        columns[model] = list(map(_counted, measures))
+    questions = [*(name.replace("_", " ") for name in names), "all of them", "in the asked form"]
+    labels = [(question,) for question in questions]
     note = "An answer is right whatever its form; the last row is the share that has the asked one."
-    return make_table(TASKS[task], ("question",), [(label,) for label in labels], columns, note)
+    return make_table(words.TASKS[task], ("question",), labels, columns, note)
 
 
 def comparisons(summary: Summary) -> Table:
     """Paired differences between models, the gap to text input and how much of it is closed."""
-    differences = {
-        " − ".join(map(model_label, name.split(" - "))) + ", picture": measure
+    differences = [
+        (" − ".join(map(words.model_label, name.split(" - "))) + ", picture", measure)
         for name, measure in summary["differences"].items()
-    }
-    for name, measure in summary["modality_gap"].items():
-        differences[f"{model_label(name)}: text − picture"] = measure
-    closed = {
-        f"base model's gap closed by {model_label(name)}": measure
-        for name, measure in summary["gap_closed_by"].items()
-    }
-    shares = [
-        Cell(DASH if m is None else percent(m["value"]), interval(m)) for m in closed.values()
     ]
-    columns = {
-        "points": [*map(points_cell, differences.values()), *shares],
-        "boards": [count_cell(measure) for measure in (*differences.values(), *closed.values())],
-    }
+    differences += [
+        (f"{words.model_label(name)}: text − picture", measure)
+        for name, measure in summary["modality_gap"].items()
+    ]
+    closed = summary["gap_closed_by"]
+    labels = [(label,) for label, _ in differences]
+    labels += [(f"base model's gap closed by {words.model_label(name)}",) for name in closed]
+    points = [points_cell(measure) for _, measure in differences]
+    points += [Cell(words.percent(m and m["value"]), words.interval(m)) for m in closed.values()]
+    boards = [count_cell(measure) for _, measure in differences]
+    columns = {"points": points, "boards": boards + list(map(count_cell, closed.values()))}
     note = (
         "In points of the level-balanced success, with 95 % intervals; the two sides are paired "
         "board by board. "
         "Gap closed: (model from picture − base from picture) / (base from text − base from "
         "picture)."
     )
-    labels = [(label,) for label in (*differences, *closed)]
     return make_table("Differences on the same boards", ("compared",), labels, columns, note)
 
 
 def gaps(summary: Summary) -> list[Table]:
     """Text minus picture by model and task, of the models that were asked in both ways."""
-    found = {
-        (model_label(model), TASKS[task]): measure
+    found = [
+        (words.model_label(model), words.TASKS[task], measure)
         for model, by_task in summary.get("modality_gap_by_task", {}).items()
         for task, measure in by_task.items()
-    }
+    ]
     columns = {
-        "points": list(map(points_cell, found.values())),
-        "boards": list(map(count_cell, found.values())),
+        "points": [points_cell(measure) for *_, measure in found],
+        "boards": [count_cell(measure) for *_, measure in found],
     }
     note = "Paired board by board, with 95 % intervals."
-    title = "Text minus picture, by task"
-    return [make_table(title, ("model", "task"), found, columns, note)] if found else []
+    title, labels = "Text minus picture, by task", [names for *names, _ in found]
+    return [make_table(title, ("model", "task"), labels, columns, note)] if found else []

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from mgsd_jax.envs.base import Reason
 from mgsd_jax.evaluation.measures import Measure
-from mgsd_jax.evaluation.summary import MODELS
-from mgsd_jax.report.inputs import Summary
+from mgsd_jax.evaluation.summary import MODELS, Summary
 
 DASH = "–"
 TASKS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}
@@ -114,7 +113,7 @@ def _sign(name: str, other: str, summary: Summary) -> str:
     differences = summary["differences"]
     is_mirrored = f"{name} - {other}" not in differences
     found = differences[f"{other} - {name}" if is_mirrored else f"{name} - {other}"]
-    if found["low"] is None:
+    if found is None or found["low"] is None:
         return "?"
     if found["low"] <= 0 <= found["high"]:
         return "≈"
@@ -152,7 +151,7 @@ def _macro(name: str, summary: Summary) -> Measure:
 
 def _against(name: str, other: str, summary: Summary) -> str:
     difference = summary["differences"][f"{name} - {other}"]
-    if difference["value"] is None:
+    if difference is None or difference["value"] is None:
         return f"on no board that {other} was asked too"
     size = f"{100 * abs(difference['value']):.1f} points"
     side = {

@@ -1,9 +1,9 @@
-"""Runs the nano study: every row of configs/study/rows.py is trained and evaluated, then a table.
+"""Runs the nano study: trains and evaluates every row of configs/study/rows.py, prints the tables.
 
     bash launch/study.sh WORKDIR [--jobs 2] [--rows method,sampled] [--dry-run | --table]
 
-A run that is done is left alone and one that was stopped goes on: the same command continues. Each
-of the --jobs runs at a time gets a core of its own. Logs: WORKDIR/ROW/SEED.log.
+Runs that are done are left alone and those that were stopped continue, so the command can be given
+again. Each of the --jobs parallel runs gets a core of its own. Logs: WORKDIR/ROW/SEED.log.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -43,6 +44,7 @@ ELSEWHERE = (
 )
 CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
 ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method")
+Task = tuple[Any, int]  # a row of configs/study/rows.py, and a seed
 
 
 def filled(settings: tuple[str, ...], study: pathlib.Path, seed: int) -> list[str]:
@@ -65,30 +67,24 @@ def commands(row: Any, seed: int, study: pathlib.Path) -> list[list[str]]:
     training = [command(row.stage, workdir, study, *row.settings)] if row.stage else []
     names = {"": ("base", "{model}"), "grounding": ("grounded", "{workdir}/grounding")}
     model = names.get(row.stage, ("distilled", "{workdir}/distillation"))
-    evaluations = [
+    boards: list[tuple[str, ...]] = [()]
+    if row.name in ELSEWHERE_ROWS:
+        boards += [(*some, f"evaluate.folder={{workdir}}/{name}") for name, some in ELSEWHERE]
+    return training + [
         command("evaluate", workdir, study, f"evaluate.models=({model!r},)", *settings)
-        for settings in (
-            (),
-            *(
-                (*extra, f"evaluate.folder={{workdir}}/{name}")
-                for name, extra in ELSEWHERE
-                if row.name in ELSEWHERE_ROWS
-            ),
-        )
+        for settings in boards
     ]
-    return training + evaluations
 
 
-def boards(study: pathlib.Path) -> list[list[str]]:
+def generate(study: pathlib.Path) -> list[list[str]]:
     """The commands that draw the boards of the study."""
-    return [
-        command("generate", study / "boards" / "0", study),
-        command("generate", study / "boards" / "0", study, *dict(ELSEWHERE)["larger"]),
-    ]
+    workdir = study / "boards" / "0"
+    larger = dict(ELSEWHERE)["larger"]
+    return [command("generate", workdir, study), command("generate", workdir, study, *larger)]
 
 
 def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Path) -> None:
-    """One program to its end on one core; raises RuntimeError with the log where it fails."""
+    """Run one program to its end on one core. Raises RuntimeError with its log where it fails."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(study / "compiled")}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
@@ -96,6 +92,66 @@ def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Pat
         done = subprocess.run(argv, stdout=out, stderr=out, env=environment, preexec_fn=pin)
     if done.returncode:
         raise RuntimeError(f"{log}: got exit code {done.returncode} from {' '.join(argv)}, want 0")
+
+
+def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
+    """Run the tasks, each after the one that it needs, and return how many failed.
+
+    Ctrl-C reaches the programs too: they save and stop, no other is started, and this ends in 130.
+    """
+    cores: queue.Queue[int | None] = queue.Queue()
+    there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for job in range(jobs):
+        cores.put(there[job] if job < len(there) else None)
+    finished = {(row.name, seed): threading.Event() for row, seed in tasks}
+    is_stopped = threading.Event()
+
+    def work(row: Any, seed: int) -> None:
+        if (row.needs, seed) in finished:
+            finished[row.needs, seed].wait()
+        core = cores.get()
+        try:
+            for argv in commands(row, seed, study):
+                if is_stopped.is_set():
+                    return
+                run(argv, study / row.name / f"{seed}.log", core, study)
+        finally:
+            cores.put(core)
+            finished[row.name, seed].set()
+
+    failures = 0
+    with (
+        concurrent.futures.ThreadPoolExecutor(len(tasks)) as pool,
+        tqdm.tqdm(total=len(tasks), unit="run") as progress,
+    ):
+        waiting = [pool.submit(work, row, seed) for row, seed in tasks]
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                progress.update()
+                if future.exception():
+                    failures += 1
+                    print(future.exception(), file=sys.stderr)
+        except KeyboardInterrupt:
+            is_stopped.set()
+            print("stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)
+            sys.exit(130)
+    return failures
+
+
+def show(study: pathlib.Path, rows: Any) -> None:
+    """Print the tables of what has been run, and draw WORKDIR/curves.svg."""
+    print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
+    models = study_tables.read_study(study, rows)
+    curves = study_tables.curves_svg(models[name] for name in models if name in CURVES)
+    (study / "curves.svg").write_text(curves)
+
+
+def choose(names: str, known: Mapping[str, Any]) -> list[Task]:
+    """Every seed of the rows with these names, '' for all. Ends the program for an unknown one."""
+    chosen = names.split(",") if names else list(known)
+    if unknown := sorted(set(chosen) - set(known)):
+        raise SystemExit(f"--rows: got {unknown}, want some of {list(known)}")
+    return [(known[name], seed) for name in chosen for seed in known[name].seeds]
 
 
 def main() -> None:
@@ -110,76 +166,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="tables and curves of what is there")
     args = parser.parse_args()
     study = args.workdir.absolute()
-    known = {row.name: row for row in rows}
-    names = args.rows.split(",") if args.rows else list(known)
-    if set(names) - set(known):
-        raise SystemExit(
-            f"--rows: got {sorted(set(names) - set(known))}, want some of {list(known)}"
-        )
-    tasks = [(known[name], seed) for name in names for seed in known[name].seeds]
-    if args.table:
-        show(study, rows)
-        return
-    if args.dry_run:
-        for argv in [*boards(study), *(c for task in tasks for c in commands(*task, study))]:
+    tasks = choose(args.rows, {row.name: row for row in rows})
+    if args.dry_run and not args.table:
+        for argv in [*generate(study), *(c for task in tasks for c in commands(*task, study))]:
             print(" ".join(argv))
         return
-    for argv in boards(study):
-        run(argv, study / "boards.log", None, study)
-    cores: queue.Queue[int | None] = queue.Queue()
-    there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for job in range(args.jobs):
-        cores.put(there[job] if job < len(there) else None)
-    finished = {task_key(row, seed): threading.Event() for row, seed in tasks}
-    failures = []
-    is_stopped = threading.Event()
-
-    def work(row: Any, seed: int) -> None:
-        if row.needs:
-            waited = finished.get(f"{row.needs}/{seed}")
-            if waited is not None:
-                waited.wait()
-        core = cores.get()
-        try:
-            for argv in commands(row, seed, study):
-                if is_stopped.is_set():
-                    return
-                run(argv, study / row.name / f"{seed}.log", core, study)
-        finally:
-            cores.put(core)
-            finished[task_key(row, seed)].set()
-
-    with (
-        concurrent.futures.ThreadPoolExecutor(len(tasks)) as pool,
-        tqdm.tqdm(total=len(tasks), unit="run") as progress,
-    ):
-        waiting = [pool.submit(work, row, seed) for row, seed in tasks]
-        try:
-            for future in concurrent.futures.as_completed(waiting):
-                progress.update()
-                if future.exception():
-                    failures.append(str(future.exception()))
-                    print(failures[-1], file=sys.stderr)
-        except KeyboardInterrupt:  # the programs under way got it, too: they save and leave
-            is_stopped.set()
-            print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
-    if failures:
-        raise SystemExit(f"{len(failures)} runs failed")
+    if not args.table:
+        for argv in generate(study):
+            run(argv, study / "boards.log", None, study)
+        if failures := run_all(tasks, study, args.jobs):
+            raise SystemExit(f"{failures} runs failed")
     show(study, rows)
-
-
-def show(study: pathlib.Path, rows: Any) -> None:
-    """Prints the tables of what has been run, and draws WORKDIR/curves.svg."""
-    print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
-    models = study_tables.read_study(study, rows)
-    (study / "curves.svg").write_text(
-        study_tables.curves_svg(m for m in models.values() if m.name in CURVES)
-    )
-
-
-def task_key(row: Any, seed: int) -> str:
-    return f"{row.name}/{seed}"
 
 
 if __name__ == "__main__":

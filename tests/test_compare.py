@@ -182,9 +182,9 @@ def test_a_board_that_stands_twice_in_a_benchmark_stays_one_under_its_new_number
         folder.mkdir(parents=True)
         boards = [board._replace(index=order[board.index]) for board in twice]
         rows.write_boards(folder, boards, ["0", "1", "2"])
-        found = [scoring.score_row(board, "picture", answer(board, True)) for board in boards]
-        extra = {"model": "distilled", "attempt": 0, "truncated": False, "response_tokens": 3}
-        rows.append(folder, [row | extra for row in found])
+        given = [scoring.Answer(answer(board, True), False, 3) for board in boards]
+        scored = [(board, "picture", one) for board, one in zip(boards, given, strict=True)]
+        rows.append(folder, [scoring.score_row(*one, model="distilled") for one in scored])
         (folder / "summary.json").write_text(json.dumps(summarize(rows.read_rows(folder))))
         folders.append(str(tmp_path / name))
     comparison = compare.compare(folders)

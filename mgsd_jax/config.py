@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, hints, plain
 
-Task = Literal["frozenlake", "maze", "minibehaviour"]
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
@@ -61,7 +60,7 @@ Remat = Annotated[Literal["none", "full", "save_names", "offload"], FREE]
 class LevelSet:
     """Boards of one task: the levels, and how many of each in the train, val and test splits."""
 
-    task: Task
+    task: Name  # one of envs.ENVS, as what draws or reads boards checks
     # A level that stands twice is streamed twice as often.
     levels: Annotated[tuple[Annotated[int, Between(2, 32)], ...], Items(1, repeated=True)]
     train: CountOrNone

@@ -22,7 +22,7 @@ FILE = "visualplanning/dataset/{}/tokenized_dataset/SFT/test_dataset.jsonl"
 
 def check_case(case: benchmarks.Case) -> None:
     env = ENVS[case.task]
-    assert case.state.level == case.level
+    assert case.state.size == case.level
     plan = env.shortest_plan(case.state)
     assert len(plan) == case.optimal > 0
     assert env.play(case.state, plan).optimal

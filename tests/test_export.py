@@ -266,7 +266,7 @@ def nano_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano model with a tokenizer and a processor, as `--stage=init` writes it."""
     folder = tmp_path_factory.mktemp("nano")
     settings = NanoConfig(str(folder), width=32, layers=3, mlp=48, vision_width=48, vision_mlp=48)
-    tokenizer = init.write_tokenizer(folder, settings)
+    tokenizer = init.write_tokenizer(folder, settings, ["frozenlake"])
     written = init.hf_config(settings, tokenizer)
     config = ModelConfig.from_hf(written, source="nano")
     (folder / "config.json").write_text(json.dumps(written))

@@ -84,7 +84,7 @@ def test_boards_read_back_in_order_and_belong_to_their_split(written: pathlib.Pa
         assert [(board.task, board.level, board.index) for board in boards] == want
         for board in boards:
             key = ENVS[board.task].key(board.state)
-            assert board.state.level == board.level
+            assert board.state.size == board.level
             assert splits.split_of(key) == split
             assert every.setdefault(key, split) == split
     assert len(every) == 35

@@ -30,7 +30,7 @@ def test_the_base_is_whole_and_small() -> None:
 
 
 def test_the_tokenizer_is_the_one_of_the_present_prompts(tmp_path: pathlib.Path) -> None:
-    init.write_tokenizer(tmp_path, SHAPE)
+    init.write_tokenizer(tmp_path, SHAPE, ["frozenlake", "maze", "minibehaviour"])
     written, shipped = (
         json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE)
     )

@@ -27,7 +27,7 @@ def test_the_right_response_scores(task: str, seed: int) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_worked_example_of_the_format_parses(task: str) -> None:
-    plan = rules.parse_plan(prompts.BUILT_IN.student[task], task)
+    plan = rules.parse_plan(prompts.BUILT_IN.template(task, "student"), task)
     assert plan.parsed and len(plan.plan) >= 2
 
 
@@ -35,8 +35,8 @@ def test_the_worked_example_of_the_format_parses(task: str) -> None:
 def test_student_and_teacher_share_rules_and_format(task: str) -> None:
     parts = prompts.passages(task)
     for shared in ("rules", "format"):
-        assert parts[shared] in prompts.BUILT_IN.student[task]
-        assert parts[shared] in prompts.BUILT_IN.teacher[task]
+        assert parts[shared] in prompts.BUILT_IN.template(task, "student")
+        assert parts[shared] in prompts.BUILT_IN.template(task, "teacher")
     state = board(task)
     [message] = prompts.teacher(prompts.BUILT_IN, task, state)
     assert isinstance(message["content"], str), "the teacher sees no picture"
@@ -54,10 +54,10 @@ def test_teacher_context_adds_the_plans_asked_for(task: str) -> None:
     plain = prompts.teacher(prompts.BUILT_IN, task, state)[0]["content"]
     one = prompts.teacher(prompts.BUILT_IN, task, state, "state_and_plan")[0]["content"]
     every = prompts.teacher(prompts.BUILT_IN, task, state, "state_and_all_optimal_plans")[0]
-    spelled = prompts.spell(task, ENVS[task].shortest_plan(state))
+    spelled = ENVS[task].spell(ENVS[task].shortest_plan(state))
     assert one == f"{plain}\nOne shortest plan: {spelled}"
     for plan in ENVS[task].shortest_plans(state):
-        assert prompts.spell(task, plan) in every["content"]
+        assert ENVS[task].spell(plan) in every["content"]
 
 
 def test_what_the_teacher_is_told_of_all_plans_is_true() -> None:
@@ -143,8 +143,9 @@ def test_prompts_from_a_folder(tmp_path: pathlib.Path) -> None:
         prompts.load(str(tmp_path))
     (tmp_path / "maze.student.txt").write_text("Solve it: <picture>\n")
     loaded = prompts.load(str(tmp_path))
-    assert loaded.student["maze"] == "Solve it: <picture>"
-    assert loaded.teacher == prompts.BUILT_IN.teacher
+    assert loaded.template("maze", "student") == "Solve it: <picture>"
+    for task, kind in (("maze", "teacher"), ("frozenlake", "student"), ("maze", "grounding")):
+        assert loaded.template(task, kind) == prompts.BUILT_IN.template(task, kind)
     (tmp_path / "maze.teacher.txt").write_text("no mark")
     with pytest.raises(ValueError, match=r"maze.teacher.txt: got 0 marks <state>"):
         prompts.load(str(tmp_path))

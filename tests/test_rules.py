@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from mgsd_jax.data import splits
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.base import Plan
 from mgsd_jax.envs.responses import answer_span
+from mgsd_jax.envs.search import Plan
 from mgsd_jax.evaluation import rules
+from mgsd_jax.evaluation.upstream_scores import answer_blocks
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "scoring_sample.jsonl"
@@ -336,7 +337,7 @@ def test_no_text_makes_the_parser_or_a_scorer_raise(
     board, text = BOARDS[task]
     parsed = rules.parse_plan(response, task, lenient=lenient)
     outcome = rules.judge(board, task, response, lenient=lenient)
-    assert set(parsed.plan) <= set(ENVS[task].ACTIONS)
+    assert set(parsed.plan) <= set(ENVS[task].actions)
     assert parsed.parsed == outcome.parsed == (parsed.reason is None)
     if parsed.parsed:
         assert outcome == ENVS[task].play(board, parsed.plan)
@@ -385,7 +386,7 @@ BLOCK_PIECES = ["<answer>", "</answer>", "<ANſWER>", "<", "/", "answer>", "\n",
 def test_blocks_are_those_of_the_public_pattern(response: str) -> None:
     """The public scorers' pattern, which is quadratic, against the one pass."""
     want = re.findall(r"<answer>(.*?)</answer>", response, re.I | re.S)
-    assert rules._blocks(response) == [block.strip() for block in want]
+    assert answer_blocks(response) == [block.strip() for block in want]
     inner = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", response, re.I | re.S)
     span = answer_span(response)
     assert (None if span is None else response[slice(*span)]) == (inner[-1] if inner else None)
@@ -530,7 +531,7 @@ def test_the_public_reward_and_ours_agree_where_the_rules_do(task: str) -> None:
     for index, _ in itertools.product(range(20), range(10)):
         state = splits.draw(task, 4 + index % 3, "train", seed=0, index=index)
         text = env.to_text(state, split="train", index=0, seed=0)
-        plan = [str(action) for action in rng.choice(env.ACTIONS, size=rng.integers(1, 9))]
+        plan = [str(action) for action in rng.choice([*env.actions], size=rng.integers(1, 9))]
         good = env.random_shortest_plan(state, rng)
         plan = [*good[: rng.integers(len(good) + 1)], *plan]
         ours = rules.judge(state, task, answer(",".join(plan)))

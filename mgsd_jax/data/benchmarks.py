@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.base import Cell
 from mgsd_jax.envs.frozenlake import FrozenLakeState
 from mgsd_jax.envs.maze import MazeState
 from mgsd_jax.envs.minibehaviour import MiniBehaviourState
+from mgsd_jax.envs.search import Cell
 
 _TILES = {"@": "S", "*": "G", "#": "H", "_": "F"}
 _LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right"}
@@ -235,8 +235,8 @@ def read_visualplanning(file: str | pathlib.Path, task: str) -> tuple[Case, ...]
         meta = _field(where, row, "meta", dict)
         level = _field(where, meta, "level", int)
         env = ENVS[task]
-        if not env.MIN_LEVEL <= level <= env.MAX_LEVEL:
-            raise _fail(f"{where}, level", level, f"{env.MIN_LEVEL}..{env.MAX_LEVEL}")
+        if level not in env.levels:
+            raise _fail(f"{where}, level", level, f"{env.levels[0]}..{env.levels[-1]}")
         state = _READERS[task](where, meta, level)
         optimal = len(_field(where, row, "input_state", list)) - 1
         shortest = len(_shortest(where, task, state))

@@ -15,11 +15,10 @@ from etils import epath
 from mgsd_jax.checks import fields
 from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.data.splits import SPLITS, Split
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, find
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
-FOLDERS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}
 _RESTORE = f"to restore it, delete {MANIFEST} and run --stage=generate again"
 _READERS = 16  # files read at once: each file of a remote folder takes tens of milliseconds
 
@@ -158,7 +157,7 @@ def _wanted_groups(path: epath.Path, settings: Mapping[str, Any]) -> list[Group]
                 if type(count) is not int or count < 0:
                     raise ValueError
                 if count:
-                    folder = f"{split}/{FOLDERS[task]}/level{level}"
+                    folder = f"{split}/{find(task).title}/level{level}"
                     groups.append(Group(folder, split, task, int(level), count))
     except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(

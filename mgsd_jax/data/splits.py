@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, find
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -22,12 +22,6 @@ _MAX_REDRAWS = 10_000
 _MIN_REPEATS = 2_000
 # Levels with at most this many boards are listed in full where drawing stalls.
 _LISTABLE = 20_000
-# Draws that meet every board of such a level about equally often.
-_EVEN_OPTIONS: dict[str, dict[str, Any]] = {
-    "frozenlake": {"frozen_probability": 0.5},
-    "maze": {},
-    "minibehaviour": {},
-}
 
 
 def _stable_int(text: str, bytes_: int = 4) -> int:
@@ -49,8 +43,7 @@ def _rng(seed: int, split: str, task: str, level: int, index: int) -> np.random.
 
 
 def _check(task: str, split: str, seed: int, index: int = 0) -> None:
-    if task not in ENVS:
-        raise ValueError(f"task: got {task!r}, want one of {sorted(ENVS)}")
+    find(task)
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, want one of {SPLITS}")
     if seed < 0 or index < 0:
@@ -65,20 +58,19 @@ def draw(
     seed: int,
     index: int,
     exclude: frozenset[str] = frozenset(),
-    **options: Any,
 ) -> Any:
     """The board number `index` of an endless stream: the same arguments give the same board.
 
     Boards of other splits and boards whose key is in `exclude` are drawn again. Boards repeat
     from index to index where a level has few of them; `unique_boards` gives distinct ones.
-    `options` go to the env's `generate`. Raises ValueError on a name, level, seed or index out of
+    Raises ValueError on a name, level, seed or index out of
     range, and where no board can be found.
     """
     _check(task, split, seed, index)
     env = ENVS[task]
     rng = _rng(seed, split, task, level, index)
     for _ in range(_MAX_REDRAWS):
-        state = env.generate(rng, level, **options)
+        state = env.generate(rng, level)
         key = env.key(state)
         if split_of(key) == split and key not in exclude:
             return state
@@ -96,7 +88,6 @@ def unique_boards(
     *,
     seed: int,
     exclude: frozenset[str] = frozenset(),
-    **options: Any,
 ) -> list[Any]:
     """`count` distinct boards of one split, none of them in `exclude`, deterministic in `seed`.
 
@@ -113,10 +104,8 @@ def unique_boards(
     repeats = 0
     while len(found) < count:
         if repeats > max(_MIN_REPEATS, 3 * len(seen)):
-            # With options (fixed corners, say) fewer boards exist than the level has.
-            every = None if options else _every_board(task, level)
-            return _fill(task, level, split, count, found, seen, every, exclude)
-        state = env.generate(rng, level, **options)
+            return _fill(task, level, split, count, found, seen, exclude)
+        state = env.generate(rng, level)
         key = env.key(state)
         repeats += 1
         if key not in seen:
@@ -134,10 +123,10 @@ def _fill(
     count: int,
     found: list[Any],
     seen: set[str],
-    every: dict[str, Any] | None,
     exclude: frozenset[str],
 ) -> list[Any]:
     """`count` boards where drawing has stalled: the rare rest is taken from the list of all."""
+    every = _every_board(task, level)
     if every is None:
         got, has = f"only {len(found)}", f"{len(seen)} were found until drawing gave repeats alone"
     else:
@@ -166,7 +155,7 @@ def _every_board(task: str, level: int) -> dict[str, Any] | None:
     boards: dict[str, Any] = {}
     # Equally likely boards take about total * log(total) draws, ten times total here.
     for _ in range(200 * total):
-        state = env.generate(rng, level, **_EVEN_OPTIONS[task])
+        state = env.generate(rng, level, **env.even_options)
         boards.setdefault(env.key(state), state)
         if len(boards) == total:
             return boards

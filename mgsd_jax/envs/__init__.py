@@ -1,10 +1,23 @@
-"""The three planning tasks, by name. Each env is a plain module; `base.Env` says what it offers."""
+"""The planning tasks, by name. To add one, write its module and put it in the list below."""
+
+from typing import Any
 
 from mgsd_jax.envs import frozenlake, maze, minibehaviour
 from mgsd_jax.envs.base import Env
 
-ENVS: dict[str, Env] = {
-    "frozenlake": frozenlake,
-    "maze": maze,
-    "minibehaviour": minibehaviour,
+# Any: each env has a state of its own type, which only its own functions look into.
+ENVS: dict[str, Env[Any]] = {
+    env.name: env
+    for env in (
+        frozenlake.ENV,
+        maze.ENV,
+        minibehaviour.ENV,
+    )
 }
+
+
+def find(task: str) -> Env[Any]:
+    """The env of a task; raises ValueError for a task that is not known."""
+    if task not in ENVS:
+        raise ValueError(f"task: got {task!r}, want one of {sorted(ENVS)}")
+    return ENVS[task]

@@ -1,316 +1,305 @@
-"""What the three envs share: the protocol, one shortest-path search, play, and board files.
+"""What an env is: a record of everything that the rest of the package asks about a planning task.
 
-A board is a graph for planning: nodes are integers (a cell is `row * size + column`), and
-`successors[node]` maps each legal action to the next node, in the order that breaks ties between
-equally short plans. Cells are (row, column), 0-based, everywhere else.
+An env is one module that ends in `ENV = Env(...)`, and one line in `envs/__init__.py`. A part that
+is left out is a type error, and a TypeError when the module is imported. Whatever follows from the
+parts (plans, play, state lines, facts, board files) is a method here and is written once.
+
+Cells are (row, column), counted from 0 at the top left corner.
 """
 
 import dataclasses
-import functools
-import json
-import random
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
-Cell = tuple[int, int]  # (row, column)
-Plan = tuple[str, ...]  # actions: up down left right pick drop
+from mgsd_jax.envs import files, search
+from mgsd_jax.envs.files import FileFormat
+from mgsd_jax.envs.search import Cell, Paths, Plan, Run, grid_cells
+
 Fact = tuple[Any, ...]  # ('size', 4), ('hole', (2, 2)), ('open', (0, 0), 'right'), ...
-State = TypeVar("State")
-Successors = Sequence[Mapping[str, int]]
-Bucket = Literal["easy", "medium", "hard"]
 QuestionKind = Literal["size", "coord", "cells", "directions", "open_directions"]
-
-DELTAS: Mapping[str, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-
 Sprites = Literal["usual", "other"]  # other: the same things drawn as no public board has them
 
-Reason = Literal[
-    "success",
-    # no plan could be read; nothing was played
-    "no_answer",
-    "invalid_token",
-    # played to the end without an illegal action
-    "empty_plan",
-    "not_reached",
-    "fell_into_hole",
-    # illegal actions; the plan ends there
-    "off_board",
-    "hit_wall",
-    "entered_table",
-    "entered_printer",
-    "pick_while_carrying",
-    "pick_not_adjacent",
-    "drop_without_printer",
-    "drop_not_adjacent",
-]
-_LEGAL_REASONS = frozenset({"success", "empty_plan", "not_reached", "fell_into_hole"})
+MOVES = {"up": "U", "down": "D", "left": "L", "right": "R"}  # as answers spell them
+ROUTE_START = "I go through"
+CELLS_RULE = "A cell is written (row,column), counted from 0 at the top left corner."
+MOVES_RULE = "The {} moves one cell at a time: up (U), down (D), left (L) or right (R)."
+# Why a plan ended, in words, on any board. An env adds its own reasons.
+REASONS: Mapping[str, str] = {
+    "success": "solved",
+    "no_answer": "no answer block",
+    "invalid_token": "a word that is no action",
+    "empty_plan": "an empty plan",
+    "not_reached": "stopped short of the goal",
+}
+
+
+class Sized(Protocol):
+    """A board of size x size cells."""
+
+    @property
+    def size(self) -> int: ...
+
+
+State = TypeVar("State", bound=Sized)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a plan. `legal` is False for an illegal action; a hole is legal but fails.
+    """The result of a plan. `legal` is False for an illegal action; a hole is legal but fails.
 
     `steps` counts the actions carried out, a failing one included. `progress` in [0, 1] is
-    1 - (shortest distance left after the last legal action) / (the same at the start); it is 0 in
-    a hole, from which no way leads on.
+    1 - (shortest distance left after the last legal action) / (the same at the start); it is 0
+    where no way leads on, as in a hole.
     """
 
     success: bool
     optimal: bool
     parsed: bool
     legal: bool
-    reason: Reason
+    reason: str
     steps: int
     progress: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One grounding question; `answer` repeats the value text of the state lines."""
+    """One grounding question, and the line that states its answer where a response states it."""
 
     name: str
     text: str
     answer: str
     kind: QuestionKind
     facts: frozenset[Fact]
+    label: str = ""  # of the state line; '': the answer is not part of the state
 
 
-class Env(Protocol):
-    """What every env module offers. States are frozen, hashable dataclasses with `.size`.
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """What prompts say about a task, as lines of text; see data/prompts.py for the order."""
 
-    `generate` and `from_text` return solvable boards only; the others also take an unsolvable one
-    (such as a model may describe), except the shortest plans, which raise ValueError.
+    rules: tuple[str, ...]
+    legend: str  # how things look in the picture
+    form: tuple[str, ...]  # of the state lines
+    route: str  # an example of `Env.route`
+    answer: str  # an example of what stands in the answer block
+
+
+def cells_route(plan: Plan, cells: Sequence[Cell]) -> str:
+    """A sentence with the cells that a plan visits."""
+    return f"{ROUTE_START} {show_cells(cells)}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Env(Generic[State]):
+    """A planning task. States are frozen, hashable dataclasses with a `size`.
+
+    `generate` and `from_text` return solvable boards only; everything else also takes an unsolvable
+    one (such as a model may describe), except what asks for its shortest plans: a ValueError.
     """
 
-    NAME: str
-    ACTIONS: tuple[str, ...]
-    MIN_LEVEL: int
-    MAX_LEVEL: int
-    generate: Callable[..., Any]  # (rng, level, **options) -> State
-    key: Callable[[Any], str]
-    render: Callable[..., np.ndarray]  # (state, size=256, sprites=) -> uint8 [size, size, 3]
-    describe: Callable[[Any], str]
-    state_lines: Callable[[Any], tuple[str, ...]]
-    facts: Callable[[Any], frozenset[Fact]]
-    questions: Callable[[Any], tuple[Question, ...]]
-    shortest_plan: Callable[[Any], Plan]
-    shortest_plans: Callable[..., tuple[Plan, ...]]  # (state, limit=64)
-    count_shortest_plans: Callable[[Any], int]
-    random_shortest_plan: Callable[[Any, np.random.Generator], Plan]
-    play: Callable[[Any, Plan], Outcome]
-    trace: Callable[[Any, Plan], tuple[Cell, ...]]
-    to_text: Callable[..., str]  # (state, *, split, index, seed, ...)
-    from_text: Callable[..., Any]  # (text, *, source) -> State
+    name: str  # in configs, rows and file names
+    title: str  # in reports, and the name of its folder of boards
+    levels: range  # sizes of its boards
+    actions: Mapping[str, str]  # action -> how an answer spells it
+    reasons: Mapping[str, str]  # why a plan may fail besides `REASONS`, in words
+    # The facts that a response states about cells: the name of the fact -> the word that a text has
+    # for all of them ({"goal": "goal", "hole": "holes"}).
+    labels: Mapping[str, str]
+    wording: Wording
+    generate: Callable[..., State]  # (rng, level)
+    count_states: Callable[[int], int | None]  # how many boards a level has, None: not counted
+    key: Callable[[State], str]  # the board as one line, equal for equal boards only
+    paths: Callable[[State], Paths]
+    # (state, node, action that the graph lacks) -> next node and reason to stop: see `search.run`
+    refuse: Callable[[State, int, str], tuple[int | None, str | None]]
+    questions: Callable[[State], tuple[Question, ...]]
+    # (size, cells by label) -> the board; raises ValueError where they make none
+    from_facts: Callable[[int, "NamedCells"], State]
+    disturb: Callable[[State, np.random.Generator, float], State]  # see envs/noise.py
+    # (state, size=256, *, sprites='usual') -> uint8 [size, size, 3]; ValueError if it is too small
+    render: Callable[..., np.ndarray]
+    file: FileFormat[State]
+    # What not every task has:
+    has_sides: bool = False  # facts name the open sides of cells
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # 'GRAB' -> action
+    route: Callable[[Plan, Sequence[Cell]], str] = cells_route  # of a legal plan and its cells
+    map_lines: Callable[[State], tuple[str, ...]] = lambda state: ()  # end of the board as text
+    even_options: Mapping[str, float] = dataclasses.field(default_factory=dict)  # see splits.py
+    # Recorded in settings.json of a folder of boards, which no folder of other options may resume.
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
-    def count_states(self, level: int, /) -> int | None: ...
-
-
-# Options.
-
-
-def check_level(name: str, level: int, low: int, high: int) -> None:
-    if not low <= level <= high:
-        raise ValueError(f"{name} level: got {level}, want {low} to {high}")
-
-
-def check_bucket(bucket: str | None) -> None:
-    if bucket not in (None, *get_args(Bucket)):
-        raise ValueError(f"bucket: got {bucket!r}, want None or one of {get_args(Bucket)}")
-
-
-# Shortest paths.
-
-
-@functools.cache
-def grid_moves(size: int, order: tuple[str, ...]) -> tuple[tuple[tuple[str, int], ...], ...]:
-    """For each cell number of a size x size board, its (action, next cell number), in order."""
-    moves = []
-    for row in range(size):
-        for column in range(size):
-            steps = (
-                (action, row + DELTAS[action][0], column + DELTAS[action][1]) for action in order
+    def __post_init__(self) -> None:
+        if not self.wording.route.startswith(ROUTE_START):
+            raise ValueError(
+                f"{self.name}: route: got {self.wording.route!r}, want it to begin {ROUTE_START!r}"
             )
-            moves.append(
-                tuple((a, r * size + c) for a, r, c in steps if 0 <= r < size and 0 <= c < size)
-            )
-    return tuple(moves)
+        unknown = set(self.words.values()) - self.actions.keys()
+        if unknown:
+            raise ValueError(f"{self.name}: words: got actions {unknown}, want {[*self.actions]}")
+
+    def check_level(self, level: int) -> None:
+        """Raises ValueError for a level that the env does not have."""
+        if level not in self.levels:
+            low, high = self.levels[0], self.levels[-1]
+            raise ValueError(f"{self.name} level: got {level}, want {low} to {high}")
+
+    # Plans.
+
+    def shortest_plan(self, state: State) -> Plan:
+        """The first shortest plan in the env's order of actions."""
+        return search.shortest_plan(self.paths(state))
+
+    def random_shortest_plan(self, state: State, rng: np.random.Generator) -> Plan:
+        """A random shortest plan."""
+        return search.shortest_plan(self.paths(state), rng)
+
+    def shortest_plans(self, state: State, limit: int = 64) -> tuple[Plan, ...]:
+        """All shortest plans, or a sample of `limit` of them."""
+        return search.shortest_plans(self.paths(state), limit)
+
+    def count_shortest_plans(self, state: State) -> int:
+        """How many shortest plans there are."""
+        return search.count_shortest_plans(self.paths(state))
+
+    def _run(self, state: State, plan: Plan) -> Run:
+        def refuse(node: int, action: str) -> tuple[int | None, str | None]:
+            return self.refuse(state, node, action)
+
+        return search.run(self.paths(state), plan, self.actions, refuse)
+
+    def play(self, state: State, plan: Plan) -> Outcome:
+        """The outcome of a plan."""
+        distances, result = self.paths(state).distances, self._run(state, plan)
+        success = result.reason == "success"
+        if not success and result.reason not in {**REASONS, **self.reasons}:
+            raise ValueError(f"{self.name}: reasons: got {result.reason!r}, want it in words")
+        at_start, left = distances[result.nodes[0]], distances[result.nodes[-1]]
+        gained = 1.0 - left / at_start if at_start > 0 and left >= 0 else 0.0
+        return Outcome(
+            success=success,
+            optimal=success and result.steps == at_start,
+            parsed=result.reason != "invalid_token",
+            legal=result.is_legal,
+            reason=result.reason,
+            steps=result.steps,
+            progress=1.0 if success else max(0.0, gained),
+        )
+
+    def trace(self, state: State, plan: Plan) -> tuple[Cell, ...]:
+        """The cell of the agent at the start and after each legal action."""
+        cells = self.paths(state).cells
+        return tuple(cells[node] for node in self._run(state, plan).nodes)
+
+    def spell(self, plan: Plan) -> str:
+        """The plan as it stands in an answer block: `UUR`, or `U,PICK,R,DROP`."""
+        is_letters = all(len(word) == 1 for word in self.actions.values())
+        return ("" if is_letters else ",").join(self.actions[action] for action in plan)
+
+    # Words.
+
+    def state_lines(self, state: State) -> tuple[str, ...]:
+        """What a response states before its plan."""
+        lines: list[str] = []
+        for question in (question for question in self.questions(state) if question.label):
+            space = "\n" if question.kind == "open_directions" else " "
+            lines += f"{question.label}:{space}{question.answer}".split("\n")
+        return tuple(lines)
+
+    def describe(self, state: State) -> str:
+        """The board as text."""
+        return "\n".join((*self.state_lines(state), *self.map_lines(state)))
+
+    def facts(self, state: State) -> frozenset[Fact]:
+        """What a response that states the board states; the rest of the answers follows from it."""
+        names = {"size", *self.labels, *(["open"] if self.has_sides else [])}
+        asked = self.questions(state)
+        return frozenset(fact for question in asked for fact in question.facts if fact[0] in names)
+
+    # Board files.
+
+    def to_text(
+        self,
+        state: State,
+        *,
+        split: str,
+        index: int,
+        seed: int,
+        plan: Plan | None = None,
+        **drawn: object,
+    ) -> str:
+        """The board as a board file; raises ValueError where it has no plan.
+
+        `plan` is the shortest plan to record, by default the first one; `drawn` replaces values
+        that say how the board was drawn, such as frozen_probability.
+        """
+        first = self.shortest_plan(state)
+        plan = first if plan is None else plan
+        if not self.play(state, plan).optimal:
+            raise ValueError(f"plan: got {plan}, want a shortest one such as {first}")
+        values = self._values(state, plan, None) | drawn
+        values |= {"split": split, "index": index, "seed": seed}
+        return files.put_together(values, self.file, state)
+
+    def _values(self, state: State, plan: Plan, board: files.BoardText | None) -> dict[str, object]:
+        """All values of a board file but those of the draw."""
+        return {
+            "task": self.name,
+            "level": state.size,
+            "path_length": len(plan),
+            "solution_actions": files.json_text(plan),
+            "trajectory_states": self.file.trajectory(plan, self.trace(state, plan)),
+            **self.file.fields(state, plan, board),
+        }
+
+    def from_text(self, text: str, *, source: str) -> State:
+        """The board in a board file. Raises ValueError with source, key, got and want."""
+        try:
+            return self._read(text)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def _read(self, text: str) -> State:
+        block = self.file.block
+        board = files.take_apart(text, self.file.keys, block)
+        if board.fields["task"] != self.name:
+            raise files.bad_board("task", board.fields["task"], self.name)
+        level = files.integer(board, "level")
+        if level not in self.levels:
+            raise files.bad_board("level", level, f"{self.levels[0]} to {self.levels[-1]}")
+        if len(board.rows) != level:
+            raise files.bad_board(block, f"{len(board.rows)} rows", f"{level} rows")
+        for key in ("index", "seed"):
+            files.integer(board, key)
+        state = self.file.read(board)
+        paths = self.paths(state)
+        if paths.distances[paths.start] < 0:
+            got = "a board whose goal cannot be reached"
+            raise files.bad_board(block, got, "a solvable one")
+        self._check_file(board, state)
+        return state
+
+    def _check_file(self, board: files.BoardText, state: State) -> None:
+        """Compares a file, key by key, with what would be written; any shortest plan will do."""
+        want = self._values(state, self.shortest_plan(state), board)
+        for key in (key for key in self.file.keys if key in want):
+            if key not in ("solution_actions", "trajectory_states"):
+                files.check_field(board, key, want[key])
+        actions = files.json_value(board, "solution_actions")
+        if not isinstance(actions, list) or not all(isinstance(word, str) for word in actions):
+            raise files.bad_board("solution_actions", actions, "a list of words")
+        plan = tuple(cast(list[str], actions))
+        result = self.play(state, plan)
+        if not result.optimal:
+            got = f"{actions} ({result.reason} after {result.steps})"
+            shortest = f"a shortest plan such as {want['solution_actions']}"
+            raise files.bad_board("solution_actions", got, shortest)
+        trajectory = self.file.trajectory(plan, self.trace(state, plan))
+        files.check_field(board, "trajectory_states", trajectory)
 
 
-def distances_to(successors: Successors, targets: Iterable[int]) -> tuple[int, ...]:
-    """Fewest actions from each node to the nearest target, -1 where there is no way."""
-    predecessors: list[list[int]] = [[] for _ in successors]
-    for node, steps in enumerate(successors):
-        for following in steps.values():
-            predecessors[following].append(node)
-    distances = [-1] * len(successors)
-    frontier = list(targets)
-    for node in frontier:
-        distances[node] = 0
-    steps_left = 0
-    while frontier:
-        steps_left += 1
-        reached = []
-        for node in frontier:
-            for previous in predecessors[node]:
-                if distances[previous] < 0:
-                    distances[previous] = steps_left
-                    reached.append(previous)
-        frontier = reached
-    return tuple(distances)
-
-
-class Paths(NamedTuple):
-    """A board as a graph: from `start` to any node at distance 0."""
-
-    successors: Successors
-    distances: tuple[int, ...]
-    start: int
-
-
-def _choices(paths: Paths, node: int) -> list[tuple[str, int]]:
-    """The first actions of the shortest ways from a node, with the nodes that they lead to."""
-    left = paths.distances[node] - 1
-    return [(a, n) for a, n in paths.successors[node].items() if paths.distances[n] == left]
-
-
-def _check_solvable(paths: Paths) -> None:
-    if paths.distances[paths.start] < 0:
-        raise ValueError("got a board whose goal cannot be reached, want a solvable one")
-
-
-def shortest_plan(paths: Paths, rng: np.random.Generator | None = None) -> Plan:
-    """A shortest plan: the first in the order of the actions, or with `rng` a random one.
-
-    The first one is also what breadth-first search from the start finds when it tries actions in
-    that order. Random means uniform over the right actions at each step. Raises ValueError where
-    the goal cannot be reached.
-    """
-    _check_solvable(paths)
-    node, plan = paths.start, []
-    while paths.distances[node]:
-        choices = _choices(paths, node)
-        action, node = choices[
-            0 if rng is None or len(choices) == 1 else rng.integers(len(choices))
-        ]
-        plan.append(action)
-    return tuple(plan)
-
-
-def count_shortest_plans(paths: Paths) -> int:
-    """How many shortest plans there are. Raises ValueError where the goal cannot be reached."""
-    return _count_ways(paths)[paths.start]
-
-
-def shortest_plans(paths: Paths, limit: int) -> tuple[Plan, ...]:
-    """Every shortest plan, in the order of the actions; of more than `limit` so many of them.
-
-    Those are a sample without repeats in which every plan is as likely as any other, and always the
-    same for a board. Raises ValueError where the goal cannot be reached.
-    """
-    if limit < 1:
-        raise ValueError(f"limit: got {limit}, want at least 1")
-    ways = _count_ways(paths)
-    total = ways[paths.start]
-    if total <= limit:
-        return tuple(_numbered_plan(paths, ways, number) for number in range(total))
-    rng = random.Random(f"{paths.start} {paths.distances}")
-    numbers: set[int] = set()
-    while len(numbers) < limit:
-        numbers.add(rng.randrange(total))
-    return tuple(_numbered_plan(paths, ways, number) for number in sorted(numbers))
-
-
-def _count_ways(paths: Paths) -> dict[int, int]:
-    """The number of shortest ways on from every node that a shortest plan passes."""
-    _check_solvable(paths)
-    layers = [{paths.start}]  # all nodes of a layer are equally far from the goal
-    for _ in range(paths.distances[paths.start]):
-        layers.append({n for node in layers[-1] for _, n in _choices(paths, node)})
-    ways = dict.fromkeys(layers.pop(), 1)
-    for layer in reversed(layers):
-        ways |= {node: sum(ways[n] for _, n in _choices(paths, node)) for node in layer}
-    return ways
-
-
-def _numbered_plan(paths: Paths, ways: Mapping[int, int], number: int) -> Plan:
-    """The shortest plan that `number` others come before in the order of the actions."""
-    node, plan = paths.start, []
-    while paths.distances[node]:
-        choices = iter(_choices(paths, node))
-        action, node = next(choices)
-        while number >= ways[node]:
-            number -= ways[node]
-            action, node = next(choices)
-        plan.append(action)
-    return tuple(plan)
-
-
-# Play.
-
-
-class Run(NamedTuple):
-    """The nodes of a plan that was carried out, start first, up to the last legal step."""
-
-    nodes: list[int]
-    reason: Reason
-    steps: int
-
-
-def run(
-    paths: Paths,
-    plan: Plan,
-    actions: Sequence[str],
-    step: Callable[[int, str], tuple[int | None, Reason | None]],
-) -> Run:
-    """Carry out a plan until it succeeds or fails; what follows is ignored.
-
-    `step(node, action)` returns the next node (None where the action is illegal) and the reason to
-    stop there, if any. A plan with an action that is not one of the env's `actions` is not carried
-    out at all: an invalid token makes the whole plan fail.
-    """
-    nodes = [paths.start]
-    if any(action not in actions for action in plan):
-        return Run(nodes, "invalid_token", 0)
-    if paths.distances[paths.start] == 0:
-        return Run(nodes, "success", 0)
-    if not plan:
-        return Run(nodes, "empty_plan", 0)
-    for steps, action in enumerate(plan, start=1):
-        node, reason = step(nodes[-1], action)
-        if node is not None:
-            nodes.append(node)
-            if paths.distances[node] == 0:
-                return Run(nodes, "success", steps)
-        if reason is not None:
-            return Run(nodes, reason, steps)
-    return Run(nodes, "not_reached", len(plan))
-
-
-def outcome(paths: Paths, result: Run) -> Outcome:
-    """The measures of a plan that was carried out."""
-    success = result.reason == "success"
-    at_start, left = paths.distances[paths.start], paths.distances[result.nodes[-1]]
-    if success:
-        progress = 1.0
-    else:
-        progress = max(0.0, 1.0 - left / at_start) if at_start > 0 and left >= 0 else 0.0
-    return Outcome(
-        success=success,
-        optimal=success and result.steps == at_start,
-        parsed=result.reason != "invalid_token",
-        legal=result.reason in _LEGAL_REASONS,
-        reason=result.reason,
-        steps=result.steps,
-        progress=progress,
-    )
-
-
-# Words.
-
-ASK_SIZE = "What is the map size (rows x columns)?"
+# Questions, and how their answers are written.
 
 # How an answer to a question of each kind is to be written: the form of `Question.answer`.
 ANSWER_FORMS: Mapping[QuestionKind, str] = {
@@ -320,6 +309,36 @@ ANSWER_FORMS: Mapping[QuestionKind, str] = {
     "directions": "Write those among up, down, left, right with commas, or none.",
     "open_directions": "Write a line for each cell, like (0,0): down, right.",
 }
+
+
+def ask_size(size: int) -> Question:
+    """The question about the size of the board, the first of every task."""
+    text = "What is the map size (rows x columns)?"
+    return Question(
+        "map_size", text, f"{size}x{size}", "size", frozenset({("size", size)}), "Map size"
+    )
+
+
+def ask_cell(fact: str, text: str, cell: Cell) -> Question:
+    """The question about the cell of one thing."""
+    return Question(
+        fact, text, show_cell(cell), "coord", frozenset({(fact, cell)}), fact.capitalize()
+    )
+
+
+def ask_cells(fact: str, text: str, cells: Iterable[Cell], name: str = "") -> Question:
+    """The question about several cells; `name` is its name where that is not the fact's."""
+    cells, name = tuple(cells), name or fact
+    label = name.replace("_", " ").capitalize()
+    facts = frozenset((fact, cell) for cell in cells)
+    return Question(name, text, show_cells(cells), "cells", facts, label)
+
+
+def ask_moves(text: str, ways: Iterable[str]) -> Question:
+    """The question about the legal first moves, which follow from the rest of the state."""
+    ways = tuple(ways)
+    facts = frozenset(("legal", way) for way in ways)
+    return Question("legal_moves", text, show_directions(ways), "directions", facts)
 
 
 def show_cell(cell: Cell) -> str:
@@ -334,6 +353,35 @@ def show_directions(directions: Iterable[str]) -> str:
     return ", ".join(directions) or "none"
 
 
+# Boards out of facts, and with wrong facts.
+
+NamedCells = Mapping[str, tuple[Any, ...]]  # label -> cells, 'open' -> (cell, direction)
+
+
+def only_cell(named: NamedCells, label: str) -> Cell:
+    """The one cell of a label; raises ValueError where it has none or several."""
+    if len(named[label]) != 1:
+        raise ValueError(f"{label}: got {len(named[label])} cells, want 1")
+    return named[label][0]
+
+
+def check_inside(size: int, name: str, cells: Iterable[Cell]) -> None:
+    """Raises ValueError that begins with `name` for a cell that is not on the board."""
+    for cell in cells:
+        if not (0 <= cell[0] < size and 0 <= cell[1] < size):
+            raise ValueError(f"{name}: got {cell}, want a cell of a {size}x{size} board")
+
+
+def misplace(
+    cell: Cell, taken: Iterable[Cell], size: int, rng: np.random.Generator, share: float
+) -> Cell:
+    """The cell, or with chance `share` another one that is not taken."""
+    if rng.random() >= share:
+        return cell
+    free = [other for other in grid_cells(size) if other != cell and other not in set(taken)]
+    return free[rng.integers(len(free))] if free else cell
+
+
 # Drawing.
 
 
@@ -344,157 +392,16 @@ def cell_edges(level: int, size: int) -> list[int]:
     return [i * size // level for i in range(level + 1)]
 
 
-def paste_cells(
-    sheets: np.ndarray, edges: Sequence[int], kinds: Iterable[tuple[int, int, int]]
-) -> np.ndarray:
+def paste_cells(sheets: np.ndarray, kinds: Sequence[Sequence[int]]) -> np.ndarray:
     """A picture put together from whole-board pictures that each show one kind of cell everywhere.
 
-    sheets: uint8 [kinds, size, size, 3]; kinds: (row, column, kind) of each cell that differs from
-    kind 0. A cell takes its own square and nothing else, so it never depends on its neighbours.
+    sheets: uint8 [kinds, size, size, 3]; kinds: the kind of each cell, by row and column. A cell
+    takes its own square and nothing else, so it never depends on its neighbours.
     """
-    picture = sheets[0].copy()
-    for row, column, kind in kinds:
-        square = (slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1]))
-        picture[square] = sheets[kind][square]
+    picture, edges = sheets[0].copy(), cell_edges(len(kinds), sheets.shape[1])
+    for r, row in enumerate(kinds):
+        for c, kind in enumerate(row):
+            if kind:
+                square = (slice(edges[r], edges[r + 1]), slice(edges[c], edges[c + 1]))
+                picture[square] = sheets[kind][square]
     return picture
-
-
-# Board files.
-
-
-class BoardText(NamedTuple):
-    """A board file taken apart: the text after each key, and the lines of the block."""
-
-    source: str
-    fields: dict[str, str]
-    block: str
-    rows: list[str]
-
-
-def bad_board(source: str, key: str, got: object, want: object) -> ValueError:
-    shown = [text if len(text) <= 200 else text[:200] + "..." for text in (f"{got}", f"{want}")]
-    return ValueError(f"{source}: {key}: got {shown[0]}, want {shown[1]}")
-
-
-def read_board(text: str, source: str, keys: Sequence[str], block: str) -> BoardText:
-    """Take a board file apart. Raises ValueError on a missing, unknown or repeated key."""
-    head, rows = [], None
-    for line in text.splitlines():
-        if rows is not None:
-            rows.append(line)
-        elif line == f"{block}:":
-            rows = []
-        else:
-            head.append(line)
-    fields: dict[str, str] = {}
-    for line in head:
-        key, equals, value = line.partition("=")
-        if not equals or key not in keys:
-            raise bad_board(source, key, repr(line), f"one of the lines key=value of {keys}")
-        if key in fields:
-            raise bad_board(source, key, "the key twice", "it once")
-        fields[key] = value
-    for key in keys:
-        if key not in fields:
-            raise bad_board(source, key, "no such line", f"{key}=...")
-    if rows is None:
-        raise bad_board(source, block, "no such block", f"'{block}:' and the rows of the board")
-    return BoardText(source, fields, block, rows)
-
-
-def integer(board: BoardText, key: str) -> int:
-    text = board.fields[key]
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise bad_board(board.source, key, repr(text), "an integer")
-    return int(text)
-
-
-def number(board: BoardText, key: str) -> float:
-    try:
-        return float(board.fields[key])
-    except ValueError:
-        raise bad_board(board.source, key, repr(board.fields[key]), "a number") from None
-
-
-def json_value(board: BoardText, key: str) -> Any:
-    try:
-        return json.loads(board.fields[key])
-    except ValueError:
-        raise bad_board(board.source, key, repr(board.fields[key]), "JSON") from None
-
-
-def json_text(value: object, *, compact: bool = False) -> str:
-    return json.dumps(value, separators=(",", ":") if compact else (", ", ": "))
-
-
-def check_task(board: BoardText, name: str, low: int, high: int) -> None:
-    """Raise ValueError unless the task is `name`, the level in range, and one row a level."""
-    if board.fields["task"] != name:
-        raise bad_board(board.source, "task", board.fields["task"], name)
-    level = integer(board, "level")
-    if not low <= level <= high:
-        raise bad_board(board.source, "level", level, f"{low} to {high}")
-    if len(board.rows) != level:
-        raise bad_board(board.source, board.block, f"{len(board.rows)} rows", f"{level} rows")
-
-
-def read_draw(board: BoardText) -> tuple[str, int, int]:
-    """How the board came about: split, index, seed."""
-    return board.fields["split"], integer(board, "index"), integer(board, "seed")
-
-
-def read_state(board: BoardText, make: Callable[[], State]) -> State:
-    """`make()`, with the source of the board in front of what it raises."""
-    try:
-        return make()
-    except ValueError as error:
-        raise ValueError(f"{board.source}: {error}") from None
-
-
-def write_board(fields: Mapping[str, str], block: str, rows: Iterable[str]) -> str:
-    lines = [f"{key}={value}" for key, value in fields.items()]
-    return "\n".join([*lines, f"{block}:", *rows]) + "\n"
-
-
-def file_plan(board: BoardText, paths: Paths) -> Plan:
-    """The first shortest plan. Raises ValueError, with source and block, if there is none."""
-    if paths.distances[paths.start] < 0:
-        got = "a board whose goal cannot be reached"
-        raise bad_board(board.source, board.block, got, "a solvable one")
-    return shortest_plan(paths)
-
-
-def check_board(
-    board: BoardText,
-    want: Mapping[str, str],
-    play: Callable[[Plan], Outcome],
-    trajectory: Callable[[Plan], str],
-) -> None:
-    """Compare a board file, field by field, with what would be written for the board in it.
-
-    The plan may be any shortest one. Raises ValueError naming the first key that differs; JSON
-    may be spaced in another way.
-    """
-    for key, text in want.items():
-        if key not in ("solution_actions", "trajectory_states"):
-            _check_field(board, key, text)
-    actions = json_value(board, "solution_actions")
-    if not isinstance(actions, list) or not all(isinstance(action, str) for action in actions):
-        raise bad_board(board.source, "solution_actions", actions, "a list of words")
-    result = play(tuple(actions))
-    if not result.optimal:
-        got = f"{actions} ({result.reason} after {result.steps})"
-        want_plan = f"a shortest plan such as {want['solution_actions']}"
-        raise bad_board(board.source, "solution_actions", got, want_plan)
-    _check_field(board, "trajectory_states", trajectory(tuple(actions)))
-
-
-def _check_field(board: BoardText, key: str, text: str) -> None:
-    got = board.fields[key]
-    if got == text:
-        return
-    # Compared as text again, since Python takes true for 1 and 6.0 for 6.
-    is_json = text[0] in "[{-0123456789"
-    values = (json_value(board, key), json.loads(text)) if is_json else (got, text)
-    if len({json.dumps(value, sort_keys=True) for value in values}) > 1:
-        raise bad_board(board.source, key, got, text)

@@ -7,25 +7,17 @@ errors, and neither from a way of writing.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.base import Cell, Fact, show_cell
-from mgsd_jax.envs.frozenlake import FrozenLakeState
-from mgsd_jax.envs.maze import MazeState
-from mgsd_jax.envs.minibehaviour import MiniBehaviourState
+from mgsd_jax.envs.base import Fact, check_inside, show_cell
 from mgsd_jax.envs.responses import statements
 from mgsd_jax.envs.values import CELL, number, plain, read_cells, read_directions, read_sizes
 
-_WALLS = {"up": 1, "down": 2, "left": 4, "right": 8}  # the mask bit of each closed side
-_LABELS: dict[str, tuple[str, ...]] = {
-    "frozenlake": ("player", "goal", "hole"),
-    "maze": ("player", "goal"),
-    "minibehaviour": ("agent", "printer", "table"),
-}
 _FILLERS = re.compile(
     r"\b(?:the|a|is|are|at|positions?|locations?|cells?|coordinates?|tiles?|squares?|start|starting)"
     r"\b"
@@ -38,7 +30,6 @@ _LABEL = (
 )
 # The open sides of a cell. An arrow after a cell is a step of a route.
 _OPEN = rf"{CELL} ?(?::|[=|-](?= ?(?:up|down|left|right|none)\b))"
-_BEGINNINGS = {t: re.compile(f"{_OPEN}|{_LABEL}" if t == "maze" else _LABEL) for t in _LABELS}
 _STEPS = re.compile(r"(?<!can )\b(?:move|moves|go|goes|step|then|take|walk|turn)\b")
 _STEP_LINE = re.compile(r"\A[^a-z]*+step\b")
 _ROUTE = re.compile(rf"{CELL} ?(?:->|to\b)|\bfrom ?{CELL}")
@@ -47,16 +38,6 @@ _SIZE_LABEL = re.compile(rf"(?:{_BOARD} ?)?(?:size)?")
 _NO_HOLES = re.compile(
     rf"(?:^|(?<=[-;.>)])) ?(?:there are |the {_BOARD} has )?no holes?"
     rf"(?: are)?(?: present| visible)?(?: (?:on|in) th(?:e|is) {_BOARD})? ?(?=[;.,|]|$)"
-)
-# What a sentence or a bare label states, as in "The player is at (3,0)": see `read_facts`.
-_SENTENCE = re.compile(
-    r"(?:^|[.;,:(>|-] ?)(?:there are |with |and |the ){0,3}+"
-    r"(?P<name>player|goal|holes|agent|printer|table)(?: cells?| position)?"
-    r" ?(?:(?:is|are|starts|covers|occupies) )?(?:located |positioned )?(?:at |in |on )?"
-    rf"(?:cells? )?(?P<cells>{CELL}(?:(?:,? and |, ?| ){CELL})*+)"
-    rf"|\b{_BOARD}(?: size)? (?:is )?(?:a )?(?P<size>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}\b)"
-    rf"|(?<![0-9x.])(?<!x )(?P<size2>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}) {_BOARD}\b",
-    re.M,
 )
 _FILLING = re.compile(
     rf"{CELL}|(?<![0-9])[0-9]++(?: ?(?:x|by) ?[0-9]++|[.)])|[-,;.|\[\] ]|and\b|none\b"
@@ -76,42 +57,80 @@ class Stated:
     contradicted: tuple[str, ...]
 
 
+class Vocabulary(NamedTuple):
+    """What the state facts of a task are called, and where a text begins to state one."""
+
+    labels: Mapping[str, str]  # as in `Env.labels`
+    beginning: re.Pattern[str]
+    sentence: re.Pattern[str]  # a sentence or a bare label, as in "The player is at (3,0)"
+
+
+def vocabulary(labels: Mapping[str, str], *, has_sides: bool) -> Vocabulary:
+    """How texts state facts of these labels, and the open sides of cells if they are facts too."""
+    names = "|".join(labels.values())
+    return Vocabulary(
+        labels,
+        re.compile(f"{_OPEN}|{_LABEL}" if has_sides else _LABEL),
+        re.compile(
+            r"(?:^|[.;,:(>|-] ?)(?:there are |with |and |the ){0,3}+"
+            rf"(?P<name>{names})(?: cells?| position)?"
+            r" ?(?:(?:is|are|starts|covers|occupies) )?(?:located |positioned )?(?:at |in |on )?"
+            rf"(?:cells? )?(?P<cells>{CELL}(?:(?:,? and |, ?| ){CELL})*+)"
+            rf"|\b{_BOARD}(?: size)? (?:is )?(?:a )?(?P<size>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}\b)"
+            rf"|(?<![0-9x.])(?<!x )(?P<size2>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}) {_BOARD}\b",
+            re.M,
+        ),
+    )
+
+
+@functools.cache
+def _vocabulary(task: str) -> Vocabulary:
+    return vocabulary(ENVS[task].labels, has_sides=ENVS[task].has_sides)
+
+
 def read_facts(task: str, text: str) -> Stated:
-    """The facts that `text` states, in the terms of the env's `facts`; no text is an error.
+    """The facts that `text` states, in the terms of the env's `facts`; no text is an error."""
+    return read_stated(_vocabulary(task), text)
+
+
+def read_stated(words: Vocabulary, text: str) -> Stated:
+    """The facts that `text` states in a vocabulary.
 
     A sentence states only what nothing before it did: later ones tell how the plan goes on.
     """
     found: dict[str, frozenset[Fact]] = {}
     contradicted: dict[str, None] = {}
     text = plain(statements(text))
-    for label, value in _statements(task, text):
-        facts = _read_value(label.removeprefix("one "), value)
+    for label, value in _statements(words, text):
+        name = label.removeprefix("one ")
+        facts = _read_value(name, value)
         if facts is None:
             continue
-        if label == "one hole":  # several such lines add up
-            found["hole"] = found.get("hole", frozenset()) | facts
+        if name != label:  # several such lines add up
+            found[name] = found.get(name, frozenset()) | facts
             continue
         if found.setdefault(label, facts) != facts:
             contradicted[label] = None
         found[label] = facts
-    for match in _SENTENCE.finditer(text):
-        label = match["name"].removesuffix("s") if match["name"] else "size"
+    labels = {many: label for label, many in words.labels.items()}
+    for match in words.sentence.finditer(text):
+        label = labels[match["name"]] if match["name"] else "size"
         facts = _read_value(label, match["cells"] or match["size"] or match["size2"])
-        if facts and label in ("size", *_LABELS[task]):
+        if facts:
             found.setdefault(label, facts)
     return Stated(frozenset().union(*found.values()), frozenset(found), tuple(contradicted))
 
 
-def _statements(task: str, text: str) -> Iterator[tuple[str, str]]:
+def _statements(words: Vocabulary, text: str) -> Iterator[tuple[str, str]]:
     """(label, value) of everything that looks like a statement about the state.
 
     A label with nothing after it takes the lines below that hold values and nothing else.
     """
     waiting: list[str] = []  # a label and what the lines below it hold
     for line in text.split("\n"):
-        if task == "frozenlake":
+        if "hole" in words.labels:
             line = _NO_HOLES.sub(" holes: none", line)
-        marks = list(_BEGINNINGS[task].finditer(line))
+        marks = list(words.beginning.finditer(line))
         if _STEP_LINE.match(line):  # a cell and a direction are a move there
             marks = [mark for mark in marks if mark["label"]]
         if waiting and not marks and not _FILLING.sub("", line):
@@ -121,7 +140,7 @@ def _statements(task: str, text: str) -> Iterator[tuple[str, str]]:
             yield waiting[0], " ".join(waiting[1:])
             waiting = []
         for mark, following in itertools.zip_longest(marks, marks[1:]):
-            name = _name(task, mark)
+            name = _name(words.labels, mark)
             value = line[mark.end() : following.start() if following else len(line)]
             if name is not None and (value.strip() or following):
                 yield name, value
@@ -131,17 +150,18 @@ def _statements(task: str, text: str) -> Iterator[tuple[str, str]]:
         yield waiting[0], " ".join(waiting[1:])
 
 
-def _name(task: str, mark: re.Match[str]) -> str | None:
+def _name(labels: Mapping[str, str], mark: re.Match[str]) -> str | None:
     """What a statement is about: size, player, ... or a cell; None where that is no state."""
     if mark["label"] is None:
         return show_cell((number(mark[1]), number(mark[2])))
     words = " ".join(_FILLERS.sub("", mark["label"]).split())
     if words and _SIZE_LABEL.fullmatch(words):
         return "size"
-    name = words.removesuffix("s")
-    if name not in _LABELS[task]:
-        return None
-    return "one hole" if name == "hole" and not mark["label"].endswith("s") else name
+    for label, many in labels.items():
+        if words in (label, f"{label}s", many):
+            is_one_of_many = label != many and not mark["label"].endswith("s")
+            return f"one {label}" if is_one_of_many else label
+    return None
 
 
 def _read_value(label: str, value: str) -> frozenset[Fact] | None:
@@ -178,60 +198,21 @@ def is_exact(task: str, stated: Stated, true: frozenset[Fact]) -> bool:
 
 
 def _is_complete(task: str, stated: Stated) -> bool:
-    return {"size", *_LABELS[task]} <= stated.labels
+    return {"size", *ENVS[task].labels} <= stated.labels
 
 
 def state_from_facts(task: str, stated: Stated) -> Any | None:
     """The board that a response describes, None where it describes none."""
-    named: dict[str, list[Any]] = {}
+    named: dict[str, list[Any]] = {name: [] for name in ("size", "open", *ENVS[task].labels)}
     for name, *values in stated.facts:
-        named.setdefault(name, []).append(values[0] if len(values) == 1 else tuple(values))
-    sizes = named.pop("size", [])
+        named[name].append(values[0] if len(values) == 1 else tuple(values))
+    sizes = named["size"]
     if not _is_complete(task, stated) or len(sizes) != 1 or not 0 < sizes[0] <= 64:
         return None
-    return _BUILDERS[task](sizes[0], named)
-
-
-def _frozenlake(size: int, named: dict[str, list[Any]]) -> FrozenLakeState | None:
-    ends = [named.get(name, []) for name in ("player", "goal")]
-    holes = set(named.get("hole", []))
-    if any(len(cells) != 1 for cells in ends) or not _inside(size, [*holes, *ends[0], *ends[1]]):
-        return None
-    letters = {**dict.fromkeys(holes, "H"), ends[0][0]: "S", ends[1][0]: "G"}
-    if len(letters) != len(holes) + 2:
-        return None
-    rows = ("".join(letters.get((r, c), "F") for c in range(size)) for r in range(size))
-    return FrozenLakeState(tuple(rows))
-
-
-def _maze(size: int, named: dict[str, list[Any]]) -> MazeState | None:
-    ends = [named.get(name, []) for name in ("player", "goal")]
-    if any(len(cells) != 1 for cells in ends) or not _inside(size, [*ends[0], *ends[1]]):
-        return None
-    walls = [[15] * size for _ in range(size)]
-    for cell, direction in named.get("open", []):
-        if not _inside(size, [cell]):
-            return None
-        walls[cell[0]][cell[1]] &= ~_WALLS[direction]
-    return MazeState(tuple(map(tuple, walls)), start=ends[0][0], target=ends[1][0])
-
-
-def _minibehaviour(size: int, named: dict[str, list[Any]]) -> MiniBehaviourState | None:
-    agent, printer, table = (named.get(name, []) for name in ("agent", "printer", "table"))
-    if len(agent) != 1 or len(printer) != 1 or len(table) != 6:
-        return None
-    cells = {*agent, *printer, *table}
-    if len(cells) != 8 or not _inside(size, list(cells)):
-        return None
-    return MiniBehaviourState(size, agent[0], printer[0], tuple(sorted(table)))
-
-
-def _inside(size: int, cells: list[Cell]) -> bool:
-    return all(0 <= row < size and 0 <= column < size for row, column in cells)
-
-
-_BUILDERS: dict[str, Callable[[int, dict[str, list[Any]]], Any | None]] = {
-    "frozenlake": _frozenlake,
-    "maze": _maze,
-    "minibehaviour": _minibehaviour,
-}
+    try:
+        for name in ENVS[task].labels:
+            check_inside(sizes[0], name, named[name])
+        check_inside(sizes[0], "open", (cell for cell, _ in named["open"]))
+        return ENVS[task].from_facts(sizes[0], {name: tuple(v) for name, v in named.items()})
+    except ValueError:
+        return None  # facts that make no board

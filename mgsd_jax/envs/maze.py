@@ -10,25 +10,18 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mgsd_jax.envs import base
-from mgsd_jax.envs.base import Bucket, Cell, Fact, Outcome, Paths, Plan, Question, Reason, Sprites
+from mgsd_jax.envs import base, files, search
+from mgsd_jax.envs.base import Question, Sprites
+from mgsd_jax.envs.search import Cell, Paths, Plan
 
-NAME: str = "maze"
-ACTIONS: tuple[str, ...] = ("up", "down", "left", "right")
-MIN_LEVEL: int = 2
-MAX_LEVEL: int = 32
+WALLS = {"up": 1, "down": 2, "left": 4, "right": 8}  # the bit of each closed side in a mask
 
 _ORDER = ("up", "right", "down", "left")  # breaks ties between plans, as the public solver does
-_WALLS = {"up": 1, "down": 2, "left": 4, "right": 8}
 _SIDES = {"north": "up", "south": "down", "east": "right", "west": "left"}
 _OPPOSITE = {"up": "down", "down": "up", "left": "right", "right": "left"}
-_DRAWS = 4096
 _WHITE, _LINE, _START, _TARGET = (255, 255, 255), (224, 224, 224), (255, 255, 0), (0, 0, 255)
-_KEYS = (
-    *("task", "split", "level", "index", "seed", "difficulty_bucket"),
-    *("start_row", "start_col", "target_row", "target_col", "start_pos", "target_pos"),
-    *("path_length", "solution_actions", "trajectory_states", "layout_json", "distance_map"),
-)
+# Depth-first trees, counted by growing them all as tests/test_envs.py does.
+_TREES = {2: 4, 3: 88, 4: 3820}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,33 +38,34 @@ class MazeState:
             raise ValueError(f"layout: got rows {self.walls}, want a square")
         if min(map(min, self.walls)) < 0 or max(map(max, self.walls)) > 15:
             raise ValueError(f"layout: got masks {self.walls}, want 0 to 15")
-        for name, cell in (("start", self.start), ("target", self.target)):
-            if not (0 <= cell[0] < size and 0 <= cell[1] < size):
-                raise ValueError(f"{name}: got {cell}, want a cell of a {size}x{size} board")
+        base.check_inside(size, "start", [self.start])
+        base.check_inside(size, "target", [self.target])
 
     @property
     def size(self) -> int:
         return len(self.walls)
-
-    @property
-    def level(self) -> int:
-        return self.size
 
 
 @functools.lru_cache(maxsize=1024)
 def _paths(state: MazeState) -> Paths:
     masks = [mask for row in state.walls for mask in row]
     successors = [
-        {action: n for action, n in moves if not masks[node] & _WALLS[action]}
-        for node, moves in enumerate(base.grid_moves(state.size, _ORDER))
+        {action: n for action, n in moves if not masks[node] & WALLS[action]}
+        for node, moves in enumerate(search.grid_moves(state.size, _ORDER))
     ]
     start, target = (r * state.size + c for r, c in (state.start, state.target))
-    return Paths(successors, base.distances_to(successors, [target]), start)
+    distances = search.distances_to(successors, [target])
+    return Paths(successors, distances, start, search.grid_cells(state.size))
+
+
+def _refuse(state: MazeState, node: int, action: str) -> tuple[int | None, str | None]:
+    row, column = divmod(node, state.size)
+    return None, "hit_wall" if state.walls[row][column] & WALLS[action] else "off_board"
 
 
 def _carve(rng: np.random.Generator, level: int) -> tuple[tuple[int, ...], ...]:
     """The wall masks of a random perfect maze."""
-    moves = base.grid_moves(level, _ORDER)
+    moves = search.grid_moves(level, _ORDER)
     masks = [15] * (level * level)
     draws = iter(rng.random(level * level).tolist())
     node = int(next(draws) * level * level)
@@ -83,83 +77,37 @@ def _carve(rng: np.random.Generator, level: int) -> tuple[tuple[int, ...], ...]:
             stack.pop()
             continue
         action, following = options[int(next(draws) * len(options))]
-        masks[node] &= ~_WALLS[action]
-        masks[following] &= ~_WALLS[_OPPOSITE[action]]
+        masks[node] &= ~WALLS[action]
+        masks[following] &= ~WALLS[_OPPOSITE[action]]
         seen.add(following)
         stack.append(following)
     return tuple(tuple(masks[i : i + level]) for i in range(0, level * level, level))
 
 
-def _bucket(length: int, level: int) -> Bucket:
+def _bucket(length: int, level: int) -> str:
     if length <= max(1, level // 2):
         return "easy"
     return "medium" if length <= level else "hard"
 
 
-def generate(rng: np.random.Generator, level: int, *, bucket: Bucket | None = None) -> MazeState:
-    """A random maze with two different random cells as start and target.
-
-    `bucket` redraws until the length of the plan is easy (up to level // 2), medium (up to level)
-    or hard. Raises ValueError for a level out of range or a bucket that no draw met.
-    """
-    base.check_level(NAME, level, MIN_LEVEL, MAX_LEVEL)
-    base.check_bucket(bucket)
-    for _ in range(_DRAWS):
-        walls = _carve(rng, level)
-        start, target = rng.integers(level * level), rng.integers(level * level - 1)
-        target += target >= start  # uniform over the pairs of different cells
-        state = MazeState(walls, divmod(int(start), level), divmod(int(target), level))
-        if bucket is None or bucket == _bucket(len(shortest_plan(state)), level):
-            return state
-    raise ValueError(f"bucket: got {bucket!r}, which none of {_DRAWS} draws met at level {level}")
+def generate(rng: np.random.Generator, level: int) -> MazeState:
+    """A random maze with two different random cells as start and target."""
+    ENV.check_level(level)
+    walls = _carve(rng, level)
+    start, target = rng.integers(level * level), rng.integers(level * level - 1)
+    target += target >= start  # uniform over the pairs of different cells
+    return MazeState(walls, divmod(int(start), level), divmod(int(target), level))
 
 
-@functools.cache
-def count_states(level: int) -> int | None:
-    """How many boards `generate` can return by default, by enumeration up to level 4; else None.
-
-    A backtracker at a cell walks each connected part of what is left exactly once, entering it
-    through one neighbour, so the trees of a part are the union over its entrances.
-    """
-    base.check_level(NAME, level, MIN_LEVEL, MAX_LEVEL)
-    if level > 4:
-        return None
-    moves = base.grid_moves(level, _ORDER)
-
-    def part_of(node: int, left: int) -> int:
-        part, frontier = 1 << node, [node]
-        while frontier:
-            for _, n in moves[frontier.pop()]:
-                if left >> n & 1 and not part >> n & 1:
-                    part |= 1 << n
-                    frontier.append(n)
-        return part
-
-    @functools.cache
-    def trees(node: int, region: int) -> frozenset[frozenset[tuple[int, int]]]:
-        left = region & ~(1 << node)
-        found = {frozenset[tuple[int, int]]()}
-        while left:
-            part = part_of(left.bit_length() - 1, left)
-            branches = {
-                tree | {(min(node, n), max(node, n))}
-                for _, n in moves[node]
-                if part >> n & 1
-                for tree in trees(n, part)
-            }
-            found = {tree | branch for tree in found for branch in branches}
-            left &= ~part
-        return frozenset(found)
-
+def _count_states(level: int) -> int | None:
+    ENV.check_level(level)
     cells = level * level
-    mazes = set().union(*(trees(node, (1 << cells) - 1) for node in range(cells)))
-    return len(mazes) * cells * (cells - 1)
+    return _TREES[level] * cells * (cells - 1) if level in _TREES else None
 
 
-def key(state: MazeState) -> str:
-    """The board as one line, equal only for equal boards."""
+def _key(state: MazeState) -> str:
     walls = "/".join("".join(f"{mask:x}" for mask in row) for row in state.walls)
-    return f"{NAME}:{walls}:{base.show_cell(state.start)}:{base.show_cell(state.target)}"
+    return f"{ENV.name}:{walls}:{base.show_cell(state.start)}:{base.show_cell(state.target)}"
 
 
 # Drawing.
@@ -189,7 +137,7 @@ def _draw_cell(
 ) -> None:
     """The corridor of one cell, out to its own edge on the open sides, with lines on those."""
     (top, in_top, in_bottom, bottom), (left, in_left, in_right, right) = rows, columns
-    up, down, west, east = (not mask & _WALLS[action] for action in ACTIONS)
+    up, down, west, east = (not mask & WALLS[action] for action in base.MOVES)
     before = (line - 1) // 2  # pixels of a line before the boundary that it marks
     high, wide = slice(in_top, in_bottom), slice(in_left, in_right)
     picture[top if up else in_top : bottom if down else in_bottom, wide] = _WHITE
@@ -250,9 +198,8 @@ def render(state: MazeState, size: int = 256, *, sprites: Sprites = "usual") -> 
     the start is a smaller dot on the target.
     Raises ValueError below 8 pixels a cell.
     """
-    level, edges = state.size, base.cell_edges(state.size, size)
-    kinds = ((r, c, mask) for r, row in enumerate(state.walls) for c, mask in enumerate(row))
-    picture = base.paste_cells(_sheets(level, size), edges, kinds)
+    level = state.size
+    picture = base.paste_cells(_sheets(level, size), state.walls)
     corridor = size / level - max(2, int(size / level / 4))
     # Below 9 pixels a cell the public radius would cover the walls of the cell.
     radius = min(max(3, int(corridor * 0.25)), int(corridor - 1) // 2)
@@ -267,182 +214,142 @@ def render(state: MazeState, size: int = 256, *, sprites: Sprites = "usual") -> 
 
 def _open_directions(state: MazeState, cell: Cell) -> tuple[str, ...]:
     mask = state.walls[cell[0]][cell[1]]
-    return tuple(action for action in ACTIONS if not mask & _WALLS[action])
+    return tuple(action for action in base.MOVES if not mask & WALLS[action])
 
 
-def _cells(state: MazeState) -> list[Cell]:
-    return [(row, column) for row in range(state.size) for column in range(state.size)]
-
-
-def state_lines(state: MazeState) -> tuple[str, ...]:
-    """What a response states before its plan."""
+def _questions(state: MazeState) -> tuple[Question, ...]:
+    opened = {cell: _open_directions(state, cell) for cell in search.grid_cells(state.size)}
+    lines = (f"{base.show_cell(c)}: {base.show_directions(ways)}" for c, ways in opened.items())
     return (
-        f"Map size: {state.size}x{state.size}",
-        f"Player: {base.show_cell(state.start)}",
-        f"Goal: {base.show_cell(state.target)}",
-        "Open directions:",
-        *(
-            f"{base.show_cell(cell)}: {base.show_directions(_open_directions(state, cell))}"
-            for cell in _cells(state)
+        base.ask_size(state.size),
+        base.ask_cell(
+            "player", "At which (row,column) is the player, the yellow dot?", state.start
         ),
-    )
-
-
-def describe(state: MazeState) -> str:
-    """The state lines."""
-    return "\n".join(state_lines(state))
-
-
-def facts(state: MazeState) -> frozenset[Fact]:
-    """Map size, player, goal and the open directions."""
-    return frozenset().union(*(question.facts for question in questions(state)[:-1]))
-
-
-def questions(state: MazeState) -> tuple[Question, ...]:
-    """Map size, player, goal, open directions of every cell, and legal moves from the start."""
-    size, player, goal = (line.split(": ", 1)[1] for line in state_lines(state)[:3])
-    opened = {cell: _open_directions(state, cell) for cell in _cells(state)}
-    open_facts = frozenset(("open", cell, way) for cell, ways in opened.items() for way in ways)
-    legal = opened[state.start]
-    return (
-        Question("map_size", base.ASK_SIZE, size, "size", frozenset({("size", state.size)})),
-        Question(
-            "player",
-            "At which (row,column) is the player, the yellow dot?",
-            player,
-            "coord",
-            frozenset({("player", state.start)}),
-        ),
-        Question(
-            "goal",
-            "At which (row,column) is the goal, the blue dot?",
-            goal,
-            "coord",
-            frozenset({("goal", state.target)}),
-        ),
+        base.ask_cell("goal", "At which (row,column) is the goal, the blue dot?", state.target),
         Question(
             "open_directions",
             "Which directions are open from each cell?",
-            "\n".join(state_lines(state)[4:]),
+            "\n".join(lines),
             "open_directions",
-            open_facts,
+            frozenset(("open", cell, way) for cell, ways in opened.items() for way in ways),
+            "Open directions",
         ),
-        Question(
-            "legal_moves",
-            "Which moves are legal from the player?",
-            base.show_directions(legal),
-            "directions",
-            frozenset(("legal", way) for way in legal),
-        ),
+        base.ask_moves("Which moves are legal from the player?", opened[state.start]),
     )
 
 
-# Plans.
+def _from_facts(size: int, named: base.NamedCells) -> MazeState:
+    walls = [[15] * size for _ in range(size)]
+    for (row, column), direction in named["open"]:
+        walls[row][column] &= ~WALLS[direction]
+    ends = base.only_cell(named, "player"), base.only_cell(named, "goal")
+    return MazeState(tuple(map(tuple, walls)), *ends)
 
 
-def shortest_plan(state: MazeState) -> Plan:
-    """A shortest plan, by the base module's tie order. Raises ValueError if there is none."""
-    return base.shortest_plan(_paths(state))
-
-
-def shortest_plans(state: MazeState, limit: int = 64) -> tuple[Plan, ...]:
-    return base.shortest_plans(_paths(state), limit)
-
-
-def count_shortest_plans(state: MazeState) -> int:
-    return base.count_shortest_plans(_paths(state))
-
-
-def random_shortest_plan(state: MazeState, rng: np.random.Generator) -> Plan:
-    return base.shortest_plan(_paths(state), rng)
-
-
-def _run(state: MazeState, plan: Plan) -> base.Run:
-    paths = _paths(state)
-
-    def step(node: int, action: str) -> tuple[int | None, Reason | None]:
-        if action in paths.successors[node]:
-            return paths.successors[node][action], None
-        row, column = divmod(node, state.size)
-        is_wall = state.walls[row][column] & _WALLS[action]
-        return None, "hit_wall" if is_wall else "off_board"
-
-    return base.run(paths, plan, ACTIONS, step)
-
-
-def play(state: MazeState, plan: Plan) -> Outcome:
-    """The outcome of a plan: a wall or the edge fails, the target ends in success."""
-    return base.outcome(_paths(state), _run(state, plan))
-
-
-def trace(state: MazeState, plan: Plan) -> tuple[Cell, ...]:
-    """The cell at the start and after each legal action."""
-    return tuple(divmod(node, state.size) for node in _run(state, plan).nodes)
+def _disturb(state: MazeState, rng: np.random.Generator, share: float) -> MazeState:
+    """Walls come and go between two cells, for both of them; the ends move."""
+    walls, size = np.array(state.walls), state.size
+    below, right = rng.random((size - 1, size)) < share, rng.random((size, size - 1)) < share
+    walls[:-1] ^= WALLS["down"] * below
+    walls[1:] ^= WALLS["up"] * below
+    walls[:, :-1] ^= WALLS["right"] * right
+    walls[:, 1:] ^= WALLS["left"] * right
+    start = base.misplace(state.start, [state.target], size, rng, share)
+    target = base.misplace(state.target, [start], size, rng, share)
+    return MazeState(tuple(tuple(map(int, row)) for row in walls), start, target)
 
 
 # Board files.
 
 
-def _trajectory(state: MazeState, plan: Plan) -> str:
-    return base.json_text(trace(state, plan))
-
-
-def _layout_json(state: MazeState) -> str:
+def _fields(state: MazeState, plan: Plan, board: files.BoardText | None) -> dict[str, object]:
+    del board  # everything follows from the state
+    numbers = sorted((str(node), d) for node, d in enumerate(_paths(state).distances) if d >= 0)
     layout = [
-        [{side: bool(mask & _WALLS[action]) for side, action in _SIDES.items()} for mask in row]
+        [{side: bool(mask & WALLS[action]) for side, action in _SIDES.items()} for mask in row]
         for row in state.walls
     ]
-    return base.json_text(layout, compact=True)
+    places = {}
+    for name, (row, column) in (("start", state.start), ("target", state.target)):
+        places[f"{name}_row"], places[f"{name}_col"] = row, column
+        places[f"{name}_pos"] = row * state.size + column
+    return {
+        **places,
+        "difficulty_bucket": _bucket(len(plan), state.size),
+        "layout_json": files.json_text(layout, compact=True),
+        "distance_map": files.json_text(dict(numbers), compact=True),
+    }
 
 
-def _fields(state: MazeState, plan: Plan, split: str, index: int, seed: int) -> dict[str, str]:
-    numbers = sorted((str(node), d) for node, d in enumerate(_paths(state).distances) if d >= 0)
-    values = (
-        *(NAME, split, state.level, index, seed, _bucket(len(plan), state.level)),
-        *(*state.start, *state.target),
-        *(r * state.level + c for r, c in (state.start, state.target)),
-        *(len(plan), base.json_text(plan), _trajectory(state, plan)),
-        *(_layout_json(state), base.json_text(dict(numbers), compact=True)),
-    )
-    return dict(zip(_KEYS, map(str, values), strict=True))
-
-
-def to_text(state: MazeState, *, split: str, index: int, seed: int) -> str:
-    """The board as a board file; raises ValueError where it has no plan."""
-    rows = (" ".join(map(str, row)) for row in state.walls)
-    return base.write_board(
-        _fields(state, shortest_plan(state), split, index, seed), "layout", rows
-    )
-
-
-def _check_walls(state: MazeState, source: str) -> None:
-    """Raise ValueError unless both sides of each boundary agree and the edge is closed."""
+def check_walls(state: MazeState) -> None:
+    """Raises ValueError unless both sides of each boundary agree and the edge is closed."""
     masks = [mask for row in state.walls for mask in row]
-    for node, moves in enumerate(base.grid_moves(state.size, ACTIONS)):
+    for node, moves in enumerate(search.grid_moves(state.size, tuple(base.MOVES))):
         inside = dict(moves)
-        for action in (action for action in ACTIONS if not masks[node] & _WALLS[action]):
-            if action not in inside or masks[inside[action]] & _WALLS[_OPPOSITE[action]]:
+        for action in (action for action in base.MOVES if not masks[node] & WALLS[action]):
+            if action not in inside or masks[inside[action]] & WALLS[_OPPOSITE[action]]:
                 got = f"{action} of {divmod(node, state.size)} open, and closed from the other side"
-                raise base.bad_board(source, "layout", got, "one answer from both sides")
+                raise files.bad_board("layout", got, "one answer from both sides")
 
 
-def from_text(text: str, *, source: str) -> MazeState:
-    """The board in a board file. Raises ValueError with source, key, got and want."""
-    board = base.read_board(text, source, _KEYS, "layout")
-    base.check_task(board, NAME, MIN_LEVEL, MAX_LEVEL)
+def _read(board: files.BoardText) -> MazeState:
     for row in board.rows:
         if not all(mask.isdecimal() and len(mask) < 3 for mask in row.split()):
-            raise base.bad_board(source, "layout", repr(row), "masks 0 to 15")
-    walls = tuple(tuple(map(int, row.split())) for row in board.rows)
+            raise files.bad_board("layout", repr(row), "masks 0 to 15")
     start, target = (
-        (base.integer(board, f"{name}_row"), base.integer(board, f"{name}_col"))
+        (files.integer(board, f"{name}_row"), files.integer(board, f"{name}_col"))
         for name in ("start", "target")
     )
-    state = base.read_state(board, lambda: MazeState(walls, start, target))
-    _check_walls(state, source)
-    plan = base.file_plan(board, _paths(state))
-    want = _fields(state, plan, *base.read_draw(board))
-    base.check_board(
-        board, want, functools.partial(play, state), functools.partial(_trajectory, state)
-    )
+    state = MazeState(tuple(tuple(map(int, row.split())) for row in board.rows), start, target)
+    check_walls(state)
     return state
+
+
+ENV: base.Env[MazeState] = base.Env(
+    name="maze",
+    title="Maze",
+    levels=range(2, 33),
+    actions=base.MOVES,
+    reasons={"off_board": "left the board", "hit_wall": "hit a wall"},
+    labels={"player": "player", "goal": "goal"},
+    wording=base.Wording(
+        rules=(
+            "Find a way through the maze for the player.",
+            base.CELLS_RULE,
+            base.MOVES_RULE.format("player"),
+            "Only open sides of a cell can be crossed; running into a wall ends the walk in "
+            "failure.",
+            "Reach the goal in as few moves as possible.",
+        ),
+        legend="Walls are black; the player is the yellow dot, the goal is the blue dot.",
+        form=(
+            *("Map size: NxN", "Player: cell", "Goal: cell", "Open directions:"),
+            "cell: its open sides among up, down, left, right (a line for every cell)",
+        ),
+        route="I go through (2,0) (1,0) (1,1).",
+        answer="UR",
+    ),
+    generate=generate,
+    count_states=_count_states,
+    key=_key,
+    paths=_paths,
+    refuse=_refuse,
+    questions=_questions,
+    from_facts=_from_facts,
+    disturb=_disturb,
+    render=render,
+    file=files.FileFormat(
+        keys=(
+            *("task", "split", "level", "index", "seed", "difficulty_bucket"),
+            *("start_row", "start_col", "target_row", "target_col", "start_pos", "target_pos"),
+            *("path_length", "solution_actions", "trajectory_states"),
+            *("layout_json", "distance_map"),
+        ),
+        block="layout",
+        rows=lambda state: (" ".join(map(str, row)) for row in state.walls),
+        read=_read,
+        fields=_fields,
+    ),
+    has_sides=True,
+    options={"bucket": None},
+)

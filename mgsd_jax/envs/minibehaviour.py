@@ -6,29 +6,23 @@ floor once the printer is in hand.
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mgsd_jax.envs import base
-from mgsd_jax.envs.base import Bucket, Cell, Fact, Outcome, Paths, Plan, Question, Reason, Sprites
-
-NAME: str = "minibehaviour"
-ACTIONS: tuple[str, ...] = ("up", "down", "left", "right", "pick", "drop")
-MIN_LEVEL: int = 4
-MAX_LEVEL: int = 32
+from mgsd_jax.envs import base, files, search
+from mgsd_jax.envs.base import Question, Sprites
+from mgsd_jax.envs.search import Cell, Paths, Plan
 
 _MOVES = ("up", "down", "left", "right")  # breaks ties between plans, as the public solver does
 _TABLE_ROWS, _TABLE_COLUMNS = 2, 3
-_DRAWS = 4096
 _KINDS = ".TPA"
-_KEYS = (
-    *("task", "split", "level", "grid_rows", "grid_cols", "outer_ring", "index", "seed"),
-    *("difficulty_bucket", "start_row", "start_col", "start_dir", "printer_row", "printer_col"),
-    *("printer_traversable_after_pick", "table_pos", "printer_neighbors", "table_neighbors"),
-    *("best_paths", "path_length", "solution_actions", "trajectory_states"),
-    *("distance_map_to_printer", "distance_map_to_table"),
-)
+HANDS = {
+    **dict.fromkeys(("PICK", "PICKUP", "PICK_UP", "PICK-UP", "PICK UP", "GRAB"), "pick"),
+    **dict.fromkeys(("DROP", "PUT", "PLACE"), "drop"),
+    **dict.fromkeys(("PUTDOWN", "PUT_DOWN", "PUT-DOWN", "PUT DOWN"), "drop"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,98 +36,95 @@ class MiniBehaviourState:
 
     def __post_init__(self) -> None:
         cells = (self.agent, self.printer, *self.table)
-        for cell in cells:
-            if not (0 <= cell[0] < self.size and 0 <= cell[1] < self.size):
-                raise ValueError(
-                    f"grid: got {cell}, want a cell of a {self.size}x{self.size} board"
-                )
+        base.check_inside(self.size, "grid", cells)
         if len(set(cells)) != len(cells) or not self.table:
             raise ValueError(f"grid: got {cells}, want an agent, a printer and a table apart")
         if list(self.table) != sorted(self.table):
             raise ValueError(f"table: got {self.table}, want it sorted by row, then column")
 
-    @property
-    def level(self) -> int:
-        return self.size
+
+def _node(state: MiniBehaviourState, cell: Cell) -> int:
+    return cell[0] * state.size + cell[1]
 
 
 def _neighbours(state: MiniBehaviourState, cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
     """The cells next to some cells, on the board and not of the table, row-major."""
-    moves = base.grid_moves(state.size, _MOVES)
-    near = {divmod(n, state.size) for r, c in cells for _, n in moves[r * state.size + c]}
+    moves = search.grid_moves(state.size, _MOVES)
+    near = {divmod(n, state.size) for cell in cells for _, n in moves[_node(state, cell)]}
     return tuple(sorted(near - set(state.table) - set(cells)))
+
+
+def _floor_moves(state: MiniBehaviourState, blocked: Iterable[Cell]) -> list[dict[str, int]]:
+    floor = set(range(state.size**2)) - {_node(state, cell) for cell in blocked}
+    return search.floor_moves(state.size, _MOVES, floor)
 
 
 @functools.lru_cache(maxsize=1024)
 def _paths(state: MiniBehaviourState) -> Paths:
     """Nodes: the cells with empty hands, then with the printer in hand, then after the drop."""
     count = state.size**2
-    number = {divmod(node, state.size): node for node in range(count)}
-    table = {number[cell] for cell in state.table}
-    empty, carrying = [], []
-    for node, moves in enumerate(base.grid_moves(state.size, _MOVES)):
-        free = {} if node in table else {a: n for a, n in moves if n not in table}
-        empty.append({a: n for a, n in free.items() if n != number[state.printer]})
-        carrying.append({a: n + count for a, n in free.items()})
-    empty[number[state.printer]] = {}
+    empty = _floor_moves(state, (*state.table, state.printer))
+    carrying = [
+        {a: n + count for a, n in moves.items()} for moves in _floor_moves(state, state.table)
+    ]
     for cell in _neighbours(state, (state.printer,)):
-        empty[number[cell]]["pick"] = number[cell] + count
+        empty[_node(state, cell)]["pick"] = _node(state, cell) + count
     for cell in _neighbours(state, state.table):
-        carrying[number[cell]]["drop"] = number[cell] + 2 * count
+        carrying[_node(state, cell)]["drop"] = _node(state, cell) + 2 * count
     successors = empty + carrying + [{} for _ in range(count)]
-    distances = base.distances_to(successors, range(2 * count, 3 * count))
-    return Paths(successors, distances, number[state.agent])
+    distances = search.distances_to(successors, range(2 * count, 3 * count))
+    cells = search.grid_cells(state.size) * 3
+    return Paths(successors, distances, _node(state, state.agent), cells)
 
 
-def _bucket(length: int, level: int) -> Bucket:
+def _refuse(state: MiniBehaviourState, node: int, action: str) -> tuple[int | None, str | None]:
+    carrying, place = divmod(node, state.size**2)
+    if action == "pick":
+        return None, "pick_while_carrying" if carrying else "pick_not_adjacent"
+    if action == "drop":
+        return None, "drop_not_adjacent" if carrying else "drop_without_printer"
+    (row, column), (down, across) = divmod(place, state.size), search.DELTAS[action]
+    if (row + down, column + across) in state.table:
+        return None, "entered_table"
+    is_printer = (row + down, column + across) == state.printer
+    return None, "entered_printer" if is_printer else "off_board"
+
+
+def _bucket(length: int, level: int) -> str:
     if length <= level - 1:
         return "easy"
     return "medium" if length <= level + 1 else "hard"
 
 
-def generate(
-    rng: np.random.Generator, level: int, *, bucket: Bucket | None = None
-) -> MiniBehaviourState:
+def generate(rng: np.random.Generator, level: int) -> MiniBehaviourState:
     """A random board: the 2x3 table anywhere, then printer and agent on any free cells.
 
-    Every such board is solvable: the floor around a table is connected. `bucket` redraws until
-    the length of the plan is easy (up to level - 1), medium (up to level + 1) or hard. Raises
-    ValueError for a level out of range or a bucket that no draw met.
+    Every such board is solvable: the floor around a table is connected.
     """
-    base.check_level(NAME, level, MIN_LEVEL, MAX_LEVEL)
-    base.check_bucket(bucket)
-    for _ in range(_DRAWS):
-        top = int(rng.integers(level - _TABLE_ROWS + 1))
-        left = int(rng.integers(level - _TABLE_COLUMNS + 1))
-        table = _table_at(top, left)
-        floor = [cell for cell in _cells(level) if cell not in table]
-        printer = floor.pop(rng.integers(len(floor)))
-        agent = floor[rng.integers(len(floor))]
-        state = MiniBehaviourState(level, agent, printer, table)
-        if bucket is None or bucket == _bucket(len(shortest_plan(state)), level):
-            return state
-    raise ValueError(f"bucket: got {bucket!r}, which none of {_DRAWS} draws met at level {level}")
+    ENV.check_level(level)
+    top = int(rng.integers(level - _TABLE_ROWS + 1))
+    left = int(rng.integers(level - _TABLE_COLUMNS + 1))
+    table = _table_at(top, left)
+    floor = [cell for cell in search.grid_cells(level) if cell not in table]
+    printer = floor.pop(rng.integers(len(floor)))
+    agent = floor[rng.integers(len(floor))]
+    return MiniBehaviourState(level, agent, printer, table)
 
 
 def _table_at(top: int, left: int) -> tuple[Cell, ...]:
     return tuple((top + r, left + c) for r in range(_TABLE_ROWS) for c in range(_TABLE_COLUMNS))
 
 
-def _cells(size: int) -> list[Cell]:
-    return [(row, column) for row in range(size) for column in range(size)]
-
-
-def count_states(level: int) -> int | None:
+def _count_states(level: int) -> int | None:
     """How many boards `generate` can return: tables, then printers, then agents."""
-    base.check_level(NAME, level, MIN_LEVEL, MAX_LEVEL)
+    ENV.check_level(level)
     tables = (level - _TABLE_ROWS + 1) * (level - _TABLE_COLUMNS + 1)
     floor = level * level - _TABLE_ROWS * _TABLE_COLUMNS
     return tables * floor * (floor - 1)
 
 
-def key(state: MiniBehaviourState) -> str:
-    """The board as one line, equal only for equal boards."""
-    return f"{NAME}:{'/'.join(_rows(state))}"
+def _key(state: MiniBehaviourState) -> str:
+    return f"{ENV.name}:{'/'.join(_rows(state))}"
 
 
 # Drawing.
@@ -165,7 +156,7 @@ def _sheets(level: int, size: int, sprites: Sprites) -> np.ndarray:
     for kind in _KINDS:
         picture = Image.new("RGB", (size, size))
         draw = ImageDraw.Draw(picture)
-        for row, column in _cells(level):
+        for row, column in search.grid_cells(level):
             top, left = row * cell, column * cell
             if kind == "T":
                 corners = (
@@ -196,126 +187,75 @@ def render(state: MiniBehaviourState, size: int = 256, *, sprites: Sprites = "us
     With the other sprites the agent faces down and the printer lies on its side.
     Raises ValueError below 8 pixels a cell.
     """
-    kinds = (
-        *((row, column, _KINDS.index("T")) for row, column in state.table),
-        (*state.printer, _KINDS.index("P")),
-        (*state.agent, _KINDS.index("A")),
-    )
-    edges = base.cell_edges(state.size, size)
-    return base.paste_cells(_sheets(state.size, size, sprites), edges, kinds)
+    base.cell_edges(state.size, size)
+    kinds = [[_KINDS.index(letter) for letter in row] for row in _rows(state)]
+    return base.paste_cells(_sheets(state.size, size, sprites), kinds)
 
 
 # Words.
 
 
-def state_lines(state: MiniBehaviourState) -> tuple[str, ...]:
-    """What a response states before its plan."""
+def _questions(state: MiniBehaviourState) -> tuple[Question, ...]:
+    near_printer = _neighbours(state, (state.printer,))
+    moves = _paths(state).successors[_node(state, state.agent)]
     return (
-        f"Map size: {state.size}x{state.size}",
-        f"Agent: {base.show_cell(state.agent)}",
-        f"Printer: {base.show_cell(state.printer)}",
-        f"Table: {base.show_cells(state.table)}",
-        f"Next to printer: {base.show_cells(_neighbours(state, (state.printer,)))}",
-        f"Next to table: {base.show_cells(_neighbours(state, state.table))}",
-    )
-
-
-def describe(state: MiniBehaviourState) -> str:
-    """The state lines."""
-    return "\n".join(state_lines(state))
-
-
-def facts(state: MiniBehaviourState) -> frozenset[Fact]:
-    """Map size, agent, printer and table cells (what lies next to them follows)."""
-    return frozenset().union(*(question.facts for question in questions(state)[:4]))
-
-
-def questions(state: MiniBehaviourState) -> tuple[Question, ...]:
-    """Map size, agent, printer, table, the cells next to the last two, and the agent's moves."""
-    size, *values = (line.split(": ", 1)[1] for line in state_lines(state))
-    near_printer, near_table = (
-        _neighbours(state, cells) for cells in ((state.printer,), state.table)
-    )
-    node = state.agent[0] * state.size + state.agent[1]
-    legal = tuple(action for action in _paths(state).successors[node] if action in _MOVES)
-    asked = (
-        ("agent", "At which (row,column) is the agent, the red triangle?", (state.agent,)),
-        ("printer", "At which (row,column) is the printer?", (state.printer,)),
-        ("table", "Which cells does the brown table cover?", state.table),
-        ("next_to_printer", "Which cells next to the printer are not table?", near_printer),
-        ("next_to_table", "Which cells are next to the table?", near_table),
-    )
-    return (
-        Question("map_size", base.ASK_SIZE, size, "size", frozenset({("size", state.size)})),
-        *(
-            Question(
-                name,
-                text,
-                value,
-                "coord" if name in ("agent", "printer") else "cells",
-                frozenset((name, cell) for cell in cells),
-            )
-            for (name, text, cells), value in zip(asked, values, strict=True)
+        base.ask_size(state.size),
+        base.ask_cell(
+            "agent", "At which (row,column) is the agent, the red triangle?", state.agent
         ),
-        Question(
-            "legal_moves",
-            "Which moves are legal for the agent?",
-            base.show_directions(legal),
-            "directions",
-            frozenset(("legal", way) for way in legal),
+        base.ask_cell("printer", "At which (row,column) is the printer?", state.printer),
+        base.ask_cells("table", "Which cells does the brown table cover?", state.table),
+        base.ask_cells(
+            "next_to_printer", "Which cells next to the printer are not table?", near_printer
         ),
+        base.ask_cells(
+            "next_to_table",
+            "Which cells are next to the table?",
+            _neighbours(state, state.table),
+        ),
+        base.ask_moves("Which moves are legal for the agent?", (a for a in moves if a in _MOVES)),
     )
 
 
-# Plans.
+def _route(plan: Plan, cells: Sequence[Cell]) -> str:
+    """Picking does not move the agent: its cell ends the first half and starts the second."""
+    moves = plan.index("pick")
+    there = [c for i, c in enumerate(cells) if i >= moves and (i == moves or c != cells[i - 1])]
+    here = base.show_cells(cells[: moves + 1])
+    return f"{base.ROUTE_START} {here}, pick up, go through {base.show_cells(there)}, and drop."
 
 
-def shortest_plan(state: MiniBehaviourState) -> Plan:
-    """A shortest plan, by the base module's tie order. Raises ValueError if there is none."""
-    return base.shortest_plan(_paths(state))
+def _from_facts(size: int, named: base.NamedCells) -> MiniBehaviourState:
+    if len(named["table"]) != _TABLE_ROWS * _TABLE_COLUMNS:
+        raise ValueError(f"table: got {len(named['table'])} cells, want 6")
+    agent, printer = base.only_cell(named, "agent"), base.only_cell(named, "printer")
+    return MiniBehaviourState(size, agent, printer, tuple(sorted(named["table"])))
 
 
-def shortest_plans(state: MiniBehaviourState, limit: int = 64) -> tuple[Plan, ...]:
-    return base.shortest_plans(_paths(state), limit)
-
-
-def count_shortest_plans(state: MiniBehaviourState) -> int:
-    return base.count_shortest_plans(_paths(state))
-
-
-def random_shortest_plan(state: MiniBehaviourState, rng: np.random.Generator) -> Plan:
-    return base.shortest_plan(_paths(state), rng)
-
-
-def _run(state: MiniBehaviourState, plan: Plan) -> base.Run:
-    paths, count = _paths(state), state.size**2
-
-    def step(node: int, action: str) -> tuple[int | None, Reason | None]:
-        if action in paths.successors[node]:
-            return paths.successors[node][action], None
-        carrying, place = divmod(node, count)
-        if action == "pick":
-            return None, "pick_while_carrying" if carrying else "pick_not_adjacent"
-        if action == "drop":
-            return None, "drop_not_adjacent" if carrying else "drop_without_printer"
-        row, column = (
-            a + b for a, b in zip(divmod(place, state.size), base.DELTAS[action], strict=True)
-        )
-        if (row, column) in state.table:
-            return None, "entered_table"
-        return None, "entered_printer" if (row, column) == state.printer else "off_board"
-
-    return base.run(paths, plan, ACTIONS, step)
-
-
-def play(state: MiniBehaviourState, plan: Plan) -> Outcome:
-    """The outcome of a plan: an action that cannot be done fails, the drop ends in success."""
-    return base.outcome(_paths(state), _run(state, plan))
-
-
-def trace(state: MiniBehaviourState, plan: Plan) -> tuple[Cell, ...]:
-    """The cell at the start and after each legal action (the same again after pick and drop)."""
-    return tuple(divmod(n % state.size**2, state.size) for n in _run(state, plan).nodes)
+def _disturb(
+    state: MiniBehaviourState, rng: np.random.Generator, share: float
+) -> MiniBehaviourState:
+    table = state.table
+    if rng.random() < share:
+        (top, left), (bottom, right) = table[0], table[-1]
+        height, width = bottom - top + 1, right - left + 1
+        corners = [
+            (row, column)
+            for row in range(state.size - height + 1)
+            for column in range(state.size - width + 1)
+            if (row, column) != (top, left)
+        ]
+        if corners:
+            row, column = corners[rng.integers(len(corners))]
+            table = tuple((r - top + row, c - left + column) for r, c in table)
+    # What stands where the table is now has to move.
+    agent, printer = (
+        base.misplace(cell, [*table, other], state.size, rng, 1.0 if cell in table else share)
+        for cell, other in ((state.agent, state.printer), (state.printer, state.agent))
+    )
+    if agent == printer:
+        printer = base.misplace(printer, [*table, agent], state.size, rng, 1.0)
+    return dataclasses.replace(state, agent=agent, printer=printer, table=table)
 
 
 # Board files.
@@ -333,38 +273,32 @@ def _distance_maps(
     state: MiniBehaviourState, goals: tuple[Cell, ...], blocked: tuple[Cell, ...]
 ) -> dict[Cell, dict[Cell, int]]:
     """For each goal: the moves from each cell that can reach it around the blocked ones."""
-    closed = {r * state.size + c for r, c in blocked}
-    successors = [
-        {} if node in closed else {a: n for a, n in moves if n not in closed}
-        for node, moves in enumerate(base.grid_moves(state.size, _MOVES))
-    ]
+    successors = _floor_moves(state, blocked)
     maps = {}
     for goal in goals:
-        distances = base.distances_to(successors, [goal[0] * state.size + goal[1]])
+        distances = search.distances_to(successors, [_node(state, goal)])
         maps[goal] = {divmod(n, state.size): d for n, d in enumerate(distances) if d >= 0}
     return maps
 
 
 def _maps_json(maps: dict[Cell, dict[Cell, int]]) -> str:
-    def name(cell: Cell) -> str:
-        return f"({cell[0]}, {cell[1]})"
-
     named = {
-        name(goal): dict(sorted((name(cell), d) for cell, d in distances.items()))
+        str(goal): dict(sorted((str(cell), d) for cell, d in distances.items()))
         for goal, distances in maps.items()
     }
-    return base.json_text(dict(sorted(named.items())), compact=True)
+    return files.json_text(dict(sorted(named.items())), compact=True)
 
 
-def _trajectory(state: MiniBehaviourState, plan: Plan) -> str:
+def _trajectory(plan: Plan, cells: Iterable[Cell]) -> str:
     carrying = ["pick" in plan[:i] and "drop" not in plan[:i] for i in range(len(plan) + 1)]
-    steps = zip(trace(state, plan), carrying, strict=True)
-    return base.json_text([{"coord": cell, "carrying": held} for cell, held in steps], compact=True)
+    steps = [{"coord": c, "carrying": held} for c, held in zip(cells, carrying, strict=True)]
+    return files.json_text(steps, compact=True)
 
 
 def _fields(
-    state: MiniBehaviourState, plan: Plan, split: str, index: int, seed: int
-) -> dict[str, str]:
+    state: MiniBehaviourState, plan: Plan, board: files.BoardText | None
+) -> dict[str, object]:
+    del board  # everything follows from the state
     near_printer = _neighbours(state, (state.printer,))
     near_table = _neighbours(state, state.table)
     to_printer = _distance_maps(state, near_printer, (*state.table, state.printer))
@@ -376,51 +310,94 @@ def _fields(
         if state.agent in to_printer[pick] and pick in to_table[drop]
     }
     best = [pair for pair, length in lengths.items() if length == len(plan)]
-    values = (
-        *(NAME, split, state.level, state.size, state.size, "false", index, seed),
-        *(_bucket(len(plan), state.level), *state.agent, 0, *state.printer, "true"),
-        *map(base.json_text, (state.table, near_printer, near_table, best)),
-        *(len(plan), base.json_text(plan), _trajectory(state, plan)),
-        *map(_maps_json, (to_printer, to_table)),
-    )
-    return dict(zip(_KEYS, map(str, values), strict=True))
+    return {
+        **{"grid_rows": state.size, "grid_cols": state.size, "outer_ring": "false"},
+        **{"start_row": state.agent[0], "start_col": state.agent[1], "start_dir": 0},
+        **{"printer_row": state.printer[0], "printer_col": state.printer[1]},
+        "difficulty_bucket": _bucket(len(plan), state.size),
+        "printer_traversable_after_pick": "true",
+        "table_pos": files.json_text(state.table),
+        "printer_neighbors": files.json_text(near_printer),
+        "table_neighbors": files.json_text(near_table),
+        "best_paths": files.json_text(best),
+        "distance_map_to_printer": _maps_json(to_printer),
+        "distance_map_to_table": _maps_json(to_table),
+    }
 
 
-def to_text(
-    state: MiniBehaviourState, *, split: str, index: int, seed: int, plan: Plan | None = None
-) -> str:
-    """The board as a board file; raises ValueError where it has no plan.
-
-    `plan` is the shortest plan to record; the public generator takes one at random.
-    """
-    shortest = shortest_plan(state) if plan is None else plan
-    if not play(state, shortest).optimal:
-        raise ValueError(
-            f"plan: got {shortest}, want a shortest one such as {shortest_plan(state)}"
-        )
-    return base.write_board(_fields(state, shortest, split, index, seed), "grid", _rows(state))
-
-
-def from_text(text: str, *, source: str) -> MiniBehaviourState:
-    """The board in a board file. Raises ValueError with source, key, got and want."""
-    board = base.read_board(text, source, _KEYS, "grid")
-    base.check_task(board, NAME, MIN_LEVEL, MAX_LEVEL)
-    size = len(board.rows)
-    letters = "".join(board.rows)
+def _read(board: files.BoardText) -> MiniBehaviourState:
+    size, letters = len(board.rows), "".join(board.rows)
     if {len(row) for row in board.rows} != {size} or set(letters) - set("APT."):
-        raise base.bad_board(source, "grid", board.rows, "a square over A P T .")
+        raise files.bad_board("grid", board.rows, "a square over A P T .")
     for letter in "AP":
         if letters.count(letter) != 1:
-            raise base.bad_board(source, "grid", f"{letters.count(letter)} letters {letter}", "1")
-    table = tuple(cell for cell in _cells(size) if board.rows[cell[0]][cell[1]] == "T")
+            raise files.bad_board("grid", f"{letters.count(letter)} letters {letter}", "1")
+    table = tuple(divmod(i, size) for i, letter in enumerate(letters) if letter == "T")
     if not table or table != _table_at(*table[0]):
         want = f"{_TABLE_ROWS} rows and {_TABLE_COLUMNS} columns of T"
-        raise base.bad_board(source, "grid", f"table cells {table}", want)
+        raise files.bad_board("grid", f"table cells {table}", want)
     agent, printer = (divmod(letters.index(letter), size) for letter in "AP")
-    state = base.read_state(board, lambda: MiniBehaviourState(size, agent, printer, table))
-    plan = base.file_plan(board, _paths(state))
-    want = _fields(state, plan, *base.read_draw(board))
-    base.check_board(
-        board, want, functools.partial(play, state), functools.partial(_trajectory, state)
-    )
-    return state
+    return MiniBehaviourState(size, agent, printer, table)
+
+
+ENV: base.Env[MiniBehaviourState] = base.Env(
+    name="minibehaviour",
+    title="MiniBehaviour",
+    levels=range(4, 33),
+    actions={**base.MOVES, "pick": "PICK", "drop": "DROP"},
+    words=HANDS,
+    reasons={
+        "off_board": "left the board",
+        "entered_table": "ran into the table",
+        "entered_printer": "ran into the printer",
+        "pick_while_carrying": "picked with full hands",
+        "pick_not_adjacent": "picked away from the printer",
+        "drop_without_printer": "dropped without the printer",
+        "drop_not_adjacent": "dropped away from the table",
+    },
+    labels={"agent": "agent", "printer": "printer", "table": "table"},
+    wording=base.Wording(
+        rules=(
+            "Let the agent carry the printer to the table.",
+            base.CELLS_RULE,
+            base.MOVES_RULE.format("agent"),
+            "PICK takes the printer from a neighbouring cell; DROP puts it on a neighbouring "
+            "table.",
+            "The table blocks the way, and so does the printer until it is taken.",
+            "Finish with DROP in as few actions as possible.",
+        ),
+        legend="The agent is the red triangle, the printer is white, table cells are brown.",
+        form=(
+            *("Map size: NxN", "Agent: cell", "Printer: cell", "Table: cells"),
+            *("Next to printer: cells", "Next to table: cells"),
+        ),
+        route="I go through (2,0) (1,0), pick up, go through (1,0) (1,1), and drop.",
+        answer="U,PICK,R,DROP",
+    ),
+    generate=generate,
+    count_states=_count_states,
+    key=_key,
+    paths=_paths,
+    refuse=_refuse,
+    questions=_questions,
+    from_facts=_from_facts,
+    disturb=_disturb,
+    render=render,
+    file=files.FileFormat(
+        keys=(
+            *("task", "split", "level", "grid_rows", "grid_cols", "outer_ring", "index", "seed"),
+            *("difficulty_bucket", "start_row", "start_col", "start_dir"),
+            *("printer_row", "printer_col", "printer_traversable_after_pick", "table_pos"),
+            *("printer_neighbors", "table_neighbors", "best_paths"),
+            *("path_length", "solution_actions", "trajectory_states"),
+            *("distance_map_to_printer", "distance_map_to_table"),
+        ),
+        block="grid",
+        rows=_rows,
+        read=_read,
+        fields=_fields,
+        trajectory=_trajectory,
+    ),
+    route=_route,
+    options={"bucket": None},
+)

@@ -11,19 +11,14 @@ the coordinates of cells, with brackets or without.
 import re
 from collections.abc import Mapping, Sequence
 
-from mgsd_jax.envs.base import Plan
+from mgsd_jax.envs.search import Plan
 
-HANDS = frozenset({"pick", "drop"})
 _LETTERS = {"L": "left", "R": "right", "U": "up", "D": "down"}
 _DIGITS = {"0": "left", "1": "down", "2": "right", "3": "up"}  # gymnasium's order
 _ARROWS = {"←": "left", "↓": "down", "→": "right", "↑": "up"}
 _WORDS = {word.upper(): word for word in _LETTERS.values()}
 _WARDS = {word + ending: move for word, move in _WORDS.items() for ending in ("WARD", "WARDS")}
-_PICKS = dict.fromkeys(("PICK", "PICKUP", "PICK_UP", "PICK-UP", "PICK UP", "GRAB"), "pick")
-_DROPS = dict.fromkeys(
-    ("DROP", "PUT", "PLACE", "PUTDOWN", "PUT_DOWN", "PUT-DOWN", "PUT DOWN"), "drop"
-)
-ALIASES = {**_LETTERS, **_DIGITS, **_ARROWS, **_WORDS, **_WARDS, **_PICKS, **_DROPS}
+MOVES = {**_LETTERS, **_DIGITS, **_ARROWS, **_WORDS, **_WARDS}  # upper-case word -> action
 
 _SEPARATORS = r"\s,;|/.>\-_+()\[\]{}'\"`‘’“”*#，、。．；"
 _SEPARATOR = re.compile(f"[{_SEPARATORS}]")
@@ -47,31 +42,33 @@ _BARE_CELLS = re.compile(
 _Token = tuple[str, str]  # kind, text
 
 
-def read_plan(text: str, task: str) -> tuple[Plan, str | None]:
+def read_plan(text: str, words: Mapping[str, str]) -> tuple[Plan, str | None]:
     r"""The plan that a text states and None, or () and the first thing that is no part of a plan.
 
-    >>> read_plan('1. Right\n2. **Down**', 'maze')
+    `words`: what the task has besides moves, upper-case word -> action.
+
+    >>> read_plan('1. Right\n2. **Down**', {})
     (('right', 'down'), None)
-    >>> read_plan('Right (0,1) Down', 'maze')
+    >>> read_plan('Right (0,1) Down', {})
     ((), '(0,1)')
     """
     found = ((match.lastgroup or "", match[0]) for match in _TOKEN.finditer(text))
     tokens = [token for token in found if token[0] != "mark"]
     kinds = {kind for kind, _ in tokens}
     if "word" in kinds:
-        return _read_words([token for token in tokens if token[0] != "link"], task)
+        return _read_words([token for token in tokens if token[0] != "link"], {**MOVES, **words})
     bare = None if "cell" in kinds else _BARE_CELLS.match(text)
     if bare:
         return (), bare[1]
     return _read_signs(tokens, _DIGITS if kinds & {"number", "cell", "digits"} else _ARROWS)
 
 
-def _read_words(tokens: Sequence[_Token], task: str) -> tuple[Plan, str | None]:
+def _read_words(tokens: Sequence[_Token], words: Mapping[str, str]) -> tuple[Plan, str | None]:
     plan: list[str] = []
     items = 0
     for place, (kind, token) in enumerate(tokens):
         if kind == "word":
-            actions = _read_word(token, task)
+            actions = _read_word(token, words)
             if not actions:
                 return (), token
             plan += actions
@@ -89,13 +86,12 @@ def _read_words(tokens: Sequence[_Token], task: str) -> tuple[Plan, str | None]:
     return tuple(plan), None
 
 
-def _read_word(token: str, task: str) -> Plan:
+def _read_word(token: str, words: Mapping[str, str]) -> Plan:
     """The actions of a word or of a run of letters, () where it is neither on this task."""
     word = " ".join(token.upper().split())
-    if word not in ALIASES:
-        return tuple(_LETTERS[letter] for letter in word) if set(word) <= _LETTERS.keys() else ()
-    action = ALIASES[word]
-    return () if action in HANDS and task != "minibehaviour" else (action,)
+    if word in words:
+        return (words[word],)
+    return tuple(_LETTERS[letter] for letter in word) if set(word) <= _LETTERS.keys() else ()
 
 
 def _read_signs(tokens: Sequence[_Token], moves: Mapping[str, str]) -> tuple[Plan, str | None]:

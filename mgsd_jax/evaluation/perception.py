@@ -3,7 +3,7 @@
 import re
 
 from mgsd_jax.envs.base import Question
-from mgsd_jax.envs.facts import read_facts
+from mgsd_jax.envs.facts import read_stated, vocabulary
 from mgsd_jax.envs.responses import without_thoughts
 from mgsd_jax.envs.values import plain, read_cells, read_directions, read_sizes
 
@@ -14,6 +14,7 @@ _NUMBER = re.compile(
 )
 # In an answer about open sides, what stands between a cell and its directions.
 _FROM = re.compile(r"\bfrom\b", re.I)
+_SIDES = vocabulary({"player": "player", "goal": "goal"}, has_sides=True)
 _ARROW = re.compile(r"(?<=[)\]]) ?(?:->|→)")
 
 
@@ -38,7 +39,7 @@ def read_numbered(response: str, count: int) -> dict[int, str]:
 def is_right(question: Question, answer: str) -> bool:
     """Whether an answer says what is true, in whatever words and whatever order."""
     if question.kind == "open_directions":
-        stated = read_facts("maze", _ARROW.sub(":", _FROM.sub("", answer))).facts
+        stated = read_stated(_SIDES, _ARROW.sub(":", _FROM.sub("", answer))).facts
         return {fact for fact in stated if fact[0] == "open"} == question.facts
     text, true = plain(answer), frozenset(fact[1] for fact in question.facts)
     if question.kind == "size":

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mgsd_jax.envs.base import Cell
+from mgsd_jax.envs.search import Cell
 
+TASKS = ("frozenlake", "maze", "minibehaviour")  # that the public release knows
 _MOVES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 _SIDES = {"left": "west", "right": "east", "up": "north", "down": "south"}
 _TILES = "a block of rows over S, F, H, G"

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.base import DELTAS, Cell, Plan
+from mgsd_jax.envs.search import DELTAS, Cell, Plan
 from mgsd_jax.evaluation.rows import BoardKey, PlanRow, Row, board_of, plans
 from mgsd_jax.evaluation.summary import MODELS, sort_models
 from mgsd_jax.report.markup import tag, write
@@ -34,7 +34,7 @@ _KINDS: Mapping[tuple[bool, bool], tuple[Kind, str]] = {
 # In cells: how far a route keeps to the right, so that a way back does not hide the way there, and
 # how far a refused move is drawn.
 _LANE, _STUB = 0.11, 0.4
-_ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→", "pick": "PICK", "drop": "DROP"}
+_ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +154,12 @@ def _actions(count: int) -> str:
 
 
 def _arrows(plan: Plan) -> str:
-    return " ".join(_ARROWS[action] for action in plan) if plan else "no plan"
+    return " ".join(_ARROWS.get(action, action.upper()) for action in plan) if plan else "no plan"
 
 
 def _drawing(image: Markup, task: str, state: Any, plan: Plan, style: str, alt: str) -> Markup:
     env, marks = ENVS[task], []
-    if plan and all(action in env.ACTIONS for action in plan):
+    if plan and all(action in env.actions for action in plan):
         outcome, cells, unit = env.play(state, plan), env.trace(state, plan), SIDE / state.size
         moves, hands = [], []
         for action, here, there in zip(plan, cells, cells[1:], strict=False):

@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Sequence
 
-from mgsd_jax.envs.base import Reason
+from mgsd_jax.envs import ENVS, base
 from mgsd_jax.evaluation.measures import Measure
 from mgsd_jax.evaluation.summary import MODELS, Summary
 
 DASH = "–"
-TASKS = {"frozenlake": "FrozenLake", "maze": "Maze", "minibehaviour": "MiniBehaviour"}
+TASKS = {task: env.title for task, env in ENVS.items()}
 MODES = {
     "picture": "picture",
     "text": "text",
@@ -31,22 +31,9 @@ RULES = {
     "upstream_reward": "public reward",
     "upstream_eval": "public evaluation",
 }
-REASONS: dict[Reason, str] = {
-    "success": "solved",
-    "no_answer": "no answer block",
-    "invalid_token": "a word that is no action",
-    "empty_plan": "an empty plan",
-    "not_reached": "stopped short of the goal",
-    "fell_into_hole": "fell into a hole",
-    "off_board": "left the board",
-    "hit_wall": "hit a wall",
-    "entered_table": "ran into the table",
-    "entered_printer": "ran into the printer",
-    "pick_while_carrying": "picked with full hands",
-    "pick_not_adjacent": "picked away from the printer",
-    "drop_without_printer": "dropped without the printer",
-    "drop_not_adjacent": "dropped away from the table",
-}
+REASONS = {**base.REASONS}
+for _env in ENVS.values():
+    REASONS |= _env.reasons
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -1,18 +1,17 @@
 """Writes fixed train, val and test boards with a manifest (data/boards.py reads them back).
 
-{folder}/{split}/{FrozenLake|Maze|MiniBehaviour}/level{L}/text/{index:04d}.txt
-{folder}/{split}/{FrozenLake|Maze|MiniBehaviour}/level{L}/image/{index:04d}.png
+{folder}/{split}/{title of the env}/level{L}/text/{index:04d}.txt
+{folder}/{split}/{title of the env}/level{L}/image/{index:04d}.png
 {folder}/settings.json    what the boards depend on; written first
 {folder}/manifest.json    settings, counts and the hash of every file; written last
 """
 
 import dataclasses
 import importlib.metadata
-import inspect
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from mgsd_jax.checks import fields
 from mgsd_jax.config import Config, DataConfig
 from mgsd_jax.data.benchmarks import benchmark_keys
 from mgsd_jax.data.boards import (
-    FOLDERS,
     MANIFEST,
     SETTINGS,
     Group,
@@ -107,26 +105,20 @@ def make_settings(
             if name in counts:
                 raise ValueError(f"data.boards: got {name} twice, want each level once")
             counts[name] = {split: getattr(levels, split) for split in SPLITS}
-    levels_used = sorted({level for levels in data.boards for level in levels.levels})
     tasks = {levels.task for levels in data.boards}
+    levels_used = sorted({level for levels in data.boards for level in levels.levels})
     return {
         "seed": seed,
         "counts": counts,
         "picture_size": {str(n): config_lib.picture_size(data, n) for n in levels_used},
         "shares_percent": dict(SHARES),
-        "options": {task: _options(env.generate) for task, env in ENVS.items() if task in tasks},
+        "options": {task: dict(env.options) for task, env in ENVS.items() if task in tasks},
         "excluded": {
             "boards": len(exclude),
             "folders": list(excluded),
             "hash": content_hash("\n".join(sorted(exclude)).encode()),
         },
     }
-
-
-def _options(generate: Callable[..., object]) -> Settings:
-    """The keyword options of an env's `generate` with the defaults that apply."""
-    parameters = inspect.signature(generate).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def is_complete(root: epath.Path, settings: Settings) -> bool:
@@ -138,7 +130,7 @@ def is_complete(root: epath.Path, settings: Settings) -> bool:
     if is_written:
         read_groups(root)
     if (root / SETTINGS).is_file():
-        differing = _differences(fields.read_json(root / SETTINGS), settings)
+        differing = _differences(_drawn_options(root / SETTINGS, settings), settings)
         if differing:
             raise ValueError(
                 f"{root}: got a folder of other boards ({'; '.join(differing)}), "
@@ -149,6 +141,18 @@ def is_complete(root: epath.Path, settings: Settings) -> bool:
     if root.exists() and {path.name for path in root.iterdir()} - {f"{SETTINGS}.partial"}:
         raise ValueError(f"{root}: got other files and no {SETTINGS}, want an empty folder")
     return False
+
+
+def _drawn_options(path: epath.Path, settings: Settings) -> Settings:
+    """The settings in a file, without the options of tasks that `settings` does not draw.
+
+    Version 0.1 recorded the options of every task.
+    """
+    held = fields.read_json(path)
+    if not isinstance(options := held.get("options"), dict):
+        return held
+    drawn = {task: options[task] for task in options if task in settings["options"]}
+    return {**held, "options": drawn}
 
 
 def _differences(held: object, want: object, name: str = "") -> list[str]:

@@ -8,7 +8,8 @@ as one token each, so that a prompt is some forty tokens; any other text falls t
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -28,7 +29,8 @@ from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, find
+from mgsd_jax.envs.base import ROUTE_START
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
 from mgsd_jax.weights import files, hf
@@ -56,15 +58,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-_WORDS = (
-    *("Map size:", "\nPlayer:", "\nGoal:", "\nHoles:", "\nMap:\n", "\nOpen directions:\n"),
-    *("\nAgent:", "\nPrinter:", "\nTable:", "\nNext to printer:", "\nNext to table:"),
-    *(" none", " none\n", "I go through", "\nI go through", ", pick up, go through"),
-    *(".\n<answer>", ", and drop.\n<answer>", "<answer>", "</answer>"),
-    *("PICK", "DROP", "One shortest plan: ", "All shortest plans: ", " or "),
-    *("user\n", "assistant\n"),
-)
-
 _SAMPLES = 48  # boards of a level that the fresh tower is whitened over
 _SHRINKAGE = 0.03
 _FEATURE_NORM = 4.0
@@ -96,7 +89,8 @@ def _is_of_shape(folder: pathlib.Path, nano: NanoConfig) -> bool:
 
 
 def _write(config: Config, nano: NanoConfig, folder: pathlib.Path) -> None:
-    tokenizer = write_tokenizer(folder, nano)
+    drawn = {find(levels.task).name for levels in config.data.boards}
+    tokenizer = write_tokenizer(folder, nano, [task for task in ENVS if task in drawn])
     written = hf_config(nano, tokenizer)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     model_config = ModelConfig.from_hf(written, source=str(folder / "config.json"))
@@ -136,7 +130,7 @@ def sample_pictures(processor: Processor, config: Config) -> Iterator[Pictures]:
         raise ValueError("data.boards: got none, want the levels whose pictures are to be seen")
     encoder = Encoder(processor, prompts_lib.BUILT_IN, config.data)
     for task, level in dict.fromkeys(levels):
-        states = (ENVS[task].generate(rng, level) for _ in range(_SAMPLES))
+        states = (find(task).generate(rng, level) for _ in range(_SAMPLES))
         rows = [encoder.student(Board(task, level, 0, state, None)) for state in states]
         inputs = batching.to_inputs(
             rows,
@@ -195,24 +189,49 @@ def whiten_vision(
     return {**params, "visual": {**visual, **folded}}
 
 
-def constant_text() -> list[str]:
+def state_tokens(tasks: Sequence[str]) -> list[str]:
+    """The labels of the lines that describe a board, and what stands around the plan."""
+    rng = np.random.default_rng(0)
+    labels: dict[str, None] = {}
+    joints: dict[str, None] = {}  # what stands between the cells of a route
+    ends: dict[str, None] = {}
+    actions: dict[str, None] = {}
+    for env in (ENVS[task] for task in tasks):
+        state = env.generate(rng, max(4, env.levels[0]))
+        for number, line in enumerate(env.describe(state).split("\n")):
+            label, colon, value = line.partition(":")
+            if colon and label[0].isalpha():  # not a line about a cell
+                labels[("\n" if number else "") + label + (":" if value else ":\n")] = None
+        _, *between, end = re.split(r" ?(?:\(\d+,\d+\) ?)+", env.wording.route)
+        joints.update(dict.fromkeys(between))
+        ends[f"{end}\n<answer>"] = None
+        actions.update(dict.fromkeys(word for word in env.actions.values() if len(word) > 1))
+    return [
+        *labels,
+        *(" none", " none\n", ROUTE_START, f"\n{ROUTE_START}", *joints, *ends),
+        *("<answer>", "</answer>", *actions),
+        *("One shortest plan: ", "All shortest plans: ", " or ", "user\n", "assistant\n"),
+    ]
+
+
+def constant_text(tasks: Sequence[str]) -> list[str]:
     """The passages of the built-in prompts and the questions: whatever no board changes."""
     rng = np.random.default_rng(0)
     pieces: dict[str, None] = {}
-    for task, env in ENVS.items():
+    for task in tasks:
         pieces.update(dict.fromkeys(prompts_lib.passages(task).values()))
-        state = env.generate(rng, max(4, env.MIN_LEVEL))
-        for i, question in enumerate(env.questions(state), 1):
+        state = ENVS[task].generate(rng, max(4, ENVS[task].levels[0]))
+        for i, question in enumerate(ENVS[task].questions(state), 1):
             asked = prompts_lib.ask(i, question)
             pieces[asked + "\n"] = None
             pieces[asked] = None
     return list(pieces)
 
 
-def cell_tokens() -> Iterator[str]:
+def cell_tokens(tasks: Sequence[str]) -> Iterator[str]:
     """What `prompts.cells` asks and answers with."""
-    yield from (prompts_lib.ask_cells(task) for task in ENVS)
-    for word in prompts_lib.CELL_WORDS:
+    yield from (prompts_lib.ask_cells(task) for task in tasks)
+    for word in dict.fromkeys([*(name for task in tasks for name in ENVS[task].labels), "floor"]):
         yield from (f" {word}", f" {word}\n")
 
 
@@ -232,16 +251,20 @@ def board_tokens(max_level: int) -> Iterator[str]:
             yield from (listed, listed + "\n")
 
 
-def write_tokenizer(folder: pathlib.Path, nano: NanoConfig) -> PreTrainedTokenizerFast:
-    """Writes tokenizer, chat template, processor and generation files; returns the tokenizer."""
+def write_tokenizer(
+    folder: pathlib.Path, nano: NanoConfig, tasks: Sequence[str]
+) -> PreTrainedTokenizerFast:
+    """Writes tokenizer, chat template, processor and generation files; returns the tokenizer.
+
+    `tasks`: those whose words become tokens. Another task then changes no model of these.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    pieces = dict.fromkeys(
-        (*_WORDS, *board_tokens(nano.max_level), *constant_text(), *cell_tokens())
-    )
+    known = (*state_tokens(tasks), *board_tokens(nano.max_level))
+    pieces = dict.fromkeys((*known, *constant_text(tasks), *cell_tokens(tasks)))
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -121,7 +121,7 @@ def check(folder: Path, data: DataConfig) -> None:
     largest, scale = 0.0, 0.0
     for prompt in recorded["prompts"]:
         state = ENVS[prompt["task"]].from_text(prompt["board"], source=str(path))
-        board = Board(prompt["task"], state.level, 0, state, None)
+        board = Board(prompt["task"], state.size, 0, state, None)
         messages = _with_picture(prompt["messages"], data, board)
         tokens, want = np.array(prompt["tokens"]), np.array(prompt["logits"])
         scores = _their_logits(model, processor, messages, tokens)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from mgsd_jax.data import prompts, segments
 from mgsd_jax.data.processor import Processor, decode, encode_answer, load_processor, spell
 from mgsd_jax.envs import ENVS
-from mgsd_jax.training import monitor
 
 REAL = pathlib.Path(__file__).parents[1].parent / "shared" / "reference" / "qwen3vl_4b"
 PLAN, STATE, SENTENCE, FORMAT = range(4)
@@ -128,7 +127,7 @@ def test_tokens_are_looked_up_once_and_never_decoded_one_by_one(
     small: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pass a response: twice the tokens, twice the bytes read, and no call of `decode`."""
-    monkeypatch.setattr(monitor, "decode", None)
+    monkeypatch.setattr(segments, "decode", None)
     asked: list[int] = []
     backend = small.tokenizer.backend_tokenizer
 

@@ -64,7 +64,7 @@ def test_layout_and_pictures(written: pathlib.Path) -> None:
     assert len(names) == 2 + 2 * boards
     for split in splits.SPLITS:
         for board in boards_lib.read_split(written, split):
-            folder = written / split / boards_lib.FOLDERS[board.task] / f"level{board.level}"
+            folder = written / split / ENVS[board.task].title / f"level{board.level}"
             with Image.open(folder / "image" / f"{board.index:04d}.png") as picture:
                 assert picture.mode == "RGB"
                 drawn = ENVS[board.task].render(board.state, 64)

@@ -78,7 +78,7 @@ def run(config: Config, workdir: str) -> None:
         groups = [
             write_group(
                 root,
-                Group(f"{split}/{FOLDERS[task]}/level{level}", split, task, level, len(states)),
+                Group(f"{split}/{ENVS[task].title}/level{level}", split, task, level, len(states)),
                 states,
                 picture_size=config_lib.picture_size(data, level),
                 seed=config.seed,

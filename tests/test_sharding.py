@@ -468,7 +468,7 @@ import numpy as np
 from test_sharding import CONFIG, Recorder, batch, random_params
 from mgsd_jax.parallel import sharding
 from mgsd_jax.weights import files, hf, table
-folder, out = sys.argv[3:]
+folder = sys.argv[3]
 mesh = sharding.make_mesh()
 assert mesh.devices.size == 4 and jax.local_device_count() == 2
 placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
@@ -486,7 +486,6 @@ assert own < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)), own
 for ours, want in zip(jax.tree.leaves(params), jax.tree.leaves(random_params()), strict=True):
     for shard in ours.addressable_shards:
         np.testing.assert_array_equal(shard.data, want[shard.index])
-hf.save_params(params, CONFIG, out, dtype="float32", max_shard_bytes=50_000)
 rank, host = jax.process_index(), batch(8)
 rows = slice(4 * rank, 4 * rank + 4)
 mine = (host.tokens[rows], {"positions": host.positions[:, rows]})
@@ -499,8 +498,8 @@ for value, want in ((tokens, host.tokens), (positions["positions"], host.positio
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_model(saved: Path, tmp_path: Path) -> None:
-    """Each reads the bytes of its own slices, the first one writes what both hold."""
+def test_two_processes_share_one_model(saved: Path) -> None:
+    """Each reads the bytes of its own slices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -510,10 +509,9 @@ def test_two_processes_share_one_model(saved: Path, tmp_path: Path) -> None:
         "XLA_FLAGS": helpers_devices.flags(2),
         "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
     }
-    out = tmp_path / "out"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), address, str(saved), str(out)],
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), address, str(saved)],
             env=env,
             stderr=subprocess.PIPE,
             text=True,
@@ -522,5 +520,3 @@ def test_two_processes_share_one_model(saved: Path, tmp_path: Path) -> None:
     ]
     errors = [process.communicate()[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], "".join(errors)[-4000:]
-    for file in sorted(out.iterdir()):
-        assert file.read_bytes() == (saved / file.name).read_bytes()

@@ -110,15 +110,13 @@ def write_folder(
     """Write a model into a folder as transformers, vLLM and SGLang load it.
 
     Tokenizer, processor and generation files come from `source_folder`, and so do settings of its
-    config.json that we do not read. All processes take part, the first one writes.
+    config.json that we do not read.
 
-    Raises ValueError where the source lacks such a file (all of them listed) or the parameters do
+    Raises ValueError if the source lacks such a file (all of them listed) or the parameters do
     not fit the config; OSError naming the file where the disk is full.
     """
     side_files = _side_files(Path(source_folder))
     hf.save_params(params, config, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    if jax.process_index() != 0:
-        return
     for name, content in side_files.items():
         files.write_bytes(folder / name, content)
     settings = read_json(Path(source_folder) / "config.json")

@@ -1,26 +1,19 @@
-"""Safetensors files read with checks and written as a stream, and folders that appear at once.
-
-The writer puts the header first and then one tensor at a time, so that the host never holds more
-than the tensor in hand; `safetensors.numpy.save_file` wants all of a file's tensors at once.
-Format: https://huggingface.co/docs/safetensors, "Format": 8 bytes little-endian header length,
-a JSON header padded with spaces to 8 bytes, then the tensors without holes.
-"""
+"""Files of weights read with checks and written whole, and folders that appear at once."""
 
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 FloatType = Literal["float32", "bfloat16"]
 DTYPES: dict[str, np.dtype] = {
@@ -28,37 +21,23 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 READABLE = ("F32", "BF16", "F16", "F64")  # float8 would need scales that nothing here knows
-METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
+METADATA = {"format": "pt"}  # transformers refuses files without it
 MOST = 10  # problems of one cause that an error lists
-SAFETENSORS_NAMES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def float_type(dtype: FloatType | np.dtype) -> FloatType:
-    """Return the name of a float type that weights are kept in; ValueError where it is another."""
+    """The name of a float type that weights may have; ValueError for any other."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype of weights: got {name}, want one of {sorted(DTYPES)}")
     return name
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of a safetensors file before its values are there."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: FloatType
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
 def problem_list(what: str, problems: Sequence[str]) -> ValueError:
-    """Return the one ValueError that lists the problems, a line each, MOST of each cause."""
+    """One ValueError that lists the problems, a line each, at most MOST of one cause."""
     causes: dict[str, list[str]] = {}
     for problem in problems:
-        # what was found, without the names, shapes and numbers that differ
+        # The words of what was found, without the names, shapes and numbers that differ.
         cause = " ".join(re.findall(r"\b[a-z]+\b", problem.partition("got ")[2]))
         causes.setdefault(cause, []).append(problem)
     noun = "problem" if len(problems) == 1 else "problems"
@@ -70,24 +49,37 @@ def problem_list(what: str, problems: Sequence[str]) -> ValueError:
     return ValueError("\n  ".join(lines))
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write `value` as indented JSON with a final newline."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: Path, value: bytes) -> None:
-    """Write a whole file; OSError naming it where the disk refuses."""
-    _write(path, [value])
+    """Write a whole file; OSError naming it if the disk refuses."""
+    with _named_errors(path):
+        path.write_bytes(value)
+        _sync(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write one safetensors file; OSError naming it if the disk refuses.
+
+    Half a file may then be left: write into a scratch folder.
+    """
+    whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    with _named_errors(path):
+        save_file(whole, path, METADATA)
+        _sync(path)
 
 
 def open_tensors(path: Path) -> Any:
-    """Return the open safetensors file (a lazy, memory-mapped `safe_open`).
+    """The open safetensors file (a lazy, memory-mapped `safe_open`).
 
-    Raises ValueError where the file is missing, empty, truncated or has a corrupt header: the
-    library checks that the header's offsets cover the file exactly.
+    Raises ValueError if the file is missing, empty, truncated or has a corrupt header: the library
+    checks that the offsets in the header cover the file exactly.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: got no such file, want a safetensors file")
+        raise ValueError(f"{path}: not found, want a safetensors file")
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
@@ -99,7 +91,7 @@ def open_tensors(path: Path) -> Any:
 
 
 def tensor_problem(handle: Any, name: str, shape: Sequence[int]) -> str | None:
-    """Return what is wrong with a tensor's type and shape, None where nothing is."""
+    """What is wrong with the type or shape of a tensor of an open file; None if nothing is."""
     part = handle.get_slice(name)
     if part.get_shape() == list(shape) and part.get_dtype() in READABLE:
         return None
@@ -107,33 +99,11 @@ def tensor_problem(handle: Any, name: str, shape: Sequence[int]) -> str | None:
     return f"{name}: got {got}, want {'|'.join(READABLE)}{list(shape)}"
 
 
-def write_tensors(
-    path: Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray], metadata: dict[str, str]
-) -> None:
-    """Write one safetensors file, `values` in the order of `specs`, one in memory at a time.
-
-    Raises ValueError where a value is not what its spec says, OSError naming the file where the
-    disk refuses. Half a file may then be left: write into a scratch folder.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": SAFETENSORS_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    _write(path, _file_parts(len(text).to_bytes(8, "little") + text, specs, values))
-
-
 @contextlib.contextmanager
 def scratch_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
-    """Yield `folder`, new and empty, and remove it after the block; left-overs in it are cleared.
+    """Yields `folder`, new and empty, and removes it after the block.
 
-    Raises OSError where its disk has less than `nbytes` free.
+    An older folder of that name is deleted first. Raises OSError if less than `nbytes` are free.
     """
     shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
@@ -149,7 +119,7 @@ def scratch_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ValueError where something is at `folder` that is no empty folder."""
+    """Raises ValueError unless `folder` is absent or an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{folder}: got an existing file or folder, want an absent or empty one; "
@@ -159,12 +129,11 @@ def check_free(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, *, nbytes: int = 0, replaces: bool = False) -> Iterator[Path]:
-    """Yield a folder to fill that becomes `folder` in one rename once the block has ended well.
+    """Yields a folder to fill, which is renamed to `folder` if the block ends without an error.
 
-    With `replaces`, what was there goes away after that. A crash leaves at most `.<name>.partial`
-    and `.<name>.replaced` beside it, which the next call clears away.
-    Raises ValueError where `folder` is there and not empty, OSError where its disk has less than
-    `nbytes` free.
+    With `replaces`, the folder of that name is deleted after that. A crash leaves at most
+    `.<name>.partial` and `.<name>.replaced` beside it, which the next call deletes.
+    Raises ValueError if `folder` exists and is not empty, OSError if less than `nbytes` are free.
     """
     if not replaces:
         check_free(folder)
@@ -179,26 +148,20 @@ def new_folder(folder: Path, *, nbytes: int = 0, replaces: bool = False) -> Iter
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _file_parts(
-    header: bytes, specs: Sequence[TensorSpec], values: Iterable[np.ndarray]
-) -> Iterator[bytes | memoryview]:
-    yield header
-    for spec, value in zip(specs, values, strict=True):
-        if value.shape != spec.shape or value.dtype != DTYPES[spec.dtype]:
-            raise ValueError(
-                f"{spec.name}: got {value.dtype}{list(value.shape)}, "
-                f"want {spec.dtype}{list(spec.shape)}"
-            )
-        # bfloat16 has no buffer protocol, its bytes have
-        yield np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-
-
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
     try:
-        with path.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # the library says the system's error in words
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        reason = os.strerror(number) if found else error
+        raise OSError(number, f"cannot write {path}: {reason}") from error
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk has the file: a rename that follows must not overtake its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

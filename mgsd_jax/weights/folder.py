@@ -38,7 +38,7 @@ FOREIGN = (
 
 
 def open_checked(folder: Path, config: ModelConfig) -> Handles:
-    """Return the open file of every tensor that the config wants, once all of them are right."""
+    """The open file of every tensor that the config wants, once all of them are right."""
     problems: list[str] = []
     found: dict[str, Any] = {}
     for file, named in _weight_files(folder, problems).items():
@@ -46,13 +46,13 @@ def open_checked(folder: Path, config: ModelConfig) -> Handles:
             handle = files.open_tensors(folder / file)
         except ValueError as error:
             problems.append(str(error))
-            found |= dict.fromkeys(named or (), None)  # told once, not once more for each tensor
+            found |= dict.fromkeys(named or (), None)  # reported once, not again for each tensor
             continue
         there = set(handle.keys())
         for name in sorted(there - named if named is not None else ()):
             problems.append(f"{file}: {name}: got a tensor that {INDEX_FILE} does not place there")
         for name in sorted(named - there if named is not None else ()):
-            problems.append(f"{file}: {name}: got no such tensor, want it as {INDEX_FILE} says")
+            problems.append(f"{file}: {name}: not found, although {INDEX_FILE} places it there")
             found[name] = None
         found |= dict.fromkeys(there & named if named is not None else there, handle)
     _refuse_foreign(folder, found)
@@ -63,7 +63,7 @@ def open_checked(folder: Path, config: ModelConfig) -> Handles:
 
 
 def _refuse_foreign(folder: Path, found: dict[str, Any]) -> None:
-    """Raises one line for weights of another kind, in place of one for each of their tensors."""
+    """Raises ValueError with one line for weights of another kind, not one for each tensor."""
     for pattern, kind in FOREIGN:
         name = next((name for name in sorted(found) if re.search(pattern, name)), None)
         if name is not None:
@@ -74,7 +74,7 @@ def _refuse_foreign(folder: Path, found: dict[str, Any]) -> None:
 
 
 def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | None]:
-    """Return each weight file with the tensors that the index places there (None: no index)."""
+    """Each weight file with the tensors that the index places there (None: no index)."""
     if (folder / SINGLE_FILE).is_file():
         return {SINGLE_FILE: None}
     if not (folder / INDEX_FILE).is_file():
@@ -107,9 +107,9 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | Non
 
 
 def _tensor_problems(found: dict[str, Any], config: ModelConfig) -> Iterator[str]:
-    """Yield what is wrong with the tensors: missing, of another shape or type, or unknown.
+    """Yields what is wrong with the tensors: missing, of another shape or type, or unknown.
 
-    A tensor found as None is known to be unreadable already.
+    A tensor found as None is unreadable, which has been reported already.
     """
     if not found:
         return
@@ -120,7 +120,7 @@ def _tensor_problems(found: dict[str, Any], config: ModelConfig) -> Iterator[str
     sound = True
     for name, shape in wanted.items():
         if name not in found:
-            yield f"{name}: got no such tensor, want float{list(shape)}"
+            yield f"{name}: not found, want float{list(shape)}"
             continue
         if found[name] is None:
             continue
@@ -137,7 +137,7 @@ def _tensor_problems(found: dict[str, Any], config: ModelConfig) -> Iterator[str
 def _tied_problems(found: Handles) -> Iterator[str]:
     head, table = (found[name].get_slice(name) for name in (LM_HEAD, EMBEDDING))
     length = head.get_shape()[0]
-    for start in range(0, length, 8192):  # a whole table would be the largest thing in memory
+    for start in range(0, length, 8192):  # a whole table would be the largest array in memory
         rows = slice(start, min(start + 8192, length))
         if not np.array_equal(head[rows], table[rows]):
             yield f"{LM_HEAD}: got other values than {EMBEDDING}, want equal ones: the config ties"

@@ -11,7 +11,6 @@ from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.lora import named_adapters
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import files
-from mgsd_jax.weights.files import TensorSpec
 from mgsd_jax.weights.table import Leaf, leaves
 
 CONFIG_FILE = "adapter_config.json"
@@ -46,8 +45,7 @@ def save(
     `base_model` is what the folder names as the model that it adapts. Raises ValueError for an
     adapter that is not of a Linear of the model.
     """
-    specs: list[TensorSpec] = []
-    values: list[np.ndarray] = []
+    tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
     for path, node in named_adapters(adapters):
         leaf = _kernel_leaf(config, path)
@@ -56,9 +54,7 @@ def save(
         for name, part in (("lora_A", node["a"]), ("lora_B", node["b"])):
             stack = jax.device_get(part if leaf.is_stacked else part[None])
             for module, value in zip(names, stack, strict=True):
-                key = f"{_PREFIX}{module}.{name}.weight"
-                specs.append(TensorSpec(key, value.shape[::-1], "float32"))
-                values.append(value.T.astype(np.float32))
+                tensors[f"{_PREFIX}{module}.{name}.weight"] = value.T.astype(np.float32)
     settings = {
         **_SETTINGS,
         "base_model_name_or_path": base_model,
@@ -67,7 +63,7 @@ def save(
         "target_modules": _target_modules(modules, config),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(folder / WEIGHTS_FILE, specs, values, files.METADATA)
+    files.write_tensors(folder / WEIGHTS_FILE, tensors)
     files.write_json(folder / CONFIG_FILE, settings)
 
 

@@ -12,16 +12,17 @@ the checkpoints on the hub, which transformers 5 also writes.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from mgsd_jax import tree
 from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.tree import Tree
 from mgsd_jax.weights.files import DTYPES, FloatType
 
 Layout = Literal["same", "transpose", "conv"]
-Tree = dict[str, Any]
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -118,7 +119,7 @@ class Leaf:
 
 
 def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
-    """Return every leaf of the parameters of `config`, in the order of the table."""
+    """Every leaf of the parameters of `config`, in the order of the table."""
     text, vision = config.text, config.vision
     taps = len(vision.deepstack_visual_indexes)
     merged = vision.hidden_size * vision.spatial_merge_size**2
@@ -163,16 +164,6 @@ def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
 
 
 def abstract_params(config: ModelConfig, dtype: FloatType) -> Tree:
-    """Return the parameter tree of `config` as `jax.ShapeDtypeStruct`s, without any memory."""
-    params: Tree = {}
-    for leaf in leaves(config):
-        put(params, leaf.path, jax.ShapeDtypeStruct(leaf.shape, DTYPES[dtype]))
-    return params
-
-
-def put(params: Tree, path: str, leaf: Any) -> None:
-    """Set the leaf at `path`, making the dicts above it."""
-    *parents, name = path.split("/")
-    for parent in parents:
-        params = params.setdefault(parent, {})
-    params[name] = leaf
+    """The parameter tree of `config` as `jax.ShapeDtypeStruct`s, without any memory."""
+    shapes = (jax.ShapeDtypeStruct(leaf.shape, DTYPES[dtype]) for leaf in leaves(config))
+    return tree.nest(zip((leaf.path for leaf in leaves(config)), shapes, strict=True))

@@ -212,7 +212,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: pathlib.Path) -> No
         (tmp_path / ("x" * 300), "file name too long"),
         ("", "is a directory"),
     ):
-        with pytest.raises(ValueError, match=rf"^--output .*: got {why}, want a file that can"):
+        with pytest.raises(ValueError, match=rf"^--output .*: cannot be written \({why}\)"):
             score.run(rows, str(bad))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "rows.jsonl"]
 
@@ -236,11 +236,11 @@ def test_bad_utf8_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_absent_input_is_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.jsonl: got no such file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl: cannot be read \(no such file"):
         score.run(str(tmp_path / "none.jsonl"))
-    with pytest.raises(ValueError, match=r"got is a directory, want JSON lines"):
+    with pytest.raises(ValueError, match=r"cannot be read \(is a directory\), want JSON lines"):
         score.run(str(tmp_path))
-    with pytest.raises(ValueError, match=r"got file name too long, want JSON lines"):
+    with pytest.raises(ValueError, match=r"\(file name too long\), want JSON lines"):
         score.run("x" * 300)
 
 

@@ -1,13 +1,14 @@
-"""Means over boards with their uncertainty: intervals, paired comparisons, pass@k.
+"""Means over boards with 95 % intervals, paired comparisons, pass@k.
 
-A macro mean is the mean over tasks of the mean over levels: every task counts the same, and every
-level of a task. Boards are drawn at random within a level (a stratum) and nowhere else, so that
-is what the intervals and the bootstrap take as random. Values lie in 0..1 (success, F1, progress).
+A macro mean is the mean over tasks of the mean over levels: every task counts the same, and so does
+every level of a task. Boards are drawn at random within a level (a stratum) and nowhere else, so
+this is what the intervals and the bootstrap treat as random. Values lie in 0..1 (success, F1,
+progress).
 
-All but `wilson` add two made-up boards to each stratum where they judge its spread, never where
-they take its mean: one all right and one all wrong, or for k measures on the same boards, all
-2^k combinations of right and wrong, 2 / 2^k of a board each. Without them a stratum of 50
-successes would claim to have no spread at all. Source: Agresti and Coull, "Approximate is better
+All but `wilson` add two made-up boards to each stratum for its spread, never for its mean: one all
+right and one all wrong, or for k measures on the same boards, all 2^k combinations of right and
+wrong, each 2 / 2^k of a board. Without them a stratum of 50 successes would claim to have no spread
+at all. Sources: Agresti and Coull, "Approximate is better
 than 'exact'" (1998), for one measure, and Agresti and Min, "Simple improved confidence intervals
 for comparing matched proportions" (2005), for two.
 """
@@ -25,6 +26,10 @@ Values = Sequence[float] | np.ndarray
 Strata = Mapping[str, Mapping[int, Values]]  # {task: {level: values of its boards}}
 
 ADDED_BOARDS = 2.0
+DRAWS = 4000  # of the bootstrap
+_SEED = 0  # of the bootstrap: the same rows always give the same intervals
+_TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # of a 95 % interval
+_Z = -statistics.NormalDist().inv_cdf(_TAILS[0])
 
 
 class Estimate(NamedTuple):
@@ -46,7 +51,7 @@ class Difference(NamedTuple):
     n: int
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Return Wilson's score interval (low, high) of a share; (0, 1) at n = 0.
 
     A sum of values in 0..1 will do for `successes`; the interval is then too wide, never too
@@ -54,10 +59,9 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     """
     if n < 0 or not 0 <= successes <= n:
         raise ValueError(f"got {successes} successes of {n}, want 0 <= successes <= n")
-    z = _z(confidence)
     if n == 0:
         return 0.0, 1.0
-    share = successes / n
+    z, share = _Z, successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At the ends the limits are 0 and 1 exactly, which rounding would miss.
@@ -65,7 +69,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
-def macro_mean(strata: Strata, confidence: float = 0.95) -> Estimate:
+def macro_mean(strata: Strata) -> Estimate:
     """Return the macro mean with an interval that is never of width zero.
 
     The interval is that of Agresti and Coull for a share, at the number of boards that, drawn
@@ -74,7 +78,7 @@ def macro_mean(strata: Strata, confidence: float = 0.95) -> Estimate:
     strata with rates from 0.02 to 0.98. Adding up the strata's own Wilson intervals in squares
     is no substitute: 89 % at twelve strata of rate 0.02.
     """
-    z = _z(confidence)
+    z = _Z
     mean = spread_mean = variance = 0.0
     n = 0
     for weight, (values,) in _weighted((strata,)):
@@ -91,82 +95,57 @@ def macro_mean(strata: Strata, confidence: float = 0.95) -> Estimate:
     return Estimate(float(mean), float(max(0.0, centre - half)), float(min(1.0, centre + half)), n)
 
 
-def paired_difference(
-    ours: Strata,
-    theirs: Strata,
-    *,
-    confidence: float = 0.95,
-    draws: int = 4000,
-    seed: int = 0,
-) -> Difference:
+def paired_difference(ours: Strata, theirs: Strata) -> Difference:
     """Return the macro mean of `ours` minus that of `theirs` on the same boards.
 
     Values are paired by task, level and place. The interval is of a bootstrap over the boards of
     each stratum, both measures of a board drawn together; `p_value` is the smallest level whose
-    interval leaves out 0, at least 2 / (draws + 1). Raises ValueError where the boards differ.
+    interval leaves out 0, at least 2 / (DRAWS + 1). Raises ValueError where the boards differ.
     """
-    means, samples, n = _bootstrap((ours, theirs), draws, seed)
+    means, samples, n = _bootstrap((ours, theirs))
     value, differences = means[0] - means[1], samples[:, 0] - samples[:, 1]
-    low, high = np.quantile(differences, _tails(confidence))
+    low, high = np.quantile(differences, _TAILS)
     # Equal draws count on both sides, the value itself as one draw.
     below, above = np.sum(differences <= 0), np.sum(differences >= 0)
-    p_value = float(min(1.0, 2 * (min(below, above) + 1) / (draws + 1)))
+    p_value = float(min(1.0, 2 * (min(below, above) + 1) / (len(samples) + 1)))
     return Difference(float(value), max(-1.0, float(low)), min(1.0, float(high)), p_value, n)
 
 
-def gap_closed(
-    base: Strata,
-    ceiling: Strata,
-    ours: Strata,
-    *,
-    confidence: float = 0.95,
-    draws: int = 4000,
-    seed: int = 0,
-) -> Estimate:
+def gap_closed(base: Strata, ceiling: Strata, ours: Strata) -> Estimate:
     """Return (ours - base) / (ceiling - base) of macro means on the same boards.
 
     1: the gap is closed, 0: as base; below 0 and above 1 happen. NaN where there is no gap
     (ceiling <= base); NaN limits where so many draws of the bootstrap have none that the interval
     would have no end. Pairing and errors as in `paired_difference`.
     """
-    means, samples, n = _bootstrap((base, ceiling, ours), draws, seed)
+    means, samples, n = _bootstrap((base, ceiling, ours))
     gap, gaps = means[1] - means[0], samples[:, 1] - samples[:, 0]
     if gap <= 0:
         return Estimate(math.nan, math.nan, math.nan, n)
     value = float((means[2] - means[0]) / gap)
     has_gap = gaps > 0
-    tails = _tails(confidence)
-    if 1 - has_gap.mean() > tails[0]:
+    if 1 - has_gap.mean() > _TAILS[0]:
         return Estimate(value, math.nan, math.nan, n)
     shares = (samples[has_gap, 2] - samples[has_gap, 0]) / gaps[has_gap]
-    low, high = np.quantile(shares, tails)
+    low, high = np.quantile(shares, _TAILS)
     return Estimate(value, float(low), float(high), n)
 
 
-def over_runs(
-    runs: Sequence[Strata], *, confidence: float = 0.95, draws: int = 4000, seed: int = 0
-) -> Estimate:
+def over_runs(runs: Sequence[Strata]) -> Estimate:
     """Return the mean over runs (seeds) of their macro means on the same boards.
 
     The interval allows for other seeds and for other boards: Student's t over the runs and a
     bootstrap over the boards, added in squares. One run has the boards' interval alone.
     """
     if len(runs) == 1:
-        return macro_mean(runs[0], confidence)
-    means, samples, n = _bootstrap(runs, draws, seed)
-    half = _half_width(means, samples.mean(axis=1), confidence)
+        return macro_mean(runs[0])
+    means, samples, n = _bootstrap(runs)
+    half = _half_width(means, samples.mean(axis=1))
     value = float(means.mean())
     return Estimate(value, max(0.0, value - half), min(1.0, value + half), n)
 
 
-def runs_difference(
-    ours: Sequence[Strata],
-    theirs: Sequence[Strata],
-    *,
-    confidence: float = 0.95,
-    draws: int = 4000,
-    seed: int = 0,
-) -> Difference:
+def runs_difference(ours: Sequence[Strata], theirs: Sequence[Strata]) -> Difference:
     """Return the mean difference of runs that share their boards and, one by one, their seeds.
 
     The interval is as in `over_runs`, the p-value that of Student's t at the interval's width. One
@@ -176,23 +155,27 @@ def runs_difference(
         raise ValueError(f"got {len(ours)} and {len(theirs)} runs, want as many of both")
     count = len(ours)
     if count == 1:
-        return paired_difference(ours[0], theirs[0], confidence=confidence, draws=draws, seed=seed)
-    means, samples, n = _bootstrap((*ours, *theirs), draws, seed)
+        return paired_difference(ours[0], theirs[0])
+    means, samples, n = _bootstrap((*ours, *theirs))
     means = means[:count] - means[count:]
     boards = (samples[:, :count] - samples[:, count:]).mean(axis=1)
-    half = _half_width(means, boards, confidence)
+    half = _half_width(means, boards)
     value = float(means.mean())
-    spread = half / float(special.stdtrit(count - 1, _tails(confidence)[1]))
+    spread = half / _t(count - 1)
     p_value = float(2 * special.stdtr(count - 1, -abs(value) / spread))
     low, high = max(-1.0, value - half), min(1.0, value + half)
     return Difference(value, low, high, p_value, n)
 
 
-def _half_width(means: np.ndarray, boards: np.ndarray, confidence: float) -> float:
+def _half_width(means: np.ndarray, boards: np.ndarray) -> float:
     """Half the interval of the mean of `means` [runs], whose draws over boards are `boards`."""
-    t = float(special.stdtrit(len(means) - 1, _tails(confidence)[1]))
-    over_seeds = t * float(means.std(ddof=1)) / math.sqrt(len(means))
-    return math.hypot(over_seeds, _z(confidence) * float(boards.std()))
+    over_seeds = _t(len(means) - 1) * float(means.std(ddof=1)) / math.sqrt(len(means))
+    return math.hypot(over_seeds, _Z * float(boards.std()))
+
+
+def _t(degrees: int) -> float:
+    """The quantile of Student's t at the upper end of a 95 % interval."""
+    return float(special.stdtrit(degrees, _TAILS[1]))
 
 
 def pass_at_k(n: int, successes: int, k: int) -> float:
@@ -208,27 +191,13 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
     return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
 
 
-def _z(confidence: float) -> float:
-    return -statistics.NormalDist().inv_cdf(_tails(confidence)[0])
-
-
-def _tails(confidence: float) -> tuple[float, float]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: got {confidence}, want between 0 and 1")
-    return (1 - confidence) / 2, (1 + confidence) / 2
-
-
 def _weighted(parts: Sequence[Strata]) -> list[tuple[float, np.ndarray]]:
     """[(weight in the macro mean, values [k, n])] of the strata of k measures of the same boards.
 
     Raises ValueError naming the stratum where boards are missing, or values are not in 0..1.
     """
     sizes = [
-        {
-            (task, level): len(values)
-            for task, levels in part.items()
-            for level, values in levels.items()
-        }
+        {(task, level): len(part[task][level]) for task in part for level in part[task]}
         for part in parts
     ]
     if not sizes[0] or 0 in sizes[0].values():
@@ -247,20 +216,18 @@ def _weighted(parts: Sequence[Strata]) -> list[tuple[float, np.ndarray]]:
     return weighted
 
 
-def _bootstrap(
-    parts: Sequence[Strata], draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """(macro means [k], draws of them [draws, k], boards) of k measures of the same boards."""
-    rng = np.random.default_rng(seed)
+def _bootstrap(parts: Sequence[Strata]) -> tuple[np.ndarray, np.ndarray, int]:
+    """(macro means [k], draws of them [DRAWS, k], boards) of k measures of the same boards."""
+    rng = np.random.default_rng(_SEED)
     corners = np.array(list(itertools.product((0.0, 1.0), repeat=len(parts))))  # [2^k, k]
-    means, samples, n = np.zeros(len(parts)), np.zeros((draws, len(parts))), 0
+    means, samples, n = np.zeros(len(parts)), np.zeros((DRAWS, len(parts))), 0
     for weight, values in _weighted(parts):
         # Boards with the same values are drawn together: there are few kinds of them.
         kinds, counts = np.unique(values.T, axis=0, return_counts=True)
         kinds = np.concatenate([kinds, corners])
         counts = np.concatenate([counts, np.full(len(corners), ADDED_BOARDS / len(corners))])
         shares, boards = counts / counts.sum(), values.shape[1]
-        drawn = rng.multinomial(boards, shares, size=draws) @ kinds / boards
+        drawn = rng.multinomial(boards, shares, size=DRAWS) @ kinds / boards
         mean = values.mean(axis=1)
         means += weight * mean
         samples += weight * (drawn + mean - shares @ kinds)  # the spread with, the mean without

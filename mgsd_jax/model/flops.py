@@ -1,8 +1,8 @@
-"""How much arithmetic the model asks for, from its configuration: what MFU is measured against.
+"""How much arithmetic the model needs, from its configuration: what MFU is measured against.
 
-Matrix products only, a multiply and an add counted as two. Attention is counted in full, not
-halved for causality, as kernels without block skipping do it. Compilers' own counts are of no use
-here: they count the body of a loop once and a custom kernel not at all.
+Counted are matrix products only, a multiply and an add as two. Attention is counted in full, not
+halved for causality, as kernels that do not skip blocks compute it. Compilers' own counts are of no
+use here: they count the body of a loop once and a custom kernel not at all.
 """
 
 import jax
@@ -14,19 +14,29 @@ from mgsd_jax.parallel.chips import CHIPS, GPUS
 PEAK = {kind: chip.flops for kind, chip in (CHIPS | GPUS).items()} | {"TPU v4": 275e12}
 
 
+def layer_weights(config: ModelConfig) -> int:
+    """The number of weights in the matrices of one layer of the decoder."""
+    text = config.text
+    heads, kv = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
+    return text.hidden_size * (2 * heads + 2 * kv + 3 * text.intermediate_size)
+
+
+def block_weights(config: ModelConfig) -> int:
+    """The number of weights in the matrices of one block of the vision tower."""
+    vision = config.vision
+    return vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+
+
 def forward_flops(config: ModelConfig, *, tokens: int, patches: int, predicted: int) -> float:
     """FLOPs of one row's forward pass: T text tokens, P patches, `predicted` tokens at the head."""
     text, vision = config.text, config.vision
-    width, heads = text.hidden_size, text.num_attention_heads * text.head_dim
-    kv = text.num_key_value_heads * text.head_dim
-    layer = width * (2 * heads + 2 * kv) + 3 * width * text.intermediate_size
-    flops = 2.0 * tokens * text.num_hidden_layers * layer
-    flops += 4.0 * tokens**2 * heads * text.num_hidden_layers
-    flops += 2.0 * predicted * text.vocab_size * width
+    flops = 2.0 * tokens * text.num_hidden_layers * layer_weights(config)
+    flops += tokens * attention_flops(config, tokens)
+    flops += 2.0 * predicted * text.vocab_size * text.hidden_size
     if patches:
         eyes = vision.hidden_size
-        block = 4 * eyes**2 + 2 * eyes * vision.intermediate_size
-        flops += 2.0 * patches * (vision.depth * block + vision.patch_channels * eyes)
+        weights = vision.depth * block_weights(config) + vision.patch_channels * eyes
+        flops += 2.0 * patches * weights
         flops += 4.0 * patches**2 * eyes * vision.depth
         merged = eyes * vision.merge_unit
         merger = merged * (merged + vision.out_hidden_size)
@@ -34,14 +44,19 @@ def forward_flops(config: ModelConfig, *, tokens: int, patches: int, predicted: 
     return flops
 
 
+def attention_flops(config: ModelConfig, keys: int) -> float:
+    """FLOPs of one token's attention over S keys in all layers of the decoder."""
+    text = config.text
+    return 4.0 * keys * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+
+
 def decode_flops(config: ModelConfig, *, slots: int) -> float:
     """FLOPs of one more token of one row, over a cache of S slots that is read in full."""
-    text = config.text
-    attention = 4.0 * slots * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    return forward_flops(config, tokens=1, patches=0, predicted=1) + attention
+    token = forward_flops(config, tokens=1, patches=0, predicted=1)
+    return token + attention_flops(config, slots)
 
 
 def peak_flops() -> float | None:
-    """The peak of all devices together, None where their kind is not in `PEAK`."""
+    """The peak of all devices together, None if their kind is not in `PEAK`."""
     kind = jax.devices()[0].device_kind
     return PEAK[kind] * jax.device_count() if kind in PEAK else None

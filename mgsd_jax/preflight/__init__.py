@@ -1,10 +1,10 @@
-"""Compiles every program of a run for a TPU slice that is not here: does it fit, and how fast?
+"""Compiles every program of a run for a TPU slice that is not here: does it fit, how fast is it?
 
   python -m mgsd_jax.main --stage=preflight --config=configs/qwen3vl.py:8b --workdir=DIR \
       --set preflight.topology=v5e:4x4
 
 libtpu compiles for a topology without a TPU. No weights are made or read. `preflight.json` and
-`preflight.md` in the workdir hold the table, written anew after every program.
+`preflight.md` in the workdir hold the table; they are rewritten after every program.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ _UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 def run(config: Config, workdir: str) -> None:
     """Compiles the programs of `config.preflight.stages`; prints and saves the table.
 
-    Raises ValueError for a topology that libtpu does not know, and where a batch does not split
-    over the mesh. A program that does not fit, or that the compiler fails on, is a row.
+    Raises ValueError for a topology that libtpu does not know, or a batch that does not split over
+    the mesh. A program that does not fit, or on which the compiler fails, is a row of the table.
     """
     jax.config.update("jax_platforms", "cpu")  # leaves the TPU of this machine, if any, alone
     mesh = slice_mesh(config)
@@ -55,14 +55,14 @@ def run(config: Config, workdir: str) -> None:
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     results = _earlier(folder / "preflight.json", config)
-    for program in programs_of(config, mesh):
+    programs = list(programs_of(config, mesh))
+    for program in programs:
         if config.preflight.only and program.name not in config.preflight.only:
             continue
         logging.info("preflight: compiles %s", program.name)
         results[program.name] = result = compile_program(program, chip)
         logging.info("preflight: %s: %s", program.name, result.verdict(chip))
-        order = [p for p in _names(config) if p in results]
-        results = {name: results[name] for name in order}
+        results = {p.name: results[p.name] for p in programs if p.name in results}
         content = {
             "config": config_lib.to_dict(config),
             "chip": dataclasses.asdict(chip),
@@ -77,19 +77,13 @@ def run(config: Config, workdir: str) -> None:
 
 
 def _command() -> str:
-    """What was typed, but for `preflight.only`: the table holds all programs in the end."""
+    """The command line without `preflight.only`: the table holds all programs in the end."""
     words = " ".join(map(shlex.quote, sys.argv[1:]))
     return "python -m mgsd_jax.main " + re.sub(r" ?--set[ =]\S*preflight\.only=\S+", "", words)
 
 
-def _names(config: Config) -> list[str]:
-    update, rollout = ["update"], ["layout", "prefill", "decode"]
-    parts = {"grounding": update, "distillation": rollout + update, "evaluate": rollout}
-    return [f"{stage}/{part}" for stage in config.preflight.stages for part in parts[stage]]
-
-
 def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
-    """What an earlier run with the same configuration, but for `only`, has found out."""
+    """The results of an earlier run whose configuration differs in `preflight.only` at most."""
     if not file.is_file():
         return {}
     found, mine = fields.read_json(file), config_lib.to_dict(config)
@@ -107,7 +101,7 @@ def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
 def slice_mesh(config: Config) -> Mesh:
     """The mesh of `config.mesh` over the chips of `config.preflight.topology`."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("preflight: got no package libtpu, want it: pip install libtpu")
+        raise ValueError("preflight: package libtpu not found; install it: pip install libtpu")
     # libtpu would ask a cloud's server what machine this is, and would run in one process alone.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -124,7 +118,7 @@ def slice_mesh(config: Config) -> Mesh:
 
 
 def find_chip(mesh: Mesh) -> Chip:
-    """What is known of the chips of a mesh; raises ValueError for a kind that is not in CHIPS."""
+    """The chips of a mesh. Raises ValueError for a kind that is not in CHIPS."""
     kind = mesh.devices.flat[0].device_kind
     if kind not in CHIPS:
         raise ValueError(f"preflight.topology: got chips {kind!r}, want one of {sorted(CHIPS)}")
@@ -145,7 +139,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 def compile_program(program: Program, chip: Chip) -> Result:
-    """What the compiler says of a program; a failure of it is a result too."""
+    """What the compiler reports about a program; its failure is a result too."""
     started, worked = time.perf_counter(), time.process_time()
     sizes: dict[str, float] = {}
     error = None

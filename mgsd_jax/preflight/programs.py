@@ -1,19 +1,20 @@
 """Every program of a run, to be lowered from abstract arguments: shapes and layouts, no weights.
 
-They are the programs that the stages call, made by the same functions, not copies of them. Shapes
-are the largest that the config allows: its longest buckets, full batches, one picture a prompt.
+These are the programs that the stages call, made by the same functions. Shapes are the largest
+that the config allows: its longest buckets, full batches, one picture per prompt.
 Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch channels.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from mgsd_jax import tree
 from mgsd_jax.config import Config, LoraConfig, OptimConfig, SamplingConfig
@@ -28,8 +29,11 @@ from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation, grounding
 from mgsd_jax.stages.distillation import DistillationBatch
 from mgsd_jax.training import optimizer, trainable
+from mgsd_jax.tree import Tree
 from mgsd_jax.weights import table
 from mgsd_jax.weights.released import find_config
+
+Batch = TypeVar("Batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Program:
 
     name: str  # 'distillation/update'
     jitted: Any  # what jax.jit made
-    arguments: tuple[Any, ...]  # of it: ShapeDtypeStructs, and whatever else it takes
-    resident: int  # bytes a chip of arrays that are held meanwhile, but are no arguments of it
+    arguments: tuple[object, ...]  # ShapeDtypeStructs, and what else it takes
+    resident: int  # bytes on a chip of arrays that are held meanwhile, but are not its arguments
     work: Work
 
     def lower(self) -> jax.stages.Lowered:
-        """The program as it is given to the compiler."""
+        """The program as the compiler gets it."""
         return self.jitted.lower(*self.arguments)
 
 
@@ -53,14 +57,6 @@ def programs_of(config: Config, mesh: Mesh) -> Iterator[Program]:
     for stage in config.preflight.stages:
         for program in make[stage](config, mesh):
             yield dataclasses.replace(program, name=f"{stage}/{program.name}")
-
-
-def bytes_a_chip(values: Any) -> int:
-    """What the shards of abstract arrays take on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(values)
-    )
 
 
 def make_model(config: Config, path: str, mesh: Mesh | None) -> Qwen3VL:
@@ -153,10 +149,10 @@ def _evaluate(config: Config, mesh: Mesh) -> Iterator[Program]:
 def _rollout(
     config: Config,
     model: Qwen3VL,
-    variables: Any,
+    variables: Tree,
     rows: int,
     sampling: SamplingConfig,
-    held: Any,
+    held: object,
 ) -> Iterator[Program]:
     """The change of layout, the prefill and the decode loop, while `held` stays where it is.
 
@@ -164,9 +160,9 @@ def _rollout(
     """
     mesh = model.mesh
     assert mesh is not None
-    kept, laid_out = bytes_a_chip(held), variables
+    kept, laid_out = roofline.chip_bytes(held), variables
     if mesh.size == 1:
-        kept -= bytes_a_chip(variables)
+        kept -= roofline.chip_bytes(variables)
     else:
         lay_out = sharding.make_layout(mesh, model.dtype)
         laid_out = jax.eval_shape(lay_out, variables)
@@ -177,7 +173,7 @@ def _rollout(
             "layout",
             lay_out,
             (variables,),
-            kept - bytes_a_chip(variables),
+            kept - roofline.chip_bytes(variables),
             roofline.layout_work(variables, laid_out),
         )
     length, slots = config.data.prompt_buckets[-1], sampling.max_new_tokens
@@ -195,12 +191,12 @@ def _rollout(
 # --------------------------------------------------------------------------------------- arguments
 
 
-def _params(config: Config, model: Qwen3VL) -> Any:
+def _params(config: Config, model: Qwen3VL) -> Tree:
     params = table.abstract_params(model.config, config.model.param_dtype)
     return sharding.abstract(params, sharding.param_shardings(params, _mesh(model)))
 
 
-def _read_only(params: Any, model: Qwen3VL) -> Any:
+def _read_only(params: Tree, model: Qwen3VL) -> Tree:
     """Parameters that do not learn: in the dtype that the model computes in."""
     shapes = jax.eval_shape(lambda p: sharding.cast(p, model.dtype), params)
     return sharding.abstract(shapes, sharding.state_shardings(shapes, _mesh(model)))
@@ -211,10 +207,10 @@ def _state(
     model: Qwen3VL,
     optim: OptimConfig,
     lora: LoraConfig,
-    tx: Any,
+    tx: optax.GradientTransformation,
     *,
     keeps_average: bool = False,
-) -> tuple[optimizer.TrainState, Any]:
+) -> tuple[optimizer.TrainState, Tree]:
     """The train state and the frozen part of the variables."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     trained, frozen = jax.eval_shape(
@@ -251,11 +247,11 @@ def _patches(config: Config) -> int:
     return config.data.patch_buckets[-1]
 
 
-def _array(shape: tuple[int, ...], dtype: Any) -> Any:
+def _array(shape: tuple[int, ...], dtype: DTypeLike) -> Any:  # stands for a jax.Array
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _placed(batch: Any, mesh: Mesh) -> Any:
+def _placed(batch: Batch, mesh: Mesh) -> Batch:
     """Abstract batches, laid out as `sharding.to_global` lays them."""
     return sharding.abstract(batch, sharding.batch_shardings(batch, mesh))
 

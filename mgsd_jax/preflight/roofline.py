@@ -1,24 +1,24 @@
 """The least time that a program can take: arithmetic, memory traffic and links, each at its peak.
 
-Derived from the configuration: compilers count the body of a loop once and a kernel not at all.
-Traffic is what cannot be avoided: weights read once a pass, the cache once a token, gathered parts
-once a microbatch and pass. Activations are left out, so a real step takes longer.
+All of it is computed from the configuration: compilers count the body of a loop once and a kernel
+not at all. Traffic is what cannot be avoided: weights are read once a pass, the cache once a token,
+gathered parts once a microbatch and pass. Activations are left out, so a real step takes longer.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mgsd_jax.config import Config
-from mgsd_jax.model.flops import decode_flops, forward_flops
+from mgsd_jax.model.flops import block_weights, decode_flops, forward_flops, layer_weights
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import axes
 from mgsd_jax.parallel.chips import Chip
+from mgsd_jax.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Work:
     tokens: int  # of the batch, over all chips; for a rollout those sampled
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """Each part of it at the chip's peak; the longest is the roofline."""
+        """The time of each part at the chip's peak; the longest is the roofline."""
         return {
             "arithmetic": self.flops / chip.flops,
             "memory": self.memory / chip.hbm_bytes_per_s,
@@ -39,34 +39,35 @@ class Work:
         }
 
 
-def total_bytes(values: Any) -> int:
+def total_bytes(values: object) -> int:
     """Bytes of arrays, one copy of each."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
 
 
-def _local_bytes(values: Any) -> int:
+def chip_bytes(values: object) -> int:
+    """Bytes that the shards of abstract arrays take on one chip."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(values)
     )
 
 
-def layout_work(before: Any, after: Any) -> Work:
-    """Parameters read where training has them, and written, mostly received, for a rollout."""
-    read, written = _local_bytes(before), _local_bytes(after)
+def layout_work(before: object, after: object) -> Work:
+    """Parameters are read where training has them, and written, mostly received, for a rollout."""
+    read, written = chip_bytes(before), chip_bytes(after)
     return Work(flops=0.0, memory=read + written, links=written, tokens=0)
 
 
 def rollout_works(
-    model: Qwen3VL, variables: Any, rows: int, length: int, steps: int, patches: int
+    model: Qwen3VL, variables: Tree, rows: int, length: int, steps: int, patches: int
 ) -> dict[str, Work]:
-    """A prefill of `rows` prompts of `length` tokens, and `steps` steps of the decode loop."""
+    """The work of a prefill of `rows` prompts of `length` tokens, and of `steps` decode steps."""
     text, mesh = model.config.text, model.mesh
     assert mesh is not None
     local_rows = rows // axes.parts(mesh, axes.dividing(mesh, axes.BATCH, rows))
     tensor = axes.parts(mesh, axes.dividing(mesh, "tensor", text.num_key_value_heads))
     slots = length + steps
-    weights, language = _local_bytes(variables), _local_bytes(variables["params"]["language"])
+    weights, language = chip_bytes(variables), chip_bytes(variables["params"]["language"])
     slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim // tensor
     cache = local_rows * slot * jnp.dtype(model.dtype).itemsize  # bytes a slot
     reduced = _reduced_bytes(model, local_rows)
@@ -91,15 +92,15 @@ def rollout_works(
 def update_work(
     config: Config,
     mesh: Mesh,
-    trained: Any,
+    trained: object,
     readers: Sequence[tuple[Qwen3VL, int, int, bool]],
     rows: int,
     microbatches: int,
 ) -> Work:
-    """One update: readers are (model, T, tokens at the head, sees pictures), the first one learns.
+    """The work of one update. A reader is (model, T, tokens at the head, whether it sees pictures).
 
-    The learner goes forward, forward again where `remat` recomputes, and backward at twice the
-    cost; the others go forward only.
+    The first reader learns: it runs forward, forward again if `remat` recomputes, and backward at
+    twice the cost. The others run forward only.
     """
     fsdp, tensor = axes.parts(mesh, axes.BATCH), mesh.shape["tensor"]
     recomputed = 0 if config.model.remat == "none" else 1
@@ -111,7 +112,7 @@ def update_work(
         flops += rows * forward * (1 if place else 3 + recomputed)
         gathered += passes * _weight_bytes(model) / tensor
         reduced += passes * length * _reduced_bytes(model, rows // fsdp)
-    state = _local_bytes(trained)
+    state = chip_bytes(trained)
     gradients = total_bytes(trained) / tensor
     # Master weights and both moments are read and written; gradients are added up and read.
     memory = 6 * state + microbatches * (gathered * 2 + 2 * state) + 2 * state
@@ -120,13 +121,10 @@ def update_work(
 
 
 def _weight_bytes(model: Qwen3VL) -> float:
-    """Of the decoder's and the tower's weights, without the tables, as the model computes."""
-    text, vision = model.config.text, model.config.vision
-    width, heads = text.hidden_size, text.num_attention_heads * text.head_dim
-    kv = text.num_key_value_heads * text.head_dim
-    layer = width * (2 * heads + 2 * kv) + 3 * width * text.intermediate_size
-    block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    count = text.num_hidden_layers * layer + vision.depth * block
+    """Bytes of the decoder's and the tower's matrices, in the dtype that the model computes in."""
+    config = model.config
+    count = config.text.num_hidden_layers * layer_weights(config)
+    count += config.vision.depth * block_weights(config)
     return count * jnp.dtype(model.dtype).itemsize
 
 

@@ -1,11 +1,11 @@
-"""The results of a preflight as markdown: one row a program, then the step, then what to change."""
+"""The results of a preflight as markdown: a row for each program, the steps, and what to change."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from mgsd_jax.config import Config
+from mgsd_jax.config import Config, DistillationConfig, EvaluateConfig
 from mgsd_jax.parallel import axes
 from mgsd_jax.parallel.chips import Chip
 
@@ -47,7 +47,7 @@ class Result:
 
 
 def render(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result], command: str) -> str:
-    """The page. It says what fits, and where something does not, what to change."""
+    """The page: what fits, how long it takes at least, and what to change if something does not."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
         f"# Preflight: {config.model.path} on {config.preflight.topology}",
@@ -57,44 +57,51 @@ def render(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result], co
         f"{mesh.size} chips of {chip.name}, mesh {sizes}, remat {config.model.remat}, parameters "
         f"{config.model.param_dtype}. A chip has {chip.hbm_gib:g} GiB for programs. GiB a chip:",
         "",
-        "| program | arguments | temporaries | peak | held besides | together | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        numbers = (
-            result.arguments,
-            result.temporaries,
-            result.peak,
-            result.resident,
-            result.total,
-        )
-        cells = ["-" if x is None else f"{x:.2f}" for x in numbers]
-        lines.append(f"| {result.name} | {' | '.join(cells)} | {_verdict(result, chip)} |")
-    lines += [
+        *_table(
+            "program, arguments, temporaries, peak, held besides, together, verdict",
+            [(r.name, *_sizes(r), _verdict(r, chip)) for r in results],
+        ),
         "",
         "Least time of one call (arithmetic, memory traffic, links, each at its peak):",
         "",
-    ]
-    lines += [
-        "| program | TFLOP a chip | arithmetic s | memory s | links s | roofline s | tokens "
-        "| compile CPU s | compile wall s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        parts = " | ".join(f"{result.seconds[k]:.3g}" for k in ("arithmetic", "memory", "links"))
-        lines.append(
-            f"| {result.name} | {result.flops / 1e12:.4g} | {parts} | {result.roofline:.3g} "
-            f"| {result.tokens:,} | {result.compile_cpu_seconds:.0f} "
-            f"| {result.compile_seconds:.0f} |"
-        )
-    lines += [
+        *_table(
+            "program, TFLOP a chip, arithmetic s, memory s, links s, roofline s, tokens, "
+            "compile CPU s, compile wall s",
+            [(r.name, *_times(r)) for r in results],
+        ),
         "",
         "CPU time is that of all threads of the compiler; wall time also counts what else the "
         "machine did.",
         "",
+        *_steps(config, results),
+        "",
+        *_advice(config, mesh, chip, results),
+        "",
     ]
-    lines += [*_steps(config, results), "", *_advice(config, mesh, chip, results), ""]
     return "\n".join(lines)
+
+
+def _table(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a markdown table; `head` holds the names of the columns."""
+    columns = head.split(", ")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
+
+
+def _sizes(result: Result) -> list[str]:
+    found = (result.arguments, result.temporaries, result.peak, result.resident, result.total)
+    return ["-" if size is None else f"{size:.2f}" for size in found]
+
+
+def _times(result: Result) -> list[str]:
+    return [
+        f"{result.flops / 1e12:.4g}",
+        *(f"{result.seconds[part]:.3g}" for part in ("arithmetic", "memory", "links")),
+        f"{result.roofline:.3g}",
+        f"{result.tokens:,}",
+        f"{result.compile_cpu_seconds:.0f}",
+        f"{result.compile_seconds:.0f}",
+    ]
 
 
 def _verdict(result: Result, chip: Chip) -> str:
@@ -139,26 +146,27 @@ def _advice(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result]) -
 
 def _changes(config: Config, mesh: Mesh, stage: str, part: str) -> list[str]:
     """Settings that make a program smaller, the cheapest first."""
-    tensor = mesh.shape["tensor"]
+    tensor, parts = mesh.shape["tensor"], axes.parts(mesh, axes.BATCH)
     wider = [f"mesh.tensor={2 * tensor}"] if 2 * tensor <= min(8, mesh.size) else []
     more = [f"a slice of more than {mesh.size} chips"]
-    if part != "update":
-        settings = {"distillation": config.distillation, "evaluate": config.evaluate}[stage]
-        rows, parts = settings.batch_size, axes.parts(mesh, axes.BATCH)
+    settings = {
+        "grounding": config.grounding,
+        "distillation": config.distillation,
+        "evaluate": config.evaluate,
+    }[stage]
+    rows = settings.batch_size
+    if isinstance(settings, EvaluateConfig) or part != "update":
         fewer = [f"{stage}.batch_size={rows // 2}"] if rows % (2 * parts) == 0 else []
-        shorter = [f"a smaller {stage}.sampling.max_new_tokens"]
-        return [*wider, *fewer, *shorter, *more]
-    if stage == "grounding":
-        rows, now = config.grounding.batch_size, config.grounding.microbatches
-    else:
-        rows = config.distillation.batch_size * config.distillation.rollouts
-        now = config.distillation.microbatches
-    most = rows // axes.parts(mesh, axes.BATCH)
-    finer = [k for k in range(now + 1, most + 1) if most % k == 0]
+        return [*wider, *fewer, f"a smaller {stage}.sampling.max_new_tokens", *more]
+    if isinstance(settings, DistillationConfig):
+        rows *= settings.rollouts
+    finer = [
+        k for k in range(settings.microbatches + 1, rows // parts + 1) if rows // parts % k == 0
+    ]
     changes = [f"{stage}.microbatches={finer[0]}"] if finer else []
     if config.model.remat != "full":
         changes.append("model.remat=full")
     changes += wider
-    if config.model.param_dtype == "float32" and not getattr(config, stage).lora.rank:
+    if config.model.param_dtype == "float32" and not settings.lora.rank:
         changes.append("model.param_dtype=bfloat16 (rounds stochastically)")
     return [*changes, *more]

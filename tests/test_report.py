@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import tomllib
 from typing import Any
 
@@ -86,8 +87,15 @@ def write_folder(folder: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Pa
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return write_folder(tmp_path_factory.mktemp("report") / "evaluation", make_rows())
+def sound(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """An evaluation folder, for tests that copy it."""
+    return write_folder(tmp_path_factory.mktemp("sound") / "evaluation", make_rows())
+
+
+@pytest.fixture(scope="module")
+def folder(sound: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("report") / "evaluation"
+    return shutil.copytree(sound, path)
 
 
 @pytest.fixture(scope="module")
@@ -386,9 +394,10 @@ def spoil_count(folder: pathlib.Path) -> None:
     ],
 )
 def test_what_is_missing_or_wrong_is_one_clear_error(
-    tmp_path: pathlib.Path, spoil: Any, message: str
+    sound: pathlib.Path, tmp_path: pathlib.Path, spoil: Any, message: str
 ) -> None:
-    folder = write_folder(tmp_path / "evaluation", make_rows())
+    folder = tmp_path / "evaluation"
+    shutil.copytree(sound, folder)
     spoil(folder)
     with pytest.raises(ValueError, match=message):
         build_report(folder, {"grounding": folder / "grounding"}, tmp_path / "r.html", title="t")

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import runpy
-import subprocess
 import sys
 from typing import Any
 from xml.etree import ElementTree
@@ -40,11 +39,13 @@ def test_every_row_differs_from_every_other() -> None:
     assert len(kinds) == len(ROWS)
 
 
-def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(tmp_path: pathlib.Path) -> None:
-    argv = [sys.executable, "launch/study.py", str(tmp_path), "--rows", "base,method", "--dry-run"]
-    lines = subprocess.run(
-        argv, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["study.py", str(tmp_path), "--rows", "base,method", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(ROOT / "launch" / "study.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
     stages = [line.split("--stage=")[1].split()[0] for line in lines]
     assert stages.count("generate") == 2
     assert stages.count("distillation") == 3

@@ -5,19 +5,21 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
 from mgsd_jax.envs import ENVS
+from mgsd_jax.envs.base import Sized
 from mgsd_jax.envs.search import DELTAS, Cell, Plan
 from mgsd_jax.evaluation.rows import BoardKey, PlanRow, Row, board_of, plans
 from mgsd_jax.evaluation.summary import MODELS, sort_models
 from mgsd_jax.report.markup import tag, write
 from mgsd_jax.report.words import TASKS, model_label, reason_label
 
+T = TypeVar("T")
 Point = tuple[float, float]  # x, y in pixels of the picture
 Kind = Literal["fixed", "broken", "failed", "solved"]
 SIDE = 256  # pixels of a board picture
@@ -83,7 +85,7 @@ def main_models(names: Iterable[str]) -> Sequence[str]:
     return [name for name in ordered if name in MODELS] or ordered
 
 
-def spread(found: Sequence[Any], count: int) -> list[Any]:
+def spread(found: Sequence[T], count: int) -> list[T]:
     """Return `count` of what was found, evenly spread; all of it where there is no more."""
     if len(found) <= count:
         return list(found)
@@ -157,7 +159,7 @@ def _arrows(plan: Plan) -> str:
     return " ".join(_ARROWS.get(action, action.upper()) for action in plan) if plan else "no plan"
 
 
-def _drawing(image: Markup, task: str, state: Any, plan: Plan, style: str, alt: str) -> Markup:
+def _drawing(image: Markup, task: str, state: Sized, plan: Plan, style: str, alt: str) -> Markup:
     env, marks = ENVS[task], []
     if plan and all(action in env.actions for action in plan):
         outcome, cells, unit = env.play(state, plan), env.trace(state, plan), SIDE / state.size

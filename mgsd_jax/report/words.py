@@ -31,9 +31,10 @@ RULES = {
     "upstream_reward": "public reward",
     "upstream_eval": "public evaluation",
 }
-REASONS = {**base.REASONS}
-for _env in ENVS.values():
-    REASONS |= _env.reasons
+REASONS = {
+    **base.REASONS,
+    **{reason: words for env in ENVS.values() for reason, words in env.reasons.items()},
+}
 
 
 def percent(value: float | None, digits: int = 1) -> str:

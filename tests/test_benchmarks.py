@@ -12,21 +12,26 @@ import numpy as np
 import pytest
 
 from mgsd_jax.data import benchmarks, splits
+from mgsd_jax.data.public_boards import Case, read_visualplanning
 from mgsd_jax.envs import ENVS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data" / "benchmarks"
 REFERENCE = ROOT.parent / "shared" / "reference" / "benchmarks"
+DIFFTHINKER = {
+    (name.split("_")[0], int(name.split("_")[2])): public.places[0]
+    for name, public in benchmarks.PUBLIC.items()
+    if "diffthinker" in name
+}
 FILE = "visualplanning/dataset/{}/tokenized_dataset/SFT/test_dataset.jsonl"
 
 
-def check_case(case: benchmarks.Case) -> None:
-    env = ENVS[case.task]
-    assert case.state.size == case.level
-    plan = env.shortest_plan(case.state)
-    assert len(plan) == case.optimal > 0
-    assert env.play(case.state, plan).optimal
-    assert env.render(case.state).shape == (256, 256, 3)
+def check_case(case: Case) -> None:
+    env = ENVS[case.board.task]
+    assert case.board.state.size == case.board.level
+    plan = env.shortest_plan(case.board.state)
+    assert plan and env.play(case.board.state, plan).optimal
+    assert env.render(case.board.state).shape == (256, 256, 3)
 
 
 @pytest.mark.parametrize(
@@ -58,18 +63,18 @@ def test_small_copies_of_both_formats(name: str, ids: list[str]) -> None:
     assert [case.id for case in cases] == ids
     for case in cases:
         check_case(case)
-        assert (case.picture_path is not None) == (name == "vsp")
+        assert (case.board.picture_path is not None) == (name == "vsp")
 
 
 def test_files_say_what_the_states_say() -> None:
-    case = benchmarks.read_vsp(DATA / "vsp")[0]
+    case = benchmarks.read_benchmark(DATA / "vsp")[0]
     drawn = (DATA / "vsp/level3/table/0.txt").read_text().splitlines()[1:]
     letters = {"S": "@", "G": "*", "H": "#", "F": "_"}
-    for number, (line, row) in enumerate(zip(drawn, case.state.rows, strict=True), start=1):
+    for number, (line, row) in enumerate(zip(drawn, case.board.state.rows, strict=True), start=1):
         assert line == f"| Row {number} | " + " | ".join(letters[tile] for tile in row) + " |"
     path = DATA / FILE.format("maze")
     meta = json.loads(path.read_text().splitlines()[1])["meta"]
-    state = benchmarks.read_visualplanning(path, "maze")[1].state
+    state = read_visualplanning(path, task="maze")[1].board.state
     for r, c in ((r, c) for r in range(4) for c in range(4)):
         sides = meta["layout"][r][c]
         assert state.walls[r][c] == (
@@ -86,11 +91,11 @@ def test_reference_samples(name: str) -> None:
         pytest.skip(f"no sample of {name} beside the repository")
     cases = benchmarks.read_benchmark(folder)
     assert len({case.id for case in cases}) == len(cases) >= 25
-    counts = Counter((case.task, case.level) for case in cases)
+    counts = Counter((case.board.task, case.board.level) for case in cases)
     if name == "frozenlake_vsp":
         assert set(counts) == {("frozenlake", level) for level in range(3, 9)}
     elif name == "diffthinker":
-        assert counts == dict.fromkeys(benchmarks.DIFFTHINKER, 5)
+        assert counts == dict.fromkeys(DIFFTHINKER, 5)
     else:
         assert {task for task, _ in counts} >= {"frozenlake", "minibehaviour"}
     for case in cases:
@@ -101,7 +106,7 @@ def test_keys_are_those_of_the_boards() -> None:
     folders = [DATA / "vsp", str(DATA / "visualplanning")]
     keys = benchmarks.benchmark_keys(folders)
     cases = [case for folder in folders for case in benchmarks.read_benchmark(folder)]
-    assert keys == {ENVS[case.task].key(case.state) for case in cases}
+    assert keys == {ENVS[case.board.task].key(case.board.state) for case in cases}
     assert len(keys) == 7  # the FrozenLake rows repeat two boards of the maps
     assert benchmarks.benchmark_keys([]) == frozenset()
 
@@ -123,10 +128,13 @@ def test_an_absent_or_foreign_folder_says_where_the_files_come_from(tmp_path: pa
     for folder in (tmp_path / "absent", tmp_path):
         with pytest.raises(ValueError, match=r"want .*VSP benchmark.*VisualPlanning"):
             benchmarks.read_benchmark(folder)
-    with pytest.raises(ValueError, match="no such file"):
-        benchmarks.read_visualplanning(tmp_path / "test_dataset.jsonl", "maze")
-    with pytest.raises(ValueError, match="task: got 'chess'"):
-        benchmarks.read_visualplanning(DATA / FILE.format("maze"), "chess")
+    with pytest.raises(ValueError, match=r"test_dataset\.jsonl: not found"):
+        read_visualplanning(tmp_path / "test_dataset.jsonl", task="maze")
+    file = tmp_path / FILE.format("chess")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(ValueError, match=r"chess/.*: got a benchmark of another task"):
+        benchmarks.read_benchmark(tmp_path / "visualplanning")
 
 
 def replaced(old: str, new: str) -> Callable[[str], str]:
@@ -147,10 +155,14 @@ def replaced(old: str, new: str) -> Callable[[str], str]:
         ("table/0.txt", lambda text: text[: text.index("| Row 3")], "got '2 rows', want 3 rows"),
         ("table/0.txt", replaced("@", "_"), "layout: got '0 tiles S', want just one"),
         ("table/0.txt", replaced("*", "@"), "layout: got '2 tiles S'"),
-        ("metadata.json", lambda text: text[:-4], "metadata.json: got .*want JSON"),
+        ("metadata.json", lambda text: text[:-4], "metadata.json: got no valid JSON"),
         ("metadata.json", lambda _: "[]", "metadata.json: got .*want a JSON object"),
-        ("metadata.json", replaced('"0.png"', '"1.png"'), "metadata.json, 0.png: got .*keys"),
-        ("metadata.json", lambda _: '{"0.png": 3, "10.png": ""}', "0.png: got 3, want text"),
+        (
+            "metadata.json",
+            replaced('"0.png"', '"1.png"'),
+            "0.png: got None, want a plan over",
+        ),
+        ("metadata.json", lambda _: '{"0.png": 3, "10.png": ""}', "0.png: got 3, want a plan over"),
         ("metadata.json", lambda _: '{"0.png": "X"}', "0.png: got 'X', want a plan over"),
         ("metadata.json", lambda _: '{"0.png": "UDUDUD"}', "0.png: got .*want a shortest plan"),
     ],
@@ -162,13 +174,13 @@ def test_malformed_maps_are_refused(
     path = tmp_path / "level3" / file
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=message):
-        benchmarks.read_vsp(tmp_path)
+        benchmarks.read_benchmark(tmp_path)
 
 
 def test_maps_miss_no_file(tmp_path: pathlib.Path) -> None:
     shutil.copytree(DATA / "vsp", tmp_path, dirs_exist_ok=True)
     (tmp_path / "level3/img/10.png").unlink()
-    with pytest.raises(ValueError, match=r"10.png: got no such file, want the picture of 10.txt"):
+    with pytest.raises(ValueError, match=r"10.png: not found, the picture of 10.txt"):
         benchmarks.read_benchmark(tmp_path)
     (tmp_path / "level3/table/notes.txt").touch()
     with pytest.raises(ValueError, match=r"table: got 'notes.txt', want names like"):
@@ -177,17 +189,16 @@ def test_maps_miss_no_file(tmp_path: pathlib.Path) -> None:
 
 def test_maps_without_plans_are_solved(tmp_path: pathlib.Path) -> None:
     shutil.copytree(DATA / "vsp", tmp_path, dirs_exist_ok=True)
-    want = [(case.id, case.state, case.optimal) for case in benchmarks.read_vsp(tmp_path)]
+    want = benchmarks.read_benchmark(tmp_path)
     for file in tmp_path.glob("*/metadata.json"):
         file.unlink()
-    cases = benchmarks.read_vsp(tmp_path)
-    assert [(case.id, case.state, case.optimal) for case in cases] == want
+    assert benchmarks.read_benchmark(tmp_path) == want
     table = tmp_path / "level3/table/0.txt"
     table.write_text(
         HEADER + "| Row 1 | @ | # | * |\n| Row 2 | # | # | _ |\n| Row 3 | _ | _ | _ |\n"
     )
     with pytest.raises(ValueError, match=r"0.txt: got a board without a plan"):
-        benchmarks.read_vsp(tmp_path)
+        benchmarks.read_benchmark(tmp_path)
 
 
 HEADER = "| | Col 1 | Col 2 | Col 3 |\n"
@@ -198,7 +209,7 @@ def write_diffthinker(root: pathlib.Path, boards: int = 3) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     letters = {"S": "@", "G": "*", "H": "#", "F": "_"}
     states: dict[str, Any] = {}
-    for (task, level), place in benchmarks.DIFFTHINKER.items():
+    for (task, level), place in DIFFTHINKER.items():
         plans, folder = {}, root / place
         (folder / "table").mkdir(parents=True)
         for number in range(1, boards + 1):
@@ -227,12 +238,11 @@ def test_diffthinker_boards_are_read_by_name(tmp_path: pathlib.Path) -> None:
     states = write_diffthinker(tmp_path)
     shutil.copytree(DATA / "vsp", tmp_path / "FrozenLake/VSP/maps")
     cases = benchmarks.read_benchmark(tmp_path)
-    assert {case.id: case.state for case in cases if "_vsp_" not in case.id} == states
+    assert {case.id: case.board.state for case in cases if "_vsp_" not in case.id} == states
     assert sum("_vsp_" in case.id for case in cases) == 3
-    assert [case.index for case in cases if case.level == 32] == [9001, 9002, 9003] * 2
+    assert [case.board.index for case in cases if case.board.level == 32] == [9001, 9002, 9003] * 2
     for case in cases:
-        assert case.optimal == len(ENVS[case.task].shortest_plan(case.state))
-        assert pathlib.Path(str(case.picture_path)).is_file()
+        assert pathlib.Path(str(case.board.picture_path)).is_file()
     for file in tmp_path.rglob("*.json"):
         file.unlink()
     assert benchmarks.read_benchmark(tmp_path) == cases
@@ -262,7 +272,7 @@ def test_diffthinker_boards_are_read_by_name(tmp_path: pathlib.Path) -> None:
             lambda t: t.replace('": "', '": "X', 1),
             "got 'X.*want a plan over",
         ),
-        ("FrozenLake/16_test/metadata.json", lambda t: "[]", "metadata.json: got .*object"),
+        ("FrozenLake/16_test/metadata.json", lambda t: "[]", "metadata.json: got .*JSON object"),
         ("FrozenLake/16_test/table/16_9_0.8_001.txt", lambda t: t + "\n| Row 17 |", "line 18: got"),
     ],
 )
@@ -280,8 +290,9 @@ def test_diffthinker_names_are_checked(tmp_path: pathlib.Path) -> None:
     write_diffthinker(tmp_path, boards=1)
     folder = tmp_path / "FrozenLake/16_test/table"
     shutil.copyfile(folder / "16_9_0.8_001.txt", folder / "16_9_0.9_001.txt")
+    shutil.copyfile(folder.parent / "16_9_0.8_001.png", folder.parent / "16_9_0.9_001.png")
     (tmp_path / "FrozenLake/16_test/metadata.json").unlink()
-    with pytest.raises(ValueError, match=r"got '16_9_0.9_001.txt after .*want numbers that differ"):
+    with pytest.raises(ValueError, match=r"got .*16_9_0.8_001 and .*16_9_0.9_001 of one number"):
         benchmarks.read_benchmark(tmp_path)
     (folder / "16_9_0.9_001.txt").rename(folder / "notes.txt")
     with pytest.raises(ValueError, match=r"got 'notes.txt', want names like 16_17_001.txt"):
@@ -314,11 +325,11 @@ def setter(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
             (task, change, message)
             for task in ("frozenlake", "maze", "minibehaviour")
             for change, message in (
-                (setter("meta", value=...), "meta: got .*want an object"),
-                (setter("meta", value=[]), r"meta: got \[\], want an object"),
-                (setter("meta", "level", value=...), "level: got .*want an integer"),
-                (setter("meta", "level", value="3"), "level: got '3', want an integer"),
-                (setter("meta", "level", value=True), "level: got True, want an integer"),
+                (setter("meta", value=...), "meta: got .*want dict"),
+                (setter("meta", value=[]), r"meta: got \[\], want dict"),
+                (setter("meta", "level", value=...), "level: got .*want int"),
+                (setter("meta", "level", value="3"), "level: got '3', want int"),
+                (setter("meta", "level", value=True), "level: got True, want int"),
                 (setter("meta", "level", value=99), "level: got 99, want"),
                 (setter("meta", "start_pos", value=...), "start_pos: got"),
                 (setter("meta", "start_pos", value=-1), "start_pos: got -1, want"),
@@ -331,7 +342,7 @@ def setter(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
             (task, change, message)
             for task in ("frozenlake", "maze")
             for change, message in (
-                (setter("meta", "layout", value="SFFG"), "layout: got 'SFFG', want a list"),
+                (setter("meta", "layout", value="SFFG"), "layout: got 'SFFG', want list"),
                 (setter("meta", "layout", 1, value=[]), "layout: got .*want 4 rows of 4 cells"),
                 (setter("meta", "layout", 1, value=None), "layout: got .*want 4 rows"),
                 (setter("meta", "target_pos", value=16), r"target_pos: got 16, want row \* 4"),
@@ -340,7 +351,7 @@ def setter(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         ],
         ("frozenlake", setter("meta", "start_pos", value=9), "start_pos: got .*cell of S"),
         ("frozenlake", setter("meta", "layout", 0, value=list("SFFF")), "layout: got '2 tiles S'"),
-        ("maze", setter("meta", "layout", 1, 1, "east", value=1), r"layout\[1\]\[1\], east: got 1"),
+        ("maze", setter("meta", "layout", 1, 1, "east", value=1), r"layout\[1\]\[1\]: east: got 1"),
         ("maze", setter("meta", "layout", 2, 0, "west", value=False), "want walls around"),
         ("maze", setter("meta", "layout", 0, 3, "north", value=False), "want walls around"),
         ("maze", setter("meta", "layout", 3, 0, "south", value=False), "want its neighbour's"),
@@ -352,7 +363,7 @@ def setter(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         ("minibehaviour", setter("meta", "table_pos", 0, value=[0.0, 0]), "table_pos: got"),
         ("minibehaviour", setter("meta", "table_neighbors", value=[]), "table_neighbors: got"),
         ("minibehaviour", setter("meta", "printer_neighbors", 0, value=[0, 0]), "printer_neighb"),
-        ("minibehaviour", setter("meta", "idx", value="7"), "idx: got '7', want an integer"),
+        ("minibehaviour", setter("meta", "idx", value="7"), "idx: got '7', want int"),
     ],
 )
 def test_malformed_rows_are_refused(
@@ -364,17 +375,17 @@ def test_malformed_rows_are_refused(
     path = tmp_path / "test_dataset.jsonl"
     path.write_text(f"{lines[0]}\n{json.dumps(row)}\n")
     with pytest.raises(ValueError, match=f"test_dataset.jsonl, line 2.*{message}"):
-        benchmarks.read_visualplanning(path, task)
+        read_visualplanning(path, task=task)
 
 
 def test_files_that_hold_no_rows_are_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "test_dataset.jsonl"
     for content, message in (
         (b"", "got 'an empty file', want"),
-        (b"{\n", "line 1: got '{', want JSON"),
-        (b"[1]\n", r"line 1: got \[1\], want a JSON object"),
+        (b"{\n", "line 1: got .*want JSON"),
+        (b"[1]\n", r"line 1: got b'\[1\]', want a JSON object"),
         (b"\xff\n", "got invalid start byte at byte 0, want UTF-8"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            benchmarks.read_visualplanning(path, "maze")
+            read_visualplanning(path, task="maze")

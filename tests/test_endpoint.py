@@ -20,8 +20,8 @@ from PIL import Image
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
-from mgsd_jax.data import prompts, testsets
-from mgsd_jax.data.boards import Board
+from mgsd_jax.data import prompts
+from mgsd_jax.data.boards import Board, case_name
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rows
 from mgsd_jax.evaluation.scoring import Answer
@@ -103,7 +103,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    cases = [testsets.case_name(board) for board in BOARDS]
+    cases = [case_name(board) for board in BOARDS]
     monkeypatch.setattr(evaluate, "_test_boards", lambda *_: (BOARDS, cases))
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     made = Server()

@@ -14,8 +14,8 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
-from mgsd_jax.data import testsets
-from mgsd_jax.data.boards import Board
+from mgsd_jax.data import benchmarks
+from mgsd_jax.data.boards import Board, case_name
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import measures, rows, scoring, summary
 from mgsd_jax.main import load_config
@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BOARDS = [
     Board("maze", 3, i, ENVS["maze"].generate(np.random.default_rng(i), 3), None) for i in range(2)
 ]
-CASES = [testsets.case_name(board) for board in BOARDS]
+CASES = [case_name(board) for board in BOARDS]
 Batches = Iterator[list[tuple[int, scoring.Answer]]]
 
 
@@ -357,7 +357,7 @@ def test_every_model_of_a_benchmark_is_asked_what_it_saw(
 ) -> None:
     Model(monkeypatch)
     told: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(testsets, "warn_of_seen", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(benchmarks, "warn_of_seen", lambda *arguments: told.append(arguments))
     models = (("base", "there"), ("distilled", "{workdir}/distillation"))
     evaluate.run(make_config(models=models, folder="{workdir}/own"), str(tmp_path))
     assert told == []

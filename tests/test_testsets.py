@@ -13,8 +13,9 @@ from absl import logging
 from PIL import Image
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.data import benchmarks
 from mgsd_jax.data import boards as boards_lib
-from mgsd_jax.data import testsets
+from mgsd_jax.data.pictures import read_picture
 from mgsd_jax.envs import ENVS
 from mgsd_jax.main import load_config
 from mgsd_jax.sampling import answers
@@ -27,7 +28,7 @@ VISUALPLANNING = str(DATA / "visualplanning")
 
 
 def test_each_name_reads_its_boards_under_the_names_of_the_public_evaluator() -> None:
-    boards, cases = testsets.read_testsets(
+    boards, cases = benchmarks.read_testsets(
         [
             ("frozenlake_vsp", str(DATA / "vsp")),
             ("maze_visualplanning", VISUALPLANNING),
@@ -46,12 +47,12 @@ def test_each_name_reads_its_boards_under_the_names_of_the_public_evaluator() ->
     keys = [(board.task, board.level, board.index) for board in boards]
     assert len(set(keys)) == len(keys) and keys[1] == ("frozenlake", 3, 10)
     assert [board.picture_path is not None for board in boards] == [True] * 3 + [False] * 4
-    boards, cases = testsets.read_testsets([("frozenlake_visualplanning", VISUALPLANNING)])
+    boards, cases = benchmarks.read_testsets([("frozenlake_visualplanning", VISUALPLANNING)])
     assert {board.task for board in boards} == {"frozenlake"}
 
 
 def test_a_benchmark_is_shown_in_its_own_pictures() -> None:
-    boards, _ = testsets.read_testsets([("frozenlake_vsp", str(DATA / "vsp"))])
+    boards, _ = benchmarks.read_testsets([("frozenlake_vsp", str(DATA / "vsp"))])
     data = load_config(str(ROOT / "configs" / "nano.py"), []).data
     data = dataclasses.replace(data, picture_size=256, cell_pixels=0)
     for board in boards:
@@ -71,13 +72,13 @@ def test_our_held_out_mazes_are_the_mazes_of_a_test_split(tmp_path: pathlib.Path
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, boards=levels))
     generate.run(config, str(tmp_path))
     folder = str(tmp_path / "data")
-    boards, cases = testsets.read_testsets([("maze_held_out", folder)])
+    boards, cases = benchmarks.read_testsets([("maze_held_out", folder)])
     assert [(board.task, board.level) for board in boards] == [("maze", 3)] * 3 + [("maze", 4)] * 3
     assert cases[4] == "maze_test_level4_0001"
     file = next((tmp_path / "data" / "test").rglob("Maze/level4/text/0001.txt"))
     file.write_text(file.read_text().replace("target_row=", "target_row=9"))
     with pytest.raises(ValueError, match=r"level4/text/0001.txt: .*got"):
-        testsets.read_testsets([("maze_held_out", folder)])
+        benchmarks.read_testsets([("maze_held_out", folder)])
 
 
 @pytest.mark.parametrize("name", ["frozenlake_vsp", "visualplanning", "diffthinker"])
@@ -85,11 +86,11 @@ def test_reference_samples(name: str) -> None:
     folder = REFERENCE / name
     if not folder.is_dir():
         pytest.skip(f"no sample of {name} beside the repository")
-    named = [n for n in testsets.PUBLIC if name in n and n != "maze_visualplanning"]
+    named = [n for n in benchmarks.PUBLIC if name in n and n != "maze_visualplanning"]
     for one in named:
-        boards, cases = testsets.read_testsets([(one, str(folder))])  # type: ignore[list-item]
+        boards, cases = benchmarks.read_testsets([(one, str(folder))])  # type: ignore[list-item]
         assert len(boards) == len(set(cases)) >= 5
-        assert {board.task for board in boards} == {testsets.PUBLIC[one].task}
+        assert {board.task for board in boards} == {one.partition("_")[0]}
 
 
 def test_an_absent_benchmark_says_where_to_get_it(tmp_path: pathlib.Path) -> None:
@@ -104,27 +105,27 @@ def test_an_absent_benchmark_says_where_to_get_it(tmp_path: pathlib.Path) -> Non
     ):
         for folder in (tmp_path, tmp_path / "absent"):
             with pytest.raises(ValueError, match=source) as error:
-                testsets.read_testsets([(name, str(folder))])  # type: ignore[list-item]
+                benchmarks.read_testsets([(name, str(folder))])  # type: ignore[list-item]
             assert str(folder) in str(error.value)
 
 
 def test_one_evaluation_holds_a_level_once() -> None:
     named = [("frozenlake_vsp", str(DATA / "vsp")), ("frozenlake_visualplanning", VISUALPLANNING)]
     with pytest.raises(ValueError, match="got frozenlake level 3 in frozenlake_vsp and in frozen"):
-        testsets.read_testsets(named)  # type: ignore[arg-type]
+        benchmarks.read_testsets(named)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got frozenlake_vsp twice"):
-        testsets.read_testsets([named[0], named[0]])  # type: ignore[list-item]
+        benchmarks.read_testsets([named[0], named[0]])  # type: ignore[list-item]
 
 
 def test_a_broken_picture_is_named(tmp_path: pathlib.Path) -> None:
     shutil.copytree(DATA / "vsp", tmp_path / "vsp")
     picture = tmp_path / "vsp" / "level3" / "img" / "10.png"
     picture.write_bytes(picture.read_bytes()[:100])
-    boards, _ = testsets.read_testsets([("frozenlake_vsp", str(tmp_path / "vsp"))])
+    boards, _ = benchmarks.read_testsets([("frozenlake_vsp", str(tmp_path / "vsp"))])
     with pytest.raises(ValueError, match=r"level3/img/10.png: got an unreadable picture"):
-        testsets.read_picture(str(boards[1].picture_path), 256)
+        read_picture(str(boards[1].picture_path), 256)
     Image.new("RGB", (8, 8)).save(picture)
-    assert testsets.read_picture(str(picture), 16).shape == (16, 16, 3)
+    assert read_picture(str(picture), 16).shape == (16, 16, 3)
 
 
 def write_maps(root: pathlib.Path, states: Sequence[Any]) -> None:
@@ -171,22 +172,22 @@ def test_a_model_that_saw_boards_of_a_benchmark_is_named(
             ]
             write_maps(benchmark, [board.state for board in written])
         write_stages(tmp_path / run, dataclasses.replace(data, source=source))
-    boards, _ = testsets.read_testsets([("frozenlake_vsp", str(benchmark))])
+    boards, _ = benchmarks.read_testsets([("frozenlake_vsp", str(benchmark))])
     for folder, want in (("clean/distillation", 0), ("leaky/distillation", 6), ("leaky", 0)):
         caplog.clear()
-        testsets.warn_of_seen("distilled", str(tmp_path / folder), boards)
+        benchmarks.warn_of_seen("distilled", str(tmp_path / folder), boards)
         said = [record.getMessage().split(";")[0] for record in caplog.records]
         line = f"distilled: {want} of the 7 boards were in its training or validation"
         assert said == ([line] if want else [])
     # A grounding that saw them is enough.
     source_file = tmp_path / "clean" / "distillation" / "model" / "source.json"
     source_file.write_text(json.dumps({"weights": str(tmp_path / "leaky" / "grounding")}))
-    testsets.warn_of_seen("distilled", str(tmp_path / "clean/distillation"), boards)
+    benchmarks.warn_of_seen("distilled", str(tmp_path / "clean/distillation"), boards)
     assert "distilled: 6 of the 7" in caplog.records[-1].getMessage()
     if source == "folder":
         shutil.rmtree(tmp_path / "leaky" / "data")
-        testsets.warn_of_seen("distilled", str(tmp_path / "leaky/distillation"), boards)
-        assert "got no boards in" in caplog.records[-1].getMessage()
+        benchmarks.warn_of_seen("distilled", str(tmp_path / "leaky/distillation"), boards)
+        assert "no boards in" in caplog.records[-1].getMessage()
 
 
 def test_benchmarks_that_are_evaluated_are_excluded_from_boards() -> None:

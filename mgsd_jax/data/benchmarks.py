@@ -1,386 +1,200 @@
-"""Public benchmarks as boards: FrozenLake maps of VSP, rows of VisualPlanning, DiffThinker's tests.
-
-Case ids of the first two are those of the public MGSD evaluator, so that results can be joined row
-by row. Every board is checked when it is read: a benchmark that differs from what it says of itself
-(shape, neighbours, optimal length) would give numbers that cannot be compared.
-"""
+"""Public benchmarks by name: where they lie, what to evaluate on them, what not to train on."""
 
 import dataclasses
-import json
+import functools
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
+from absl import logging
+from etils import epath
+
+from mgsd_jax import config as config_lib
+from mgsd_jax.checks.fields import field, read_json
+from mgsd_jax.config import Benchmark, DataConfig
+from mgsd_jax.data.boards import MANIFEST, Board, case_name, read_levels, read_split
+from mgsd_jax.data.public_boards import Case, read_diffthinker, read_visualplanning, read_vsp
+from mgsd_jax.data.splits import split_of
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.frozenlake import FrozenLakeState
-from mgsd_jax.envs.maze import MazeState
-from mgsd_jax.envs.minibehaviour import MiniBehaviourState
-from mgsd_jax.envs.search import Cell
-
-_TILES = {"@": "S", "*": "G", "#": "H", "_": "F"}
-_LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right"}
-_WALLS = {"north": 1, "south": 2, "west": 4, "east": 8}
-_ORIGIN = (
-    "benchmark files are not part of this package: the FrozenLake maps (level3..level8 with img "
-    "and table) come with the VSP benchmark, the dataset/<task>/tokenized_dataset files with "
-    "VisualPlanning, FrozenLake/16_test .. Maze/32_test with DiffThinker"
-)
-# Where a benchmark of each format lies in its folder.
-VSP = "level*/table"
-VISUALPLANNING = "dataset/{task}/tokenized_dataset/SFT/test_dataset.jsonl"
-DIFFTHINKER: dict[tuple[str, int], str] = {
-    ("frozenlake", 16): "FrozenLake/16_test",
-    ("frozenlake", 32): "FrozenLake/32_test",
-    ("maze", 8): "Maze/8_test",
-    ("maze", 16): "Maze/16_test",
-    ("maze", 32): "Maze/32_test",
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One board of a benchmark."""
+class Public:
+    """A benchmark that results are quoted on: what it holds, where it lies, where to get it."""
 
-    id: str
-    task: str
-    level: int
-    state: Any
-    optimal: int  # number of actions of a shortest plan
-    picture_path: str | None  # the benchmark's own picture, None where it has none
-    index: int  # the number in its id, unique within task and level
+    boards: int  # in the public files
+    places: tuple[str, ...]  # patterns of paths in its folder
+    read: Callable[[pathlib.Path], list[Case]]  # of a path that matches
+    source: str
 
 
-def read_benchmark(folder: str | pathlib.Path) -> tuple[Case, ...]:
-    """All boards of a folder, of whatever formats it holds, in the order of their files.
+_DIFFTHINKER_SOURCE = "github.com/lcqysl/DiffThinker"
+_VSP_SOURCE = (
+    "the maps of the VSP benchmark (github.com/UCSB-NLP-Chang/Visual-Spatial-Planning under "
+    f"VSP-main/maze/task-main/maps, also in {_DIFFTHINKER_SOURCE} under FrozenLake/VSP/maps): "
+    "level3 .. level8, each with img and table"
+)
+_VISUALPLANNING_SOURCE = "the data of VisualPlanning (github.com/yix8/VisualPlanning)"
+_VISUALPLANNING = "dataset/{}/tokenized_dataset/SFT/test_dataset.jsonl"
 
-    Raises ValueError naming file, line and key of the first thing that is not as it should be.
+
+def _visualplanning(task: str, boards: int, note: str = "") -> Public:
+    read = functools.partial(read_visualplanning, task=task)
+    return Public(boards, (_VISUALPLANNING.format(task),), read, _VISUALPLANNING_SOURCE + note)
+
+
+def _diffthinker(task: str, level: int, place: str) -> Public:
+    read = functools.partial(read_diffthinker, task=task, level=level)
+    return Public(100, (place,), read, _DIFFTHINKER_SOURCE)
+
+
+PUBLIC: dict[str, Public] = {
+    "frozenlake_vsp": Public(
+        600, ("level*/table", "FrozenLake/VSP/maps/level*/table"), read_vsp, _VSP_SOURCE
+    ),
+    "frozenlake_visualplanning": _visualplanning("frozenlake", 1000),
+    "maze_visualplanning": _visualplanning(
+        "maze",
+        1000,
+        "; where its maze file is not at hand, 'maze_held_out' (a folder of --stage=generate) "
+        "stands in for it",
+    ),
+    "minibehaviour_visualplanning": _visualplanning("minibehaviour", 403),
+    "frozenlake_diffthinker_16": _diffthinker("frozenlake", 16, "FrozenLake/16_test"),
+    "frozenlake_diffthinker_32": _diffthinker("frozenlake", 32, "FrozenLake/32_test"),
+    "maze_diffthinker_8": _diffthinker("maze", 8, "Maze/8_test"),
+    "maze_diffthinker_16": _diffthinker("maze", 16, "Maze/16_test"),
+    "maze_diffthinker_32": _diffthinker("maze", 32, "Maze/32_test"),
+}
+
+
+def read_public(name: str, folder: str | pathlib.Path) -> list[Case]:
+    """The boards of the benchmark `name` in `folder`, in the order of its files.
+
+    Raises ValueError that says where to get it where the folder does not hold it, else that names
+    file, line and key of the first thing that is not as it should be.
     """
+    public, root = PUBLIC[name], pathlib.Path(folder)
+    found = _find(public, root)
+    if not found:
+        raise ValueError(f"{root}: {public.places[0]} not found; it is part of {public.source}")
+    cases = [case for path in found for case in public.read(path)]
+    names: dict[tuple[object, ...], str] = {}
+    for case in cases:
+        if names.setdefault(case.board[:3], case.id) != case.id:
+            raise ValueError(
+                f"{root}: got {names[case.board[:3]]} and {case.id} of one number, want numbers "
+                "that differ"
+            )
+    return cases
+
+
+def _find(public: Public, root: pathlib.Path) -> list[pathlib.Path]:
+    return [path for pattern in public.places for path in sorted(root.glob(pattern))]
+
+
+def read_benchmark(folder: str | pathlib.Path) -> list[Case]:
+    """The boards of every public benchmark in a folder. Raises ValueError where it holds none."""
     root = pathlib.Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{root}: got no such folder, want a benchmark ({_ORIGIN})")
-    cases: list[Case] = []
-    # DiffThinker's repository holds the maps of VSP as well.
-    for maps in (root, root / "FrozenLake" / "VSP" / "maps"):
-        cases += read_vsp(maps) if any(maps.glob(VSP)) else ()
-    for file in sorted(root.glob(VISUALPLANNING.format(task="*"))):
-        cases += read_visualplanning(file, file.parts[-4])
-    for (task, level), place in DIFFTHINKER.items():
-        cases += read_diffthinker(root / place, task, level) if (root / place).is_dir() else ()
-    if not cases:
-        places = [VSP, VISUALPLANNING.format(task="<task>"), *DIFFTHINKER.values()]
-        raise ValueError(f"{root}: got none of {', '.join(places)}, want one of them ({_ORIGIN})")
-    return tuple(cases)
+    found = [name for name, public in PUBLIC.items() if _find(public, root)]
+    known = {_VISUALPLANNING.format(task) for task in ENVS}
+    for file in root.glob(_VISUALPLANNING.format("*")):
+        if str(file.relative_to(root)) not in known:
+            raise ValueError(f"{file}: got a benchmark of another task, want one of {[*ENVS]}")
+    if not found:
+        sources = {public.source: public.places[0] for public in PUBLIC.values()}
+        listed = "; ".join(f"{place} of {source}" for source, place in sources.items())
+        raise ValueError(f"{root}: no public benchmark found, want one of these: {listed}")
+    return [case for name in found for case in read_public(name, root)]
 
 
 def benchmark_keys(folders: Iterable[str | pathlib.Path]) -> frozenset[str]:
     """Content keys of all boards of these benchmark folders, for `exclude` of a draw."""
-    return frozenset(
-        ENVS[case.task].key(case.state) for folder in folders for case in read_benchmark(folder)
-    )
+    return frozenset(_key(case.board) for folder in folders for case in read_benchmark(folder))
 
 
-def _fail(where: str, got: Any, want: str) -> ValueError:
-    return ValueError(f"{where}: got {got!r}, want {want}")
+def _key(board: Board) -> str:
+    return ENVS[board.task].key(board.state)
 
 
-def read_vsp(folder: str | pathlib.Path) -> tuple[Case, ...]:
-    """FrozenLake boards of `level{L}/{img,table}`, by level and number.
+def read_testsets(named: Sequence[tuple[Benchmark, str]]) -> tuple[list[Board], list[str]]:
+    """The boards of (name, folder) benchmarks in order, and the name of each in its benchmark.
 
-    `level{L}/metadata.json` holds a plan of each; where it is absent they are solved here.
+    Raises ValueError for a benchmark that is not there (saying where to get it) or is malformed,
+    and for two of which one row's task, level and index would mean two boards.
     """
-    root = pathlib.Path(folder)
     cases: list[Case] = []
-    for level, level_folder in sorted(_numbered(root, "level*", r"level(\d+)")):
-        plans = _read_plans(level_folder / "metadata.json")
-        for number, table in sorted(_numbered(level_folder / "table", "*.txt", r"(\d+)\.txt")):
-            picture = level_folder / "img" / f"{number}.png"
-            name = f"diffthinker_vsp_level{level}_{number:04d}"
-            state = _read_table(table, level)
-            _check_plan(plans, f"{number}.png", "frozenlake", state)
-            cases.append(_case("frozenlake", level, number, name, state, picture))
-    if not cases:
-        raise ValueError(f"{root}: got no level*/table/*.txt, want FrozenLake maps ({_ORIGIN})")
-    return tuple(cases)
+    owner: dict[tuple[str, int], str] = {}
+    names = [name for name, _ in named]
+    for name, folder in named:
+        if names.count(name) > 1:
+            raise ValueError(f"evaluate.benchmarks: got {name} twice, want it once")
+        found = _read_testset(name, folder)
+        for task, level in sorted({case.board[:2] for case in found}):
+            if owner.setdefault((task, level), name) != name:
+                raise ValueError(
+                    f"evaluate.benchmarks: got {task} level {level} in {owner[task, level]} and in "
+                    f"{name}, want each level in one of them (another evaluate.folder for the rest)"
+                )
+        cases += found
+    return [case.board for case in cases], [case.id for case in cases]
 
 
-def read_diffthinker(folder: str | pathlib.Path, task: str, level: int) -> tuple[Case, ...]:
-    """Boards of one test set of DiffThinker, by name.
-
-    FrozenLake has `table/{name}.txt` as VSP has, Maze `{name}.txt`; pictures are `{name}.png`.
-    `metadata.json`, or `path.json`, holds plans; where it is absent the boards are solved here.
-    """
-    root = pathlib.Path(folder)
-    is_lake = task == "frozenlake"
-    plans = _read_plans(root / ("metadata.json" if is_lake else "path.json"))
-    cases: dict[int, Case] = {}
-    for file in sorted((root / "table" if is_lake else root).glob("*.txt")):
-        name = re.fullmatch(rf"{level}_(\d+)_(?:[\d.]+_)?(\d+)", file.stem)
-        if name is None:
-            raise _fail(str(root), file.name, f"names like {level}_17_001.txt")
-        index = int(name[1]) * 1000 + int(name[2])
-        if index in cases:
-            raise _fail(str(root), f"{file.name} after {cases[index].id}", "numbers that differ")
-        state = _read_table(file, level) if is_lake else _read_masks(file, level)
-        _check_plan(plans, f"{file.stem}.png" if is_lake else file.stem, task, state)
-        picture = root / f"{file.stem}.png"
-        cases[index] = _case(task, level, index, f"diffthinker_{file.stem}", state, picture)
-    if not cases:
-        raise ValueError(f"{root}: got no boards, want those of DiffThinker ({_ORIGIN})")
-    return tuple(cases[index] for index in sorted(cases))
+def _read_testset(name: Benchmark, folder: str) -> list[Case]:
+    if name == "maze_held_out":
+        return _held_out_mazes(folder)
+    cases, want = read_public(name, folder), PUBLIC[name].boards
+    if len(cases) != want:
+        logging.warning("%s: %s has %d boards of %d", folder, name, len(cases), want)
+    return cases
 
 
-def _case(task: str, level: int, index: int, name: str, state: Any, picture: pathlib.Path) -> Case:
-    if not picture.is_file():
-        raise ValueError(f"{picture}: got no such file, want the picture of {picture.stem}.txt")
-    optimal = len(_shortest(str(picture.with_suffix(".txt")), task, state))
-    return Case(f"{task}_{name}", task, level, state, optimal, str(picture), index)
-
-
-_Plans = tuple[str, dict[str, Any]] | None  # of a file: its name, the letters of plans by board
-
-
-def _read_plans(path: pathlib.Path) -> _Plans:
-    if not path.is_file():
-        return None
-    return str(path), _object(path, _parse(str(path), _text(path)))
-
-
-def _check_plan(plans: _Plans, key: str, task: str, state: Any) -> None:
-    """Raises ValueError unless the reference plan, if there is one, is a shortest one."""
-    if plans is None:
-        return
-    letters = _field(plans[0], plans[1], key, str)
-    if not letters or set(letters) - set(_LETTERS):
-        raise _fail(f"{plans[0]}, {key}", letters, "a plan over U, D, L, R")
-    outcome = ENVS[task].play(state, tuple(_LETTERS[letter] for letter in letters))
-    if not outcome.optimal:
-        got = f"{letters} ({outcome.reason})"
-        raise _fail(f"{plans[0]}, {key}", got, "a shortest plan to the goal")
-
-
-def _numbered(folder: pathlib.Path, pattern: str, name: str) -> Iterator[tuple[int, pathlib.Path]]:
-    for path in folder.glob(pattern):
-        match = re.fullmatch(name, path.name)
-        if match is None:
-            raise _fail(str(folder), path.name, f"names like {name}")
-        yield int(match[1]), path
-
-
-def _text(path: pathlib.Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path}: got no such file, want it ({_ORIGIN})")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: got {error.reason} at byte {error.start}, want UTF-8") from None
-
-
-def _read_table(path: pathlib.Path, level: int) -> FrozenLakeState:
-    """A Markdown table: a header, then `| Row 1 | _ | * |` with a column more than the board."""
-    rows: list[str] = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        names = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if number == 1 or not line.strip():
-            continue
-        if names[0] != f"Row {len(rows) + 1}" or len(names) != level + 1:
-            raise _fail(f"{path}, line {number}", line, f"'| Row {len(rows) + 1} |', {level} tiles")
-        for column, tile in enumerate(names[1:], start=1):
-            if tile not in _TILES:
-                raise _fail(f"{path}, line {number}, Col {column}", tile, f"one of {[*_TILES]}")
-        rows.append("".join(_TILES[tile] for tile in names[1:]))
-    if len(rows) != level:
-        raise _fail(str(path), f"{len(rows)} rows", f"{level} rows as its folder says")
-    return _frozenlake(str(path), rows)
-
-
-def _frozenlake(where: str, rows: list[str]) -> FrozenLakeState:
-    for tile in "SG":
-        count = sum(row.count(tile) for row in rows)
-        if count != 1:
-            raise _fail(f"{where}, layout", f"{count} tiles {tile}", "just one")
-    return FrozenLakeState(tuple(rows))
-
-
-def _read_masks(path: pathlib.Path, level: int) -> MazeState:
-    """A maze as lines of numbers: size, start, goal, rows of wall masks (N 1, S 2, W 4, E 8)."""
-    lines = [line.split() for line in _text(path).splitlines() if line.strip()]
-    widths = [len(line) for line in lines]
-    if widths != [1, 2, 2, *[level] * level]:
-        raise _fail(str(path), f"lines of {widths} numbers", f"1, 2, 2 and {level} rows of {level}")
-    for number, line in enumerate(lines, start=1):
-        for text in line:
-            if not re.fullmatch("[0-9]{1,2}", text) or int(text) >= (16 if number > 3 else 33):
-                raise _fail(f"{path}, line {number}", text, "a size, a cell, or a mask of 0..15")
-    (size,), start, target, *masks = [[int(text) for text in line] for line in lines]
-    if size != level:
-        raise _fail(f"{path}, line 1", size, f"{level} as its folder says")
-    return _maze(
-        str(path),
-        masks,
-        _cell(f"{path}, start", start, level),
-        _cell(f"{path}, goal", target, level),
-    )
-
-
-def read_visualplanning(file: str | pathlib.Path, task: str) -> tuple[Case, ...]:
-    """Boards of one VisualPlanning file, a JSON object a line; `task` is its folder's name."""
-    path = pathlib.Path(file)
-    if task not in _READERS:
-        raise _fail(f"{path}, task", task, f"one of {sorted(_READERS)}")
-    cases: list[Case] = []
-    for number, line in enumerate(_text(path).splitlines()):
-        where = f"{path}, line {number + 1}"
-        row = _object(where, _parse(where, line))
-        meta = _field(where, row, "meta", dict)
-        level = _field(where, meta, "level", int)
-        env = ENVS[task]
-        if level not in env.levels:
-            raise _fail(f"{where}, level", level, f"{env.levels[0]}..{env.levels[-1]}")
-        state = _READERS[task](where, meta, level)
-        optimal = len(_field(where, row, "input_state", list)) - 1
-        shortest = len(_shortest(where, task, state))
-        if optimal != shortest:
-            raise _fail(f"{where}, input_state", f"{optimal} actions", f"{shortest}, the shortest")
-        # Row numbers of a minibehaviour file are not its ids: rows were dropped from it.
-        index = (
-            _field(where, meta, "idx", int) if task == "minibehaviour" and "idx" in meta else number
+def _held_out_mazes(folder: str) -> list[Case]:
+    if not (pathlib.Path(folder) / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder}: {MANIFEST} not found, want the folder of boards that --stage=generate "
+            "wrote, with mazes in its test split"
         )
-        split = path.name.removesuffix("_dataset.jsonl")
-        name = f"{task}_{split}_level{level}_{index:04d}"
-        cases.append(Case(name, task, level, state, optimal, None, index))
-    if not cases:
-        raise _fail(str(path), "an empty file", "a JSON object a line")
-    return tuple(cases)
+    boards = read_split(folder, "test")
+    mazes = [Case(case_name(board), board) for board in boards if board.task == "maze"]
+    if not mazes:
+        raise ValueError(f"{folder}: no maze in the test split, want some")
+    return mazes
 
 
-def _shortest(where: str, task: str, state: Any) -> tuple[str, ...]:
-    try:
-        return ENVS[task].shortest_plan(state)
-    except ValueError as error:
-        raise ValueError(f"{where}: got a board without a plan ({error}), want one") from None
+def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> None:
+    """Warns where a model was trained or validated on some of `boards`, and says on how many.
+
+    `source` is the folder that a stage left; any other folder does not know its boards. The stages
+    that it started from count too.
+    """
+    keys = [_key(board) for board in boards]
+    root, seen = epath.Path(source), set[str]()
+    while (root / "model" / "source.json").is_file():
+        file = root / "config.json"
+        data = config_lib.coerce(read_json(file).get("data"), DataConfig, f"{file}: data")
+        folder = data.folder.replace("{workdir}", str(root.parent))
+        if data.source == "stream":
+            seen |= _drawable(data, str(root.parent), boards)
+        elif (epath.Path(folder) / MANIFEST).exists():
+            levels = {(board.task, board.level) for board in boards}
+            seen |= {_key(board) for board in read_levels(folder, ("train", "val"), levels)}
+        else:
+            logging.warning("%s: no boards in %s, so it may have seen the test's", name, folder)
+        file = root / "model" / "source.json"
+        root = epath.Path(field(read_json(file), "weights", str, file))
+    count = sum(key in seen for key in keys)
+    if count:
+        logging.warning(
+            "%s: %d of the %d boards were in its training or validation; for numbers to quote, "
+            "train with the benchmark's folder in data.exclude",
+            *(name, count, len(boards)),
+        )
 
 
-def _read_frozenlake(where: str, meta: Mapping[str, Any], level: int) -> FrozenLakeState:
-    layout = _square(where, meta, level)
-    for r, row in enumerate(layout):
-        for c, tile in enumerate(row):
-            if tile not in ("S", "F", "H", "G"):
-                raise _fail(f"{where}, layout[{r}][{c}]", tile, "one of S, F, H, G")
-    state = _frozenlake(where, ["".join(row) for row in layout])
-    for key, tile in (("start_pos", "S"), ("target_pos", "G")):
-        row, column = _position(where, meta, key, level)
-        if state.rows[row][column] != tile:
-            raise _fail(f"{where}, {key}", (row, column), f"the cell of {tile} in layout")
-    return state
-
-
-def _read_maze(where: str, meta: Mapping[str, Any], level: int) -> MazeState:
-    layout = _square(where, meta, level)
-    masks = [[0] * level for _ in range(level)]
-    for r, row in enumerate(layout):
-        for c, cell in enumerate(row):
-            place = f"{where}, layout[{r}][{c}]"
-            sides = _object(place, cell)
-            masks[r][c] = sum(_WALLS[side] * _field(place, sides, side, bool) for side in _WALLS)
-    start, target = (_position(where, meta, key, level) for key in ("start_pos", "target_pos"))
-    return _maze(f"{where}, layout", masks, start, target)
-
-
-def _maze(where: str, masks: list[list[int]], start: Cell, target: Cell) -> MazeState:
-    """The maze, whose cells must agree on the walls between them."""
-    level = len(masks)
-    for r in range(level):
-        for c in range(level):
-            east = c + 1 == level or bool(masks[r][c + 1] & _WALLS["west"])
-            south = r + 1 == level or bool(masks[r + 1][c] & _WALLS["north"])
-            for side, want in (("east", east), ("south", south)):
-                if bool(masks[r][c] & _WALLS[side]) != want:
-                    raise _fail(f"{where}[{r}][{c}].{side}", not want, "its neighbour's")
-        if not (masks[r][0] & _WALLS["west"] and masks[0][r] & _WALLS["north"]):
-            raise _fail(where, f"an open edge at {r}", "walls around the maze")
-    return MazeState(walls=tuple(tuple(row) for row in masks), start=start, target=target)
-
-
-def _read_minibehaviour(where: str, meta: Mapping[str, Any], level: int) -> MiniBehaviourState:
-    agent = _cell(f"{where}, start_pos", _field(where, meta, "start_pos", list), level)
-    printer = _cell(f"{where}, printer_pos", _field(where, meta, "printer_pos", list), level)
-    table = _cells(where, meta, "table_pos", level)
-    rows, columns = ({cell[axis] for cell in table} for axis in (0, 1))
-    spans = [max(numbers) - min(numbers) + 1 for numbers in (rows, columns) if numbers]
-    if len(table) != 6 or sorted(spans) != [2, 3]:
-        raise _fail(f"{where}, table_pos", sorted(table), "a block of 2 x 3 cells")
-    if len({agent, printer} | table) != 8:
-        raise _fail(f"{where}, start_pos", agent, f"a cell off printer {printer} and table")
-    inside = {(r, c) for r in range(level) for c in range(level)}
-    for key, cells in (("printer_neighbors", {printer}), ("table_neighbors", table)):
-        # Public scoring reads these lists, ours the geometry: they have to agree.
-        near = {c for c in inside - table if any(_distance(c, other) == 1 for other in cells)}
-        if _cells(where, meta, key, level) != near:
-            raise _fail(f"{where}, {key}", meta[key], f"the free neighbours {sorted(near)}")
-    return MiniBehaviourState(size=level, agent=agent, printer=printer, table=tuple(sorted(table)))
-
-
-_READERS: dict[str, Callable[[str, Mapping[str, Any], int], Any]] = {
-    "frozenlake": _read_frozenlake,
-    "maze": _read_maze,
-    "minibehaviour": _read_minibehaviour,
-}
-
-
-def _distance(a: Cell, b: Cell) -> int:
-    return abs(a[0] - b[0]) + abs(a[1] - b[1])
-
-
-def _parse(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _fail(where, text[:60], f"JSON ({error.msg} at column {error.colno})") from None
-
-
-def _object(where: str | pathlib.Path, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _fail(str(where), value, "a JSON object")
-    return value
-
-
-_KINDS = {int: "an integer", bool: "true or false", str: "text", list: "a list", dict: "an object"}
-
-
-def _field(where: str, record: Mapping[str, Any], key: str, kind: type) -> Any:
-    if key not in record:
-        raise _fail(f"{where}, {key}", f"only keys {sorted(record)}", _KINDS[kind])
-    value = record[key]
-    if type(value) is not kind:  # JSON makes just these types, and true is no integer
-        raise _fail(f"{where}, {key}", value, _KINDS[kind])
-    return value
-
-
-def _square(where: str, meta: Mapping[str, Any], level: int) -> list[list[Any]]:
-    layout = _field(where, meta, "layout", list)
-    widths = [len(row) if isinstance(row, list | str) else None for row in layout]
-    if widths != [level] * level:
-        raise _fail(f"{where}, layout", f"rows of {widths}", f"{level} rows of {level} cells")
-    return [list(row) for row in layout]
-
-
-def _position(where: str, meta: Mapping[str, Any], key: str, level: int) -> Cell:
-    number = _field(where, meta, key, int)
-    if not 0 <= number < level * level:
-        raise _fail(f"{where}, {key}", number, f"row * {level} + column")
-    return divmod(number, level)
-
-
-def _cell(where: str, value: Any, level: int) -> Cell:
-    if (
-        not isinstance(value, list)
-        or [type(number) for number in value] != [int, int]
-        or not all(0 <= number < level for number in value)
-    ):
-        raise _fail(where, value, f"[row, column] within 0..{level - 1}")
-    return value[0], value[1]
-
-
-def _cells(where: str, meta: Mapping[str, Any], key: str, level: int) -> set[Cell]:
-    return {_cell(f"{where}, {key}", value, level) for value in _field(where, meta, key, list)}
+def _drawable(data: DataConfig, workdir: str, boards: Sequence[Board]) -> set[str]:
+    """Keys of those boards that a run which draws its boards on the fly may have drawn."""
+    folders = [folder.replace("{workdir}", workdir) for folder in data.exclude]
+    excluded = benchmark_keys(f for f in folders if pathlib.Path(f).is_dir())
+    drawn = {(kind.task, level) for kind in data.boards for level in kind.levels}
+    keys = {_key(board) for board in boards if board[:2] in drawn}
+    return {key for key in keys - excluded if split_of(key) != "test"}

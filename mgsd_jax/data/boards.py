@@ -205,6 +205,11 @@ def _check_hash(path: epath.Path, content: bytes, want: str) -> None:
         raise ValueError(f"{path}: got hash {got}, want {want} as in the manifest; {_RESTORE}")
 
 
+def case_name(board: Board) -> str:
+    """The name of a board of a test split, in the manner of the public evaluator."""
+    return f"{board.task}_test_level{board.level}_{board.index:04d}"
+
+
 def board_paths(folder: epath.Path, index: int) -> tuple[epath.Path, epath.Path]:
     """Where the text and the picture of a board are, in the folder of its group."""
     return folder / "text" / f"{index:04d}.txt", folder / "image" / f"{index:04d}.png"

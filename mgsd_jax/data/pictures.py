@@ -129,6 +129,15 @@ def open_picture(file: str | io.BytesIO, name: object) -> Image.Image:
     return picture
 
 
+def read_picture(path: str, size: int) -> np.ndarray:
+    """A benchmark's picture, uint8 [size, size, 3]; resized as the public evaluator does.
+
+    Raises ValueError naming the file where it is no picture.
+    """
+    picture = open_picture(path, path).convert("RGB")
+    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
+
+
 def load_picture_settings(folder: Path, config: Mapping[str, Any]) -> PictureSettings:
     """Settings of a checkpoint folder, whose config.json holds `config`.
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import DataConfig, EvaluateConfig, Mode
-from mgsd_jax.data import batching, testsets
+from mgsd_jax.data import batching
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import Encoder, draw_picture
+from mgsd_jax.data.pictures import read_picture
 from mgsd_jax.data.processor import Encoded, encode
 from mgsd_jax.data.prompts import Message, Prompts
 from mgsd_jax.data.segments import decode_rows
@@ -117,7 +118,7 @@ def show(data: DataConfig, board: Board) -> np.ndarray:
     """The picture of a board of a test set: the benchmark's own, or drawn; uint8 [H, W, 3]."""
     if board.picture_path is None:
         return draw_picture(data, board)
-    return testsets.read_picture(board.picture_path, config_lib.picture_size(data, board.level))
+    return read_picture(board.picture_path, config_lib.picture_size(data, board.level))
 
 
 @dataclasses.dataclass(frozen=True)

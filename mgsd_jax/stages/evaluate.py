@@ -17,9 +17,9 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, EvaluateConfig, Mode
-from mgsd_jax.data import loaders, testsets
+from mgsd_jax.data import benchmarks, loaders
 from mgsd_jax.data import prompts as prompts_lib
-from mgsd_jax.data.boards import Board
+from mgsd_jax.data.boards import Board, case_name
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.evaluation import rows as rows_lib
 from mgsd_jax.evaluation import summary
@@ -169,9 +169,9 @@ def _summarize(folder: epath.Path) -> None:
 def _test_boards(config: Config) -> tuple[list[Board], list[str]]:
     """The boards to ask about, and their names in their benchmark."""
     if config.evaluate.benchmarks:
-        return testsets.read_testsets(config.evaluate.benchmarks)
+        return benchmarks.read_testsets(config.evaluate.benchmarks)
     boards = list(loaders.load_boards(config, "test"))
-    return boards, [testsets.case_name(board) for board in boards]
+    return boards, [case_name(board) for board in boards]
 
 
 def _models(config: Config, boards: Sequence[Board]) -> list[Model]:
@@ -184,7 +184,7 @@ def _models(config: Config, boards: Sequence[Board]) -> list[Model]:
         ]
     if jax.process_index() == 0 and settings.benchmarks:
         for name, source in settings.models:
-            testsets.warn_of_seen(name, source, boards)
+            benchmarks.warn_of_seen(name, source, boards)
     return [
         Model(
             name,

@@ -130,7 +130,7 @@ def is_complete(root: epath.Path, settings: Settings) -> bool:
     if is_written:
         read_groups(root)
     if (root / SETTINGS).is_file():
-        differing = _differences(_drawn_options(root / SETTINGS, settings), settings)
+        differing = _differences(fields.read_json(root / SETTINGS), settings)
         if differing:
             raise ValueError(
                 f"{root}: got a folder of other boards ({'; '.join(differing)}), "
@@ -141,18 +141,6 @@ def is_complete(root: epath.Path, settings: Settings) -> bool:
     if root.exists() and {path.name for path in root.iterdir()} - {f"{SETTINGS}.partial"}:
         raise ValueError(f"{root}: got other files and no {SETTINGS}, want an empty folder")
     return False
-
-
-def _drawn_options(path: epath.Path, settings: Settings) -> Settings:
-    """The settings in a file, without the options of tasks that `settings` does not draw.
-
-    Version 0.1 recorded the options of every task.
-    """
-    held = fields.read_json(path)
-    if not isinstance(options := held.get("options"), dict):
-        return held
-    drawn = {task: options[task] for task in options if task in settings["options"]}
-    return {**held, "options": drawn}
 
 
 def _differences(held: object, want: object, name: str = "") -> list[str]:

@@ -73,9 +73,9 @@ run() {
   [ -z "$stages" ] || want_stages "$stages"
   want_number --restarts "$restarts"
   want_number RESTART_SECONDS "${RESTART_SECONDS:-10}"
-  [ -x "$VENV/bin/python" ] || fail "$VENV/bin/python: got no such program, want setup first"
+  [ -x "$VENV/bin/python" ] || fail "$VENV/bin/python not found, run setup first"
   workdir=$(value_of --workdir "$@")
-  [ -n "$workdir" ] || fail "run: got no --workdir, want it"
+  [ -n "$workdir" ] || fail "run: --workdir is required"
   command="stages=$stages restarts=$restarts $*"
   for variable in "${!JAX_@}"; do command+=" $variable=${!variable}"; done
   if ! take_lock; then

@@ -99,13 +99,13 @@ parse() {
         flag=${flag%%=*}
         ;;
       --*)
-        [ $# -gt 0 ] || fail "$flag: got nothing, want a value"
+        [ $# -gt 0 ] || fail "$flag: a value is required"
         value=$1
         shift
         ;;
       *) fail "got $flag, want an option; arguments of the program go after --" ;;
     esac
-    [ -n "$value" ] || fail "$flag: got nothing, want a value"
+    [ -n "$value" ] || fail "$flag: a value is required"
     case $flag in
       --name) NAME=$value ;;
       --project) PROJECT=$value ;;
@@ -125,7 +125,7 @@ parse() {
 }
 
 want() { # flag variable value
-  [ -n "$3" ] || fail "$1: got nothing, want it, or $2 in the environment"
+  [ -n "$3" ] || fail "$1 is required, or $2 in the environment"
 }
 
 # Holds every setting and option against what it has to look like, whatever the command does with
@@ -166,7 +166,7 @@ runtime_of() { # accelerator type
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) fail "--runtime: got nothing, want the VM image of type $1 (known: v2- to v4-, v5litepod-, v5p-, v6e-)" ;;
+    *) fail "--runtime is required, the VM image of type $1 (known: v2- to v4-, v5litepod-, v5p-, v6e-)" ;;
   esac
 }
 
@@ -266,7 +266,7 @@ create() {
 setup() {
   local archive=${TMPDIR:-/tmp}/mgsd_jax-$NAME.tgz node
   want_active
-  git -C "$ROOT" rev-parse HEAD >/dev/null || fail "$ROOT: got no git checkout, want one"
+  git -C "$ROOT" rev-parse HEAD >/dev/null || fail "$ROOT is not a git checkout"
   # The files as they are, changes and all; what git ignores stays here, and so do deleted ones.
   perform bash -c "cd $(quote "$ROOT") && git ls-files -z -co --exclude-standard | \
 while IFS= read -r -d '' file; do [ ! -e \"\$file\" ] || printf '%s\\0' \"\$file\"; done | \
@@ -295,9 +295,9 @@ start() {
       --workdir | --workdir=*) has_workdir=yes ;;
     esac
   done
-  [ -n "$has_stage" ] || fail "run: got no --stage after -- and no --stages, want one of them"
-  [ -n "$has_config" ] || fail "run: got no --config after --, want it"
-  [ -n "$has_workdir" ] || fail "run: got no --workdir after --, want it (gs://... on several hosts)"
+  [ -n "$has_stage" ] || fail "run: --stage after --, or --stages, is required"
+  [ -n "$has_config" ] || fail "run: --config is required after --"
+  [ -n "$has_workdir" ] || fail "run: --workdir is required after -- (gs://... on several hosts)"
   hand_over
   want_active
   on_hosts all "cd $FOLDER && ${HANDED}bash launch/host.sh run --restarts=$RESTARTS$(
@@ -324,7 +324,7 @@ hand_over() {
 }
 
 on_every_host() {
-  [ ${#ARGUMENTS[@]} -gt 0 ] || fail "ssh: got nothing after --, want a command for the hosts"
+  [ ${#ARGUMENTS[@]} -gt 0 ] || fail "ssh: a command for the hosts is required after --"
   want_active
   on_hosts "$WORKER" "cd $FOLDER && export PATH=\"\${VENV:-\$PWD/.venv}/bin:\$PATH\" && \
 $(quote_all "${ARGUMENTS[@]}")"
@@ -375,7 +375,7 @@ parse "$@"
 check
 PLACE=("--project=$PROJECT" "--zone=$ZONE")
 if [ -z "$DRY_RUN" ] && ! command -v gcloud >/dev/null; then
-  fail "gcloud: got no such program, want the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+  fail "gcloud not found, want the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
 fi
 
 case $COMMAND in

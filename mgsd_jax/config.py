@@ -1,24 +1,24 @@
 """Typed, frozen settings of every stage, and overrides of them from the command line.
 
-A config file defines `get_config() -> Config`. Every stage reads the sections it needs from one
-`Config`. Paths may hold `{workdir}`, which stands for the `--workdir` of the run. The annotation of
-a field says which values it takes, and whether it changes no result (`FREE`, see ranges.py).
+A config file defines `get_config() -> Config`, or `get_config(argument)`. Every stage reads the
+sections it needs from one `Config`. Paths may hold `{workdir}` for the `--workdir` of the run and
+`{model}` for `model.path`. The annotation of a field says which values it takes; the tag `FREE`
+says that it changes no result, so that a run may be resumed with another value (ranges.py).
 """
 
-import ast
-import contextlib
 import dataclasses
 import json
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, hints, plain
+from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, replace_field
 
+Section = TypeVar("Section")  # a dataclass of this file
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
-# What a request to an endpoint may say of sampling; servers differ in what they take.
+# Sampling parameters that a request to an endpoint may have; servers differ in what they accept.
 Parameter = Literal["max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed"]
 SENT: tuple[Parameter, ...] = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 Benchmark = Literal[
@@ -34,7 +34,7 @@ Benchmark = Literal[
     "maze_held_out",  # mazes of a test split of ours, where the public file is not at hand
 ]
 
-# Upper ends are what no run could use: without them a slip of the pen draws boards for years.
+# The upper ends are more than any run could use; a slip of the pen would draw boards for years.
 Count = Annotated[int, Between(1, 10**6)]
 CountOrNone = Annotated[int, Between(0, 10**6)]
 FreeCount = Annotated[int, Between(1, 10**6), FREE]
@@ -47,6 +47,7 @@ Positive = Annotated[float, Between(0, 10**9, above=True)]
 Name = Annotated[str, Items(1)]
 Names = Annotated[tuple[Name, ...], Items()]
 Path = Annotated[str, Items(1), Place()]
+PathOrNone = Annotated[str, Place()]
 Paths = Annotated[tuple[Path, ...], Items()]
 Pattern = Annotated[str, Regex()]
 Buckets = Annotated[tuple[Count, ...], Items(1), FREE]
@@ -61,7 +62,7 @@ class LevelSet:
     """Boards of one task: the levels, and how many of each in the train, val and test splits."""
 
     task: Name  # one of envs.ENVS, as what draws or reads boards checks
-    # A level that stands twice is streamed twice as often.
+    # A level that is listed twice is streamed twice as often.
     levels: Annotated[tuple[Annotated[int, Between(2, 32)], ...], Items(1, repeated=True)]
     train: CountOrNone
     val: CountOrNone
@@ -80,11 +81,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are laid out; a size of -1 takes what the others leave.
+    """How the devices are laid out; a size of -1 takes the devices that the others leave.
 
     Where fsdp and tensor both are -1, tensor is 4, or 2 or 1 where the devices do not divide by 4.
 
-    A run may go on under another mesh: what is computed does not depend on it.
+    A run may be resumed with another mesh: what is computed does not depend on it.
     """
 
     data: Devices = 1  # copies of the parameters, each with a part of the batch: one a slice
@@ -104,9 +105,7 @@ class DataConfig:
     channels: tuple[int, int, int] = (0, 1, 2)  # any other order: colours as no board has them
     sprites: Literal["usual", "other"] = "usual"  # other: things drawn as no board has them
     exclude: Paths = ()  # benchmark folders whose boards never enter a split
-    prompts: Annotated[str, Place()] = (
-        ""  # folder of text files that replace prompts; '' keeps the built-in ones
-    )
+    prompts: PathOrNone = ""  # folder of text files that replace prompts; '': the built-in ones
     prompt_buckets: Buckets = (512, 1024)  # student prompt lengths, pictures included
     teacher_buckets: Buckets = (512, 1024, 2048)
     sequence_buckets: Buckets = (1024, 2048)  # grounding: prompt and answer
@@ -144,15 +143,15 @@ class CheckpointConfig:
     every: Every = 200
     keep_last: FreeCount = 2
     keep_best: Annotated[int, Between(0, 10**6), FREE] = 1
-    use: Literal["last", "best"] = "last"  # which one later stages load
+    use: Literal["last", "best"] = "last"  # which checkpoint later stages load
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
     """When a training run stops, and above which measures of a step it warns.
 
-    A run may go on under other values. The reference answers reach 0.61 repeated (Maze level 6),
-    healthy nano runs start at a first_kl of 2.1 nats; float32 keeps the logprob_gap below 1e-4.
+    A run may be resumed with other values. The reference answers reach 0.61 repeated (Maze level
+    6), healthy nano runs start at a first_kl of 2.1 nats; float32 keeps the logprob_gap below 1e-4.
     """
 
     skipped_in_a_row: Steps = 10  # updates with a loss or gradient that is not finite
@@ -199,7 +198,7 @@ class DistillationConfig:
     teacher: Path = "{model}"
     teacher_context: TeacherContext = "state_and_plan"
     teacher_decay: Share = 0.0  # above 0 the teacher is this moving average of the student instead
-    teacher_noise: Share = 0.0  # share of the facts that the teacher is told wrong
+    teacher_noise: Share = 0.0  # share of the facts that are wrong in what the teacher reads
     teacher_board: Literal["same", "other"] = "same"  # other: a control, another board's state
     objective: Name = "reverse_kl"  # a name of training/divergences.py
     # Read by objective='jsd' only.
@@ -207,9 +206,11 @@ class DistillationConfig:
     forward_kl_mix: Decay = 0.0
     token_chunk: FreeCount = 2048
     token_kl_cap: Amount = 0.0  # nats, 0: off
-    # Of parts of a response; 1 unless told.
+    # Weights of the parts of a response in the loss; 1 for a part that is not listed.
     token_weights: Annotated[tuple[tuple[Segment, Amount], ...], Items()] = ()
-    reference_share: Share = 0.0  # of the rows: a right response in place of the student's own
+    reference_share: Share = (
+        0.0  # of the rows that get a right response in place of the student's own
+    )
     sampling: SamplingConfig = SamplingConfig()
     steps: Steps = 1400
     batch_size: Count = 32  # prompts a step
@@ -235,12 +236,12 @@ class EvaluateConfig:
     # (name, folder); (): the test split of data
     benchmarks: Annotated[tuple[tuple[Benchmark, Path], ...], Items()] = ()
     endpoint: str = ""  # URL of an OpenAI-compatible API, which then answers instead of `models`
-    endpoint_models: Names = ()  # it serves; () is its one model
+    endpoint_models: Names = ()  # names of the models to ask; (): the one that it serves
     # The environment variable that holds the key.
     endpoint_key: Annotated[str, Items(1), FREE] = "OPENAI_API_KEY"
     endpoint_workers: Annotated[int, Between(1, 1024), FREE] = 8  # requests at once
     endpoint_retries: Annotated[int, Between(0, 1000), FREE] = 3
-    # What a request says of sampling.
+    # The sampling parameters that a request has.
     endpoint_parameters: Annotated[tuple[Parameter, ...], Items()] = SENT
     # How long a request may take, its retries included.
     endpoint_seconds: Annotated[float, Between(0, 10**6, above=True), FREE] = 120.0
@@ -251,7 +252,7 @@ class ReportConfig:
     """What the report compares."""
 
     runs: Paths = ()  # workdirs or evaluation folders; (): the workdir alone
-    model: str = ""  # the model that stands for its run; '' is the last of base .. distilled
+    model: str = ""  # the model that represents its run; '': the last of base .. distilled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +264,7 @@ class ExportConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_shard_gb: Positive = 5.0
     adapters: bool = False  # write the adapters alone, as a PEFT folder
-    check: bool = False  # in place of writing: hold the folder against transformers (needs torch)
+    check: bool = False  # do not write, compare the folder with transformers (needs torch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +345,7 @@ def excluded_folders(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*config.data.exclude, *evaluated)))
 
 
-def override(config: Any, assignments: Sequence[str]) -> Any:
+def override(config: Section, assignments: Sequence[str]) -> Section:
     """A copy of `config` with 'a.b=value' assignments applied, left to right.
 
     Values are Python literals (`1e-4`, `(3, 4)`, `None`) or bare strings, for a tuple of strings
@@ -358,86 +359,54 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
         name, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"--set: got {assignment!r}, want a.b=value")
-        config = _replace(config, name.strip().split("."), text.strip(), name.strip())
+        path = name.strip()
+        config = replace_field(config, path.split("."), text.strip(), f"--set {path}")
     return config
-
-
-def _replace(config: Any, path: list[str], text: str, full: str) -> Any:
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise ValueError(f"--set {full}: {type(config).__name__} has no field {path[0]!r}")
-    known = hints(type(config))
-    if path[0] not in known:
-        raise ValueError(f"--set {full}: no field {path[0]!r}, want one of {sorted(known)}")
-    if len(path) > 1:
-        value = _replace(getattr(config, path[0]), path[1:], text, full)
-    else:
-        value = _parse(text, known[path[0]], full)
-    return dataclasses.replace(config, **{path[0]: value})
-
-
-def _parse(text: str, kind: Any, full: str) -> Any:
-    """The text as a value of this kind: Python as far as it is Python, else text."""
-    value: Any = text
-    if plain(kind) is str:
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-            value = text[1:-1]
-    else:
-        # The rest of what the parser raises: unhashable keys, and nesting that is too deep.
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = ast.literal_eval(text)
-        value = {"true": True, "false": False}.get(text, value)
-        items = get_args(plain(kind))
-        if isinstance(value, str) and items[1:] == (Ellipsis,) and plain(items[0]) is str:
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-    return coerce(value, kind, f"--set {full}")
 
 
 def check(config: Config) -> Config:
     """The config itself, every field held against its annotation; raises ValueError."""
     config = coerce(config, Config, "config")
-    if (config.data.picture_size == 0) == (config.data.cell_pixels == 0):
+    data, evaluate = config.data, config.evaluate
+    stage1, stage2 = config.grounding, config.distillation
+    if (data.picture_size == 0) == (data.cell_pixels == 0):
         raise ValueError(
-            "data: got picture_size="
-            f"{config.data.picture_size}, cell_pixels={config.data.cell_pixels}, want just one > 0"
+            f"data: got picture_size={data.picture_size}, cell_pixels={data.cell_pixels}, "
+            "want just one > 0"
         )
-    if config.evaluate.tries > 1 and config.evaluate.sampling.temperature == 0:
+    if sorted(data.channels) != [0, 1, 2]:
+        raise ValueError(f"data.channels: got {data.channels}, want an order of (0, 1, 2)")
+    if evaluate.tries > 1 and evaluate.sampling.temperature == 0:
         raise ValueError(
-            f"evaluate.tries: got {config.evaluate.tries} at temperature 0, want 1, or a "
-            "temperature above 0 (evaluate.sampling.temperature)"
+            f"evaluate.tries: got {evaluate.tries} at temperature 0, want 1, or a temperature "
+            "above 0 (evaluate.sampling.temperature)"
         )
-    if not any(share for _, share in config.grounding.mixture):
-        raise ValueError(f"grounding.mixture: got {config.grounding.mixture}, want a share above 0")
-    if sorted(config.data.channels) != [0, 1, 2]:
-        raise ValueError(f"data.channels: got {config.data.channels}, want an order of (0, 1, 2)")
-    for name, batch, parts in (
-        ("grounding", config.grounding.batch_size, config.grounding.microbatches),
-        (
-            "distillation",
-            config.distillation.batch_size * config.distillation.rollouts,
-            config.distillation.microbatches,
-        ),
-    ):
-        if batch % parts:
-            raise ValueError(f"{name}.microbatches: got {parts}, want a divisor of {batch}")
+    if not any(share for _, share in stage1.mixture):
+        raise ValueError(f"grounding.mixture: got {stage1.mixture}, want a share above 0")
+    rows = {"grounding": stage1.batch_size, "distillation": stage2.batch_size * stage2.rollouts}
+    for stage, settings in (("grounding", stage1), ("distillation", stage2)):
+        parts = settings.microbatches
+        if rows[stage] % parts:
+            raise ValueError(f"{stage}.microbatches: got {parts}, want a divisor of {rows[stage]}")
     return config
 
 
-def defaults(kind: Any) -> dict[str, Any]:
-    """What each field of a section stands for where a saved config does not know it.
+def defaults(kind: type) -> dict[str, Any]:
+    """The default of each field of a section and of the sections in it, as plain JSON types.
 
-    Nested, plain JSON types; fields without a default are left out.
+    Fields without a default are left out.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         section = typing.get_type_hints(kind)[field.name]
         if dataclasses.is_dataclass(section):
-            found[field.name] = defaults(section)
+            found[field.name] = defaults(typing.cast(type, section))
         elif field.default is not dataclasses.MISSING:
             found[field.name] = json.loads(json.dumps(field.default))
     return found
 
 
-def to_dict(config: Any) -> Any:
+def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON types (tuples as lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -6,38 +6,44 @@ sorted keys at every level, which is the order of `jax.tree.leaves`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-Tree = dict[str, Any]
+from flax import traverse_util
+
+Leaf = Any
+Tree = dict[str, Any]  # of trees and leaves
 Value = TypeVar("Value")
 
 
-def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+def named_leaves(tree: Tree) -> list[tuple[str, Leaf]]:
     """Return [(path, leaf)] in sorted order; {'b': {'c': 1}, 'a': 2} -> [('a', 2), ('b/c', 1)].
 
     Raises ValueError where the tree is no dict or a key is no usable name.
     """
     if not isinstance(tree, dict):
         raise ValueError(f"tree: got {type(tree).__name__}, want a dict of dicts and leaves")
-    return list(_walk(tree, ""))
+    leaves = traverse_util.flatten_dict(tree)
+    for path in leaves:
+        for key in path:
+            if not isinstance(key, str) or not key or "/" in key:
+                raise ValueError(f"key in {path}: got {key!r}, want a non-empty string without '/'")
+    return [("/".join(path), leaves[path]) for path in sorted(leaves)]
 
 
-def nest(named: Iterable[tuple[str, Any]]) -> Tree:
+def nest(named: Iterable[tuple[str, Leaf]]) -> Tree:
     """Return the tree with these (path, leaf) pairs; the inverse of `named_leaves`."""
-    tree: Tree = {}
-    for path, leaf in named:
-        _insert(tree, path, leaf)
-    return tree
+    return traverse_util.unflatten_dict(dict(named), sep="/")
 
 
-def map_named(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+def map_named(fn: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
     """Return a tree of the same structure whose leaf at `path` is `fn(path, leaf)`.
 
     `fn` is called in the order of `named_leaves`; empty dicts stay.
     """
-    named_leaves(tree)  # names are checked once for the whole tree, before `fn` sees any of it
-    return _map(fn, tree, "")
+    mapped = {path: fn(path, leaf) for path, leaf in named_leaves(tree)}
+    everything = traverse_util.flatten_dict(tree, keep_empty_nodes=True, sep="/")
+    return traverse_util.unflatten_dict(everything | mapped, sep="/")
 
 
 def match(rules: Sequence[tuple[str, Value]], path: str) -> Value:
@@ -56,16 +62,14 @@ def match(rules: Sequence[tuple[str, Value]], path: str) -> Value:
     raise ValueError(f"no rule matches {path!r}; got the rules: {listed}; want one that does")
 
 
-def partition(tree: Tree, predicate: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
+def partition(tree: Tree, predicate: Callable[[str, Leaf], bool]) -> tuple[Tree, Tree]:
     """Return (selected, rest): the leaves where `predicate(path, leaf)` holds, and the others.
 
     Both keep the nesting; dicts left without a leaf are dropped. `combine` undoes it.
     """
-    selected: Tree = {}
-    rest: Tree = {}
-    for path, leaf in named_leaves(tree):
-        _insert(selected if predicate(path, leaf) else rest, path, leaf)
-    return selected, rest
+    named = named_leaves(tree)
+    selected = {path: leaf for path, leaf in named if predicate(path, leaf)}
+    return nest(selected.items()), nest(pair for pair in named if pair[0] not in selected)
 
 
 def combine(a: Tree, b: Tree) -> Tree:
@@ -74,71 +78,37 @@ def combine(a: Tree, b: Tree) -> Tree:
     Raises ValueError, naming both sides, where a path is in both or a leaf of one would lie
     below a leaf of the other. Dicts without a leaf are dropped.
     """
-    leaves_a, leaves_b = dict(named_leaves(a)), dict(named_leaves(b))
-    collisions = [
-        f"{side}{path!r} ({_summary(leaf)}) and {other}{above!r} ({_summary(theirs[above])})"
-        for mine, theirs, side, other in (
-            (leaves_a, leaves_b, "first tree's ", "second tree's "),
-            (leaves_b, leaves_a, "second tree's ", "first tree's "),
+    first, second = dict(named_leaves(a)), dict(named_leaves(b))
+    clashes = [(path, above) for path in first for above in _upwards(path) if above in second]
+    clashes += [(above, path) for path in second for above in _upwards(path)[1:] if above in first]
+    if clashes:
+        shown = "; ".join(
+            f"first tree's {ours!r} ({_summary(first[ours])}) and "
+            f"second tree's {theirs!r} ({_summary(second[theirs])})"
+            for ours, theirs in clashes
         )
-        for path, leaf in mine.items()
-        for above in _prefixes(path)
-        if above in theirs and (above != path or mine is leaves_a)
-    ]
-    if collisions:
-        raise ValueError(f"trees collide, want disjoint leaves, got {'; '.join(collisions)}")
-    return nest(sorted({**leaves_a, **leaves_b}.items()))
+        raise ValueError(f"trees collide, want disjoint leaves, got {shown}")
+    return nest(sorted({**first, **second}.items()))
 
 
-def get(tree: Tree, path: str) -> Any:
+def get(tree: Tree, path: str) -> Leaf | Tree:
     """Return the leaf or subtree at `path`; raises ValueError with the keys that are there."""
-    node: Any = tree
-    names = path.split("/")
-    for depth, name in enumerate(names):
+    node: Leaf | Tree = tree
+    for name in path.split("/"):
         if not isinstance(node, dict) or name not in node:
-            where = "/".join(names[:depth]) or "the root"
             there = sorted(node) if isinstance(node, dict) else f"a leaf ({_summary(node)})"
-            raise ValueError(f"no {path!r} in the tree: got {there} at {where}, want {name!r}")
+            raise ValueError(f"no {path!r} in the tree: got {there}, want {name!r}")
         node = node[name]
     return node
 
 
-def _walk(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key in tree:
-        if not isinstance(key, str) or not key or "/" in key:
-            where = prefix or "the root"
-            raise ValueError(f"key at {where}: got {key!r}, want a non-empty string without '/'")
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            yield from _walk(tree[key], f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", tree[key]
-
-
-def _map(fn: Callable[[str, Any], Any], tree: Tree, prefix: str) -> Tree:
-    return {
-        key: _map(fn, tree[key], f"{prefix}{key}/")
-        if isinstance(tree[key], dict)
-        else fn(f"{prefix}{key}", tree[key])
-        for key in sorted(tree)
-    }
-
-
-def _insert(tree: Tree, path: str, leaf: Any) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = leaf
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """'a/b/c' -> 'a', 'a/b', 'a/b/c'."""
+def _upwards(path: str) -> list[str]:
+    """'a/b/c' -> 'a/b/c', 'a/b', 'a'."""
     names = path.split("/")
-    for depth in range(1, len(names) + 1):
-        yield "/".join(names[:depth])
+    return ["/".join(names[:depth]) for depth in range(len(names), 0, -1)]
 
 
-def _summary(leaf: Any) -> str:
+def _summary(leaf: Leaf) -> str:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return type(leaf).__name__

@@ -136,7 +136,7 @@ def test_kernel_follows_the_devices() -> None:
 
 ON_EIGHT_DEVICES = """
 import jax, numpy as np, test_attention as t
-from mgsd_jax import sharding
+from mgsd_jax.parallel import sharding
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.attention import Kernel, attend
 q, k, v, valid = t.arrays(4, 2, 64, 128, rows=4)

@@ -64,11 +64,10 @@ def write_run(
     rows.append(evaluation, found)
     summary = summarize(rows.read_rows(evaluation))
     (evaluation / "summary.json").write_text(json.dumps(summary))
-    writer = metrics.open_writer(folder / "distillation", is_main=True, tensorboard=False)
-    for step in range(1, 21):
-        kl = {"kl/state": 2.0 if step <= 18 else lr, "kl_pos/0-3": 1.0, "kl_pos/256-": 0.0}
-        writer.write(step, {"loss": 1 / step, "agree/plan": 0.5, **kl})
-    writer.close()
+    with metrics.open_writer(folder / "distillation") as writer:
+        for step in range(1, 21):
+            kl = {"kl/state": 2.0 if step <= 18 else lr, "kl_pos/0-3": 1.0, "kl_pos/256-": 0.0}
+            writer.write(step, {"loss": 1 / step, "agree/plan": 0.5, **kl})
     config = {"distillation": {"optim": {"lr": lr}, "steps": 20, "student": str(folder)}}
     (folder / "distillation" / "config.json").write_text(json.dumps(config))
     return folder

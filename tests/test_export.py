@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from helpers_kills import Killer
 from helpers_model import Row, random_params
 from helpers_tiny import tiny_config
@@ -24,7 +25,7 @@ from mgsd_jax.model.config import ModelConfig, tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.stages import export, init, loading, parity
 from mgsd_jax.weights import files, hf, peft
-from mgsd_jax.workdir import checkpoint
+from mgsd_jax.workdir import checkpoint, stage_folder
 
 CONFIG = tiny()
 SIDE: dict[str, Any] = {
@@ -341,14 +342,9 @@ def exported(nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             lambda path, leaf, draw=draw: 0.1 * draw(leaf.shape).astype(np.float32),
             tree.partition(fresh, lambda path, _: not path.endswith("/scale"))[0],
         )
-        loading.write_source(
-            loading.epath.Path(workdir) / name,
-            loaded,
-            weights=str(workdir / "grounding" if i else nano_folder),
-            lora_config=spec,
-            is_complete=False,
-            metric="",
-        )
+        weights = str(workdir / "grounding" if i else nano_folder)
+        source = stage_folder.Source(weights, spec, complete=False, metric="")
+        stage_folder.write_source(epath.Path(workdir) / name, source, loaded.folder)
     read = checkpoint.load_params
     checkpoint.load_params = lambda folder, *_, **__: {
         "adapters": trained[Path(folder).parent.name]
@@ -413,5 +409,5 @@ def test_adapters_of_a_chain_are_one_peft_folder(exported: Exported) -> None:
 
 def test_a_model_without_adapters_has_none_to_export(exported: Exported, tmp_path: Path) -> None:
     settings = ExportConfig(source="{model}", folder=str(tmp_path / "out"), adapters=True)
-    with pytest.raises(ValueError, match=r"got no model/source.json, want a stage that trained"):
+    with pytest.raises(ValueError, match=r"no model/source.json found, want a stage that trained"):
         export.run(dataclasses.replace(exported.config, export=settings), str(tmp_path))

@@ -12,8 +12,7 @@ from mgsd_jax import preflight
 from mgsd_jax.checks import fields
 from mgsd_jax.data import boards
 from mgsd_jax.report import compare
-from mgsd_jax.stages import loading
-from mgsd_jax.workdir import folders
+from mgsd_jax.workdir import folders, stage_folder
 
 BROKEN = (
     *(b"", b"{", b"\xff", b"null", b"7", b'"a"', b"[]", b"[" * 100_000, b"9" * 5000),
@@ -25,14 +24,14 @@ SOURCE = "grounding/model/source.json"
 def finish(folder: pathlib.Path) -> None:
     (folder / SOURCE).parent.mkdir(exist_ok=True)
     (folder / SOURCE).touch()
-    loading.check_finished(str(folder / "grounding"))
+    stage_folder.check_finished(str(folder / "grounding"))
 
 
 READERS: dict[str, Callable[[pathlib.Path], Any]] = {
     "config.json": lambda folder: folders.check_config(folder, {}),
     "grounding/config.json": finish,
     "distillation/config.json": lambda folder: compare._settings(epath.Path(folder)),
-    SOURCE: lambda folder: loading._read_source(epath.Path(folder) / SOURCE),
+    SOURCE: lambda folder: stage_folder.read_source(epath.Path(folder) / "grounding"),
     "manifest.json": lambda folder: boards.read_split(folder, "train"),
     "preflight.json": lambda folder: preflight._earlier(
         folder / "preflight.json", tiny_config(folder)
@@ -46,7 +45,7 @@ def test_a_broken_file_is_named(tmp_path: pathlib.Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for content in BROKEN:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"got .*, want ") as raised:
+        with pytest.raises(ValueError, match=r"(got|not found).*, want ") as raised:
             READERS[name](tmp_path)
         line = str(raised.value)
         assert line.startswith(f"{path}: ") and "\n" not in line and len(line) < 400, content
@@ -55,7 +54,7 @@ def test_a_broken_file_is_named(tmp_path: pathlib.Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        ("{}", "weights: got nothing, want str"),
+        ("{}", "weights: not found, want str"),
         ('{"weights": 3}', "weights: got 3, want str"),
         ('{"weights": "a", "lora": []}', "lora: got [], want dict"),
         ('{"weights": "a", "lora": {}, "complete": 1}', "complete: got 1, want bool"),
@@ -70,12 +69,13 @@ def test_a_broken_file_is_named(tmp_path: pathlib.Path, name: str) -> None:
     ],
 )
 def test_a_field_of_a_source_is_named(tmp_path: pathlib.Path, content: str, line: str) -> None:
-    (tmp_path / "source.json").write_text(content)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "source.json").write_text(content)
     with pytest.raises(ValueError) as raised:
-        loading._read_source(epath.Path(tmp_path) / "source.json")
-    assert str(raised.value) == f"{tmp_path}/source.json: {line}"
+        stage_folder.read_source(epath.Path(tmp_path))
+    assert str(raised.value) == f"{tmp_path}/model/source.json: {line}"
 
 
 def test_a_folder_in_place_of_a_file_is_none(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path}: got no such file, want a JSON object"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: not found, want a JSON object"):
         fields.read_json(tmp_path)

@@ -332,5 +332,5 @@ def test_settings_that_count_nothing_are_named(written: pathlib.Path, count: Any
     with pytest.raises(ValueError, match=r"settings\.json: counts: want numbers of boards"):
         boards_lib.read_split(written, "train")
     (written / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"settings\.json: got no such file"):
+    with pytest.raises(ValueError, match=r"settings\.json: not found"):
         boards_lib.read_split(written, "train")

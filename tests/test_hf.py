@@ -469,7 +469,7 @@ def test_a_tied_head_may_be_there_if_equal(spoil: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (None, "got no such file, want a JSON object"),
+        (None, "not found, want a JSON object"),
         ("", "got no valid JSON"),
         ("[]", "got list, want a JSON object"),
         ("\xff", "config.json"),

@@ -15,8 +15,8 @@ from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
 from mgsd_jax.config import Config
 from mgsd_jax.model.config import tiny
 from mgsd_jax.stages import distillation, loading
-from mgsd_jax.training import sessions
 from mgsd_jax.weights import hf
+from mgsd_jax.workdir import stage_folder
 
 THINKING = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
 
@@ -112,10 +112,10 @@ def test_a_stage_is_finished_when_its_last_step_is_saved(
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
     (folder / "checkpoints" / "4.orbax-checkpoint-tmp-1").mkdir(parents=True)
     if said is None:
-        loading.check_finished(str(folder))
+        stage_folder.check_finished(str(folder))
         return
     with pytest.raises(ValueError, match=f"{folder}: {said}"):
-        loading.check_finished(str(folder))
+        stage_folder.check_finished(str(folder))
 
 
 def test_a_stage_without_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
@@ -129,22 +129,22 @@ def test_a_stage_without_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_a_models_identity_is_that_of_its_copies_alone(tmp_path: Path) -> None:
-    stage_folder, weights = tmp_path / "stage", tmp_path / "weights"
+    stage, weights = tmp_path / "stage", tmp_path / "weights"
     found = []
     for step, runs in ((2, "first\n"), (4, "first\nresumed\n"), (4, "anew\n")):
-        (stage_folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
-        (stage_folder / "runs.jsonl").write_text(runs)
-        found.append(loading.identity(str(stage_folder)))
-    (stage_folder / "runs.jsonl").write_text("anew\nresumed\n")
-    assert found[-1] == loading.identity(str(stage_folder))
+        (stage / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        (stage / "runs.jsonl").write_text(runs)
+        found.append(stage_folder.identity(stage))
+    (stage / "runs.jsonl").write_text("anew\nresumed\n")
+    assert found[-1] == stage_folder.identity(stage)
     weights.mkdir()
     content = bytearray(100_000)
     for place in (0, 50_000, 99_999):
         content[place] = 1
         (weights / "model.safetensors").write_bytes(content)
-        found.append(loading.identity(str(weights)))
+        found.append(stage_folder.identity(weights))
     shutil.copytree(weights, tmp_path / "copy")
-    assert found[-1] == loading.identity(str(tmp_path / "copy"))
+    assert found[-1] == stage_folder.identity(tmp_path / "copy")
     assert len(set(found)) == 6
 
 
@@ -156,9 +156,8 @@ def test_a_stage_is_not_put_above_weights_that_it_was_not_trained_on(
     loaded = loading.load(base, config)
     folder = epath.Path(tmp_path) / "distillation"
     lora_config = dataclasses.replace(config.distillation.lora, rank=0)
-    loading.write_source(
-        folder, loaded, weights=base, lora_config=lora_config, is_complete=False, metric=""
-    )
+    source = stage_folder.Source(base, lora_config, complete=False, metric="")
+    stage_folder.write_source(folder, source, loaded.folder)
     monkeypatch.setattr(loading.checkpoint, "load_params", lambda *_, **__: {"params": {}})
     again = loading.load(str(folder), config)
     assert again.params.keys() == loaded.params.keys()
@@ -178,13 +177,13 @@ def test_a_folder_of_weights_is_no_stage(tmp_path: Path, name: str) -> None:
     if name != "absent":
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
-    loading.check_finished(str(tmp_path / name))
+    stage_folder.check_finished(str(tmp_path / name))
 
 
 def test_distillation_without_grounding_says_so_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "boards", lambda *_: [])
+    monkeypatch.setattr(distillation.loaders, "load_boards", lambda *_: [])
     monkeypatch.setattr(distillation.monitor, "spread", lambda *_: [])
     with pytest.raises(ValueError, match="grounding has not finished; run --stage=grounding first"):
         distillation.run(tiny_config(tmp_path), str(tmp_path))

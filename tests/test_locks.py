@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Holds a folder until it is killed; a forked child and a started one outlive it.
 HOLDER = """
 import os, subprocess, sys, time
-from mgsd_jax import locks
+from mgsd_jax.workdir import locks
 with locks.held(sys.argv[1]):
     if not os.fork():
         time.sleep(600)

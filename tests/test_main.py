@@ -164,8 +164,8 @@ def test_what_the_system_says_of_a_path_is_one_line(tmp_path: pathlib.Path) -> N
         "a" * 300: "want a shorter one",
         "circle/run": "want ",
     }.items():
-        with pytest.raises(OSError) as raised:
-            metrics.open_writer(tmp_path / name, is_main=True)
+        with pytest.raises(OSError) as raised, metrics.open_writer(tmp_path / name):
+            pass
         line = main.explain(raised.value)[1]
         assert line.startswith(f"{tmp_path}/{name}"[:200]) and want in line and "\n" not in line
         assert main.explain(raised.value)[0] == 2
@@ -174,8 +174,8 @@ def test_what_the_system_says_of_a_path_is_one_line(tmp_path: pathlib.Path) -> N
 def test_a_bucket_without_its_package_is_one_line() -> None:
     if importlib.util.find_spec("gcsfs") is not None:
         pytest.skip("gcsfs is installed")
-    with pytest.raises(ImportError) as raised:
-        metrics.open_writer("gs://bucket/run", is_main=True)
+    with pytest.raises(ImportError) as raised, metrics.open_writer("gs://bucket/run"):
+        pass
     assert main.explain(raised.value)[1].endswith("pip install 'mgsd_jax[gcs]'")
     assert main.explain(raised.value)[0] == 2
 

@@ -356,7 +356,7 @@ def test_missing_key_is_named(part: str) -> None:
     for key in ("hidden_size", "rms_norm_eps" if part == "text_config" else "depth"):
         written = CONFIG.to_hf()
         del written[part][key]
-        with pytest.raises(ValueError, match=rf"folder: {part}: {key}: got nothing"):
+        with pytest.raises(ValueError, match=rf"folder: {part}: {key}: not found"):
             ModelConfig.from_hf(written, source="folder")
 
 

@@ -26,7 +26,7 @@ from mgsd_jax.data import boards
 from mgsd_jax.data.boards import read_split
 from mgsd_jax.stages import generate, init, loading
 from mgsd_jax.training import optimizer, sessions
-from mgsd_jax.workdir import checkpoint, folders, locks, metrics, paths
+from mgsd_jax.workdir import checkpoint, folders, locks, metrics, paths, stage_folder
 
 
 def bucket_system(folder: pathlib.Path) -> type[DirFileSystem]:
@@ -109,7 +109,9 @@ def test_a_stage_keeps_everything_in_the_bucket_and_goes_on_from_there(
     state = optimizer.init({"a": jnp.zeros(2)}, tx)
     loader: Any = Batches()
     for start, stop in ((0, 3), (2, 4)):
-        opened = sessions.opened(claim, config, state, loader, metric="m", best_mode="max", steps=4)
+        opened = sessions.open_session(
+            claim, config, state, loader, metric="m", best_mode="max", steps=4
+        )
         with opened as session:
             assert session.start == start
             here = session.state
@@ -149,12 +151,10 @@ def test_boards_and_side_files_come_from_the_bucket(
 
     # A stage folder in the bucket: side files copied there, weights from the local base.
     loaded = loading.load(config.model.path, config)
-    options = {"lora_config": config.grounding.lora, "is_complete": True, "metric": "m"}
-    loading.write_source(
-        epath.Path("gs://b/run/grounding"), loaded, weights=config.model.path, **options
-    )
+    source = stage_folder.Source(config.model.path, config.grounding.lora, True, metric="m")
+    stage_folder.write_source(epath.Path("gs://b/run/grounding"), source, loaded.folder)
     saver = checkpoint.open_checkpointer("gs://b/run/grounding/checkpoints", keep_last=1)
-    checkpoint.save(saver, 1, {"params": {"params": loaded.params}}, {}, {})
+    checkpoint.save(saver, 1, {"params": {"params": loaded.params}}, {})
     checkpoint.close(saver)
     again = loading.load("gs://b/run/grounding", config)
     assert again.processor.eos_ids == loaded.processor.eos_ids

@@ -453,16 +453,16 @@ def test_missing_and_broken_files_raise(tmp_path: Path, name: str, state: str):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("preprocessor_config.json", {"patch_size": None}, "patch_size: got nothing, want int"),
+        ("preprocessor_config.json", {"patch_size": None}, "patch_size: not found, want int"),
         ("preprocessor_config.json", {"merge_size": "2"}, "merge_size: got '2', want int"),
         ("preprocessor_config.json", {"merge_size": 0}, "merge_size: got 0, want a number from 1"),
-        ("preprocessor_config.json", {"size": {"height": 3}}, "size.shortest_edge: got nothing"),
+        ("preprocessor_config.json", {"size": {"height": 3}}, "size.shortest_edge: not found"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "image_mean: got .0.5., want three"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize: got False, want True"),
         (
             "config.json",
             {"vision_config": {}},
-            "vision_config.patch_size: got nothing",
+            "vision_config.patch_size: not found",
         ),
         ("config.json", {"image_token_id": 5}, "image_token_id: got 5, want the tokenizer's"),
         ("generation_config.json", {"eos_token_id": "<|im_end|>"}, "eos_token_id: got '<"),

@@ -78,11 +78,10 @@ def write_folder(folder: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Pa
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps(summarize(rows)))
-    writer = metrics.open_writer(folder / "grounding", is_main=True, tensorboard=False)
-    for step in range(1, 401):
-        loss = math.nan if step == 7 else 1 / step
-        writer.write(step, {"loss": loss, "grad_norm": 1.0, "kl/state": 0.1 * step})
-    writer.close()
+    with metrics.open_writer(folder / "grounding") as writer:
+        for step in range(1, 401):
+            loss = math.nan if step == 7 else 1 / step
+            writer.write(step, {"loss": loss, "grad_norm": 1.0, "kl/state": 0.1 * step})
     return folder
 
 

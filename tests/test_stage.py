@@ -22,7 +22,7 @@ from helpers_tiny import tiny_config
 from mgsd_jax.config import Config, override
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training import optimizer, sessions
-from mgsd_jax.workdir import checkpoint, folders, metrics
+from mgsd_jax.workdir import checkpoint, folders, metrics, signals
 
 
 class Counter:
@@ -58,7 +58,9 @@ def run(
     state = optimizer.init({"a": jnp.zeros(2)}, tx)
     loader: Any = Counter()
     claim = folders.Claim(epath.Path(folder), [*notes])
-    opened = sessions.opened(claim, config, state, loader, metric="m", best_mode="max", steps=12)
+    opened = sessions.open_session(
+        claim, config, state, loader, metric="m", best_mode="max", steps=12
+    )
     with opened as session:
         state = session.state
         for step in range(session.start + 1, 13):
@@ -129,8 +131,8 @@ def test_a_second_signal_ends_the_process_at_once(number: int) -> None:
     """Also where the main thread is deep in a computation, as it is while a program compiles."""
     code = """
         import hashlib
-        from mgsd_jax.training import sessions
-        with sessions.asked_to_stop():
+        from mgsd_jax.workdir import signals
+        with signals.asked_to_stop():
             print("begins", flush=True)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
     """
@@ -149,7 +151,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
     """As in a job that a script has sent to the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with sessions.asked_to_stop() as stop:
+        with signals.asked_to_stop() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert not stop.is_set()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -200,7 +202,7 @@ def test_a_threshold_is_warned_of_when_it_is_passed(
     loader: Any = Counter()
     with (
         caplog.at_level("WARNING", logger="absl"),
-        sessions.opened(
+        sessions.open_session(
             folders.Claim(epath.Path(tmp_path), []),
             config,
             state,

@@ -76,7 +76,9 @@ def train(config: Config, claim: folders.Claim) -> None:
 
     data: Any = loader
     failing, step_of, words = os.environ.get("TOY", "-1:0:").split(":")
-    opened = sessions.opened(claim, config, state, data, metric="m", best_mode="min", steps=STEPS)
+    opened = sessions.open_session(
+        claim, config, state, data, metric="m", best_mode="min", steps=STEPS
+    )
     with opened as session:
         state = session.state
         for step in range(session.start + 1, STEPS + 1):

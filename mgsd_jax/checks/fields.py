@@ -24,7 +24,7 @@ LARGEST = 2**31 - 1  # more than any size that a model has
 def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError where it is missing, broken or no object."""
     if not path.is_file():
-        raise ValueError(f"{path}: got no such file, want a JSON object")
+        raise ValueError(f"{path}: not found, want a JSON object")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -82,7 +82,7 @@ def field(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> 
     value: Any = content
     for key in name.split("."):
         if not isinstance(value, Mapping) or key not in value:
-            raise ValueError(f"{source}: {name}: got nothing, want {_kind_name(kind)}")
+            raise ValueError(f"{source}: {name}: not found, want {_kind_name(kind)}")
         value = value[key]
     if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)

@@ -4,6 +4,8 @@ steps: Annotated[int, Between(1, 10**9)]
 workers: Annotated[int, Between(1, 1000), FREE]
 """
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import re
@@ -12,6 +14,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+Hint = Any  # an annotation: a type, Annotated[...], Literal[...], tuple[...], X | None
 FREE = "free"  # tag of a field that changes no result: a run may go on under another value
 
 
@@ -27,17 +30,15 @@ class Between:
 
     def wanted(self, value: float) -> str:
         """What is wanted in place of the value, '' if nothing is."""
-        is_high = value > self.low if self.above else value >= self.low
-        is_low = value < self.high if self.below else value <= self.high
-        if (is_high and is_low) or value == self.also:
+        is_in = self.low <= value <= self.high
+        is_end = (self.above and value == self.low) or (self.below and value == self.high)
+        if (is_in and not is_end) or value == self.also:
             return ""
         other = "" if self.also is None else f"{self.also} or "
         if not self.above and not self.below:
             return f"{other}{self.low:,} to {self.high:,}"
-        low, high = (
-            "more than" if self.above else "at least",
-            "less than" if self.below else "at most",
-        )
+        low = "more than" if self.above else "at least"
+        high = "less than" if self.below else "at most"
         return f"{other}{low} {self.low:,} and {high} {self.high:,}"
 
 
@@ -48,7 +49,7 @@ class Items:
     least: int = 0
     repeated: bool = False  # they may
 
-    def wanted(self, value: str | tuple[Any, ...]) -> str:
+    def wanted(self, value: str | tuple[object, ...]) -> str:
         """As `Between.wanted`."""
         if isinstance(value, str):
             is_text = len(value) >= self.least and value == value.strip()
@@ -85,7 +86,7 @@ class Regex:
         return ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The value as an error message shows it, on one line and of bounded length."""
     try:
         text = repr(value)
@@ -94,18 +95,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def plain(kind: Any) -> Any:
+def plain(kind: Hint) -> Hint:
     """The type without its tags."""
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 @functools.cache
-def hints(kind: Any) -> dict[str, Any]:
+def hints(kind: Hint) -> dict[str, Hint]:
     """The annotations of a dataclass, tags included."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def free(kind: Any, prefix: str = "") -> Iterator[str]:
+def free(kind: Hint, prefix: str = "") -> Iterator[str]:
     """The fields tagged FREE, in a section and those below it: 'data.workers'."""
     for name, hint in hints(kind).items():
         if get_origin(hint) is Annotated and FREE in get_args(hint):
@@ -114,38 +115,34 @@ def free(kind: Any, prefix: str = "") -> Iterator[str]:
             yield from free(hint, f"{prefix}{name}.")
 
 
-def coerce(value: Any, kind: Any, where: str) -> Any:
+def coerce(value: object, kind: Hint, where: str) -> Any:
     """`value` as type `kind`, or a ValueError that names `where`, what was got and what wanted."""
     wrong = ValueError(f"{where}: got {shown(value)}, want {_spell(kind)}")
-    origin = get_origin(kind)
+    origin, kinds = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        value = coerce(value, get_args(kind)[0], where)
-        for tag in get_args(kind)[1:]:
+        value = coerce(value, kinds[0], where)
+        for tag in kinds[1:]:
             want = "" if tag == FREE else tag.wanted(value)
             if want:
                 raise ValueError(f"{where}: got {shown(value)}, want {want}")
         return value
     if origin is Literal:
-        if not isinstance(value, str) or value not in get_args(kind):
+        if not isinstance(value, str) or value not in kinds:
             raise wrong
         return value
-    if origin in (types.UnionType, typing.Union):
-        options = get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        return coerce(value, next(k for k in options if k is not type(None)), where)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else coerce(value, kinds[0], where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise wrong
-        kinds = get_args(kind)
-        if len(kinds) == 2 and kinds[1] is Ellipsis:
-            return tuple(coerce(item, kinds[0], where) for item in value)
+        if kinds[1:] == (Ellipsis,):
+            kinds = kinds[:1] * len(value)
         if len(kinds) != len(value):
             raise wrong
         return tuple(coerce(item, k, where) for item, k in zip(value, kinds, strict=True))
     if dataclasses.is_dataclass(kind):
         return _build(value, kind, where, wrong)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         try:
             return float(value)
         except OverflowError:
@@ -157,22 +154,53 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def _build(value: Any, kind: Any, where: str, wrong: ValueError) -> Any:
+def _build(value: object, kind: Hint, where: str, wrong: ValueError) -> Any:
+    """The section of a dict, or of a section that may hold values of the wrong kind."""
     if isinstance(value, kind):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
+        value = vars(value)
     if not isinstance(value, dict):
         raise wrong
     known = hints(kind)
-    unknown = sorted(set(value) - set(known))
+    unknown = sorted(value.keys() - known.keys())
     if unknown:
         raise ValueError(f"{where}: no field {unknown}, want some of {sorted(known)}")
-    try:
-        return kind(**{k: coerce(v, known[k], f"{where}.{k}") for k, v in value.items()})
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in value:
+            raise ValueError(f"{where}: {field.name} is required")
+    return kind(**{k: coerce(v, known[k], f"{where}.{k}") for k, v in value.items()})
 
 
-def _spell(kind: Any) -> str:
+def replace_field(section: Any, path: list[str], text: str, where: str) -> Any:
+    """The section with the field at `path` parsed from `text`. Raises ValueError."""
+    name, *rest = path
+    if not dataclasses.is_dataclass(section) or isinstance(section, type):
+        raise ValueError(f"{where}: {type(section).__name__} has no field {name!r}")
+    known = hints(type(section))
+    if name not in known:
+        raise ValueError(f"{where}: no field {name!r}, want one of {sorted(known)}")
+    if rest:
+        value = replace_field(getattr(section, name), rest, text, where)
+    else:
+        value = coerce(_parse(text, plain(known[name])), known[name], where)
+    return dataclasses.replace(section, **{name: value})
+
+
+def _parse(text: str, kind: Hint) -> object:
+    """The text as a Python literal as far as it is one, else as it stands."""
+    if kind is str:
+        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if is_quoted else text
+    value: object = {"true": True, "false": False}.get(text, text)
+    # The parser also raises TypeError for an unhashable key, the rest for nesting too deep.
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = ast.literal_eval(text)
+    items = get_args(kind)
+    if isinstance(value, str) and items[1:] == (Ellipsis,) and plain(items[0]) is str:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _spell(kind: Hint) -> str:
     origin, kinds = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _spell(kinds[0])

@@ -66,7 +66,7 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> bool:
     With None jax asks the cluster (Cloud TPU, GKE, Slurm), and where there is none the process is
     on its own. Comes before anything touches a device.
     """
-    # SIGTERM is ours (`stage.asked_to_stop`); jax's own service would take the signal.
+    # SIGTERM is ours (`signals.asked_to_stop`); jax's own service would take the signal.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -35,7 +35,7 @@ from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import loading
 from mgsd_jax.training import divergences, guards, losses, monitor, optimizer, sessions
 from mgsd_jax.training.divergences import TokenStats
-from mgsd_jax.workdir import folders
+from mgsd_jax.workdir import folders, stage_folder
 
 
 class DistillationBatch(NamedTuple):
@@ -214,8 +214,8 @@ def run(config: Config, workdir: str) -> None:
     share = (jax.process_index(), jax.process_count())
     training = loaders.load_boards(config, "train", share)
     held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)
-    loading.check_finished(settings.student)
-    loading.check_finished(settings.teacher)
+    stage_folder.check_finished(settings.student)
+    stage_folder.check_finished(settings.teacher)
     with contextlib.ExitStack() as held:
         folder = epath.Path(workdir) / "distillation"
         sections = ("model", "data", "distillation", "checkpoint", "seed")
@@ -250,7 +250,7 @@ def run(config: Config, workdir: str) -> None:
         choose = jax.jit(with_references)
 
         state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
-        opened = sessions.opened(
+        opened = sessions.open_session(
             claim,
             config,
             state,

@@ -28,7 +28,7 @@ from mgsd_jax.parallel import processes, sharding
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.sampling.answers import BenchmarkEncoder, ask, make_answerer, show, shown_boards
 from mgsd_jax.stages import loading
-from mgsd_jax.workdir import folders, metrics, paths
+from mgsd_jax.workdir import folders, metrics, paths, stage_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _models(config: Config, boards: Sequence[Board]) -> list[Model]:
     return [
         Model(
             name,
-            loading.identity(source),
+            stage_folder.identity(source),
             functools.partial(_local_asker, source, config, boards),
         )
         for name, source in settings.models

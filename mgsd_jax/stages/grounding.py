@@ -28,7 +28,7 @@ from mgsd_jax.parallel import processes, sharding
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.stages import loading
 from mgsd_jax.training import losses, optimizer, sessions
-from mgsd_jax.workdir import folders
+from mgsd_jax.workdir import folders, stage_folder
 
 BATCH_AXES: Any = GroundingBatch(
     sessions.INPUT_AXES, targets=sessions.FIRST, loss_mask=sessions.FIRST
@@ -102,7 +102,7 @@ def run(config: Config, workdir: str) -> None:
     share = (jax.process_index(), jax.process_count())
     training = loaders.load_boards(config, "train", share)
     validation = loaders.load_boards(config, "val")
-    loading.check_finished(settings.student)
+    stage_folder.check_finished(settings.student)
     with contextlib.ExitStack() as held:
         folder = epath.Path(workdir) / "grounding"
         sections = ("model", "data", "grounding", "checkpoint", "seed")
@@ -134,7 +134,7 @@ def run(config: Config, workdir: str) -> None:
         update, validate = make_update(student.model, settings, tx)
         state = optimizer.init(trained, tx, mesh)
 
-        opened = sessions.opened(
+        opened = sessions.open_session(
             claim, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
         )
         session = held.enter_context(opened)

@@ -1,16 +1,12 @@
 """A model ready to use, from a Hugging Face folder or from what a stage left behind.
 
-A stage folder holds `model/` (config, tokenizer and processor files of its source, and
-`source.json`: where the untrained weights come from, which they were, and what was trained) and
-`checkpoints/`. Trained weights replace those of the source; adapters are merged.
+Weights that a stage has trained replace those of the model that it began with; its adapters are
+merged into them. See workdir/stage_folder.py for the folder of a stage.
 """
 
 import dataclasses
 import functools
-import json
-import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +14,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from mgsd_jax import config as config_lib
 from mgsd_jax import tree
-from mgsd_jax.checks import fields
 from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig
 from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.model import lora
@@ -29,51 +23,46 @@ from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import sharding
 from mgsd_jax.training import trainable
+from mgsd_jax.tree import Tree
 from mgsd_jax.weights import hf, table
-from mgsd_jax.workdir import checkpoint, checkpoint_files, folders, paths
+from mgsd_jax.workdir import checkpoint, paths, stage_folder
+from mgsd_jax.workdir.stage_folder import Source
 
-Params = dict[str, Any]
-_STAGES = ("grounding", "distillation")
-_SAMPLES = 256  # of every weight file
-_SAMPLE_BYTES = 4096
+Finish = Callable[[str, jax.Array], jax.Array]  # (path, leaf) -> what becomes of the leaf
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model with its weights and its processor.
-
-    `folder` holds the Hugging Face side files, `base` is the folder whose weights `params` are,
-    '' where a stage has changed them.
-    """
+    """A model with its weights and its processor."""
 
     model: Qwen3VL
-    params: Params
+    params: Tree
     processor: Processor
-    folder: str
-    base: str
+    folder: str  # of the Hugging Face side files
+    base: str  # the folder whose weights `params` are, '' where a stage has changed them
 
 
 def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool = False) -> Loaded:
-    """The model at `path`: a Hugging Face folder, or the folder of a stage (see above).
+    """The model at `path`: a Hugging Face folder, or the folder of a stage.
 
-    Weights get `config.model.param_dtype`, or where they
-    will not learn (`is_frozen`) what the model reads them in, one by one as they are read, and go
-    straight to where `sharding.TRAIN_RULES` lay them on the mesh. Raises ValueError where the path
-    is neither.
+    Weights go straight to where `sharding.TRAIN_RULES` lay them on the mesh, one by one as they are
+    read. They get `config.model.param_dtype`, or where they will not learn (`is_frozen`) the dtype
+    that the model reads them in. Raises ValueError where the path is neither.
     """
     root = epath.Path(path)
-    folder = root / "model" if (root / "model" / "source.json").is_file() else root
-    problem = _unfinished(root)
-    if problem and (folder == root or not _last_step(root)):
+    is_stage = stage_folder.is_stage(root)
+    folder = root / "model" if is_stage else root
+    problem = stage_folder.unfinished(root)
+    if problem and not (is_stage and stage_folder.last_step(root)):
         raise ValueError(problem)
     if problem:
         logging.warning("%s", problem)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{root}: got no config.json and no model/source.json, "
+            f"{root}: neither config.json nor model/source.json found, "
             "want a Hugging Face folder or the folder of a finished stage"
         )
-    with paths.local_files(folder, _is_side_file) as local:
+    with paths.local_files(folder, stage_folder.is_side_file) as local:
         model_config, processor = hf.read_config(local), load_processor(local)
     model = Qwen3VL(
         model_config,
@@ -88,11 +77,11 @@ def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool
             f"config.json, {model_config.text.vocab_size}"
         )
 
-    def read(path: str, leaf: jax.Array) -> jax.Array:
+    def finish(path: str, leaf: jax.Array) -> jax.Array:
         return sharding.cast_leaf(path, jnp.asarray(leaf), model.dtype) if is_frozen else leaf
 
-    params = load_params(root, model_config, config, mesh, read)
-    base = "" if folder != root else str(paths.absolute(root))
+    params = load_params(root, model_config, config, mesh, finish)
+    base = "" if is_stage else str(paths.absolute(root))
     return Loaded(model, params, processor, str(folder), base)
 
 
@@ -104,19 +93,22 @@ def load_student(
     mesh: Mesh | None,
     *,
     metric: str,
-) -> tuple[Loaded, Params, Params]:
+) -> tuple[Loaded, Tree, Tree]:
     """(the student of a stage, `params` empty; what learns; the frozen rest), laid out on the mesh.
 
-    What learns has `config.model.param_dtype`, the rest what the model reads. Adapters of the size
-    that the stage before has trained are that stage's, which learn on; the frozen rest is then the
-    model that they were made for. To `notes` comes what the stage's `folder` will say: where the
-    weights come from, and by which `metric` a checkpoint is the best.
+    What learns has `config.model.param_dtype`, the rest what the model reads. Where the stage
+    before has trained adapters of the same size, these learn on, and the frozen rest is the model
+    that they were made for. Appends to `notes` what makes the stage's `folder` loadable, `metric`
+    being that of its best checkpoint.
     """
-    weights = settings.student
-    adapters = None
-    if settings.lora.rank:
-        adapters, weights = _adapters_of(epath.Path(weights), settings.lora, weights, config)
-    _check_source(folder / "model" / "source.json", weights)
+    weights, adapters = settings.student, None
+    root = epath.Path(weights)
+    if settings.lora.rank and stage_folder.is_stage(root):
+        before = stage_folder.read_source(root)
+        if before.lora == settings.lora:
+            weights, adapters = before.weights, _load_trained(root, before, config)["adapters"]
+            logging.info("%s: its adapters learn on, above %s", root, weights)
+    stage_folder.check_source(folder, weights)
     student = load(weights, config, mesh, is_frozen=settings.lora.rank > 0)
     _check_trainable(student)
     trained, frozen = trainable.split(
@@ -124,17 +116,9 @@ def load_student(
     )
     student = dataclasses.replace(student, params={})  # they live on in these two alone
     trained, frozen = sharding.place((trained, sharding.cast(frozen, student.model.dtype)), mesh)
-    notes.append(
-        functools.partial(
-            write_source,
-            folder,
-            student,
-            weights=weights,
-            lora_config=settings.lora,
-            is_complete=not frozen,
-            metric=metric,
-        )
-    )
+    if jax.process_index() == 0:
+        source = Source(weights, settings.lora, complete=not frozen, metric=metric)
+        notes.append(functools.partial(stage_folder.write_source, folder, source, student.folder))
     return student, trained, frozen
 
 
@@ -183,206 +167,80 @@ def _check_vocabulary(student: Loaded, teacher: Loaded) -> None:
         )
 
 
-def _adapters_of(
-    root: epath.Path, wanted: LoraConfig, weights: str, config: Config
-) -> tuple[Params | None, str]:
-    """(adapters to go on with, the folder that they adapt), or (None, `weights`) without any."""
-    file = root / "model" / "source.json"
-    if not file.is_file():
-        return None, weights
-    source = _read_source(file)
-    if source["lora"] != wanted:
-        return None, weights
-    trained: Params = checkpoint.load_params(
-        root / "checkpoints", which=config.checkpoint.use, metric=source["metric"]
-    )
-    logging.info("%s: its adapters learn on, above %s", root, source["weights"])
-    return trained["adapters"], source["weights"]
-
-
-def check_finished(path: str) -> None:
-    """Raises ValueError where `path`, as `load` takes it, is of a stage that has not finished."""
-    problem = _unfinished(epath.Path(path))
-    if problem:
-        raise ValueError(problem)
-
-
-def _unfinished(root: epath.Path) -> str:
-    """What a stage whose folder this is has yet to do; '' for a finished one, and for a model's."""
-    is_stage = (root / "model" / "source.json").is_file()
-    if not is_stage and (root.name not in _STAGES or any(root.glob("*.safetensors*"))):
-        return ""
-    settings = root / folders.CONFIG_FILE
-    if is_stage and not settings.is_file():
-        return ""  # made by hand
-    stages = fields.read_json(settings) if is_stage else {root.name: {}}
-    name = next((name for name in _STAGES if name in stages), root.name)
-    last = _last_step(root)
-    steps = fields.whole(stages, f"{name}.steps", settings) if is_stage else None
-    if steps is not None and last >= steps:
-        return ""
-    done = "" if steps is None else f" (step {last} of {steps})"
-    return f"{root}: {name} has not finished{done}; run --stage={name} first"
-
-
-def _last_step(root: epath.Path) -> int:
-    """The step of a stage's newest checkpoint, 0 without one."""
-    found = checkpoint_files.scan(root / "checkpoints")
-    return max((int(n) for n, p in found.items() if p != checkpoint_files.HALF_WRITTEN), default=0)
-
-
-def identity(path: str) -> str:
-    """What tells the model at `path`, as `load` takes it, from others that were there or will be.
-
-    Of a stage it is when its training first began and its newest step, of a model's folder a sample
-    of its weights: a copy has the same.
-    """
-    return _identity(epath.Path(path))
-
-
-def _identity(root: epath.Path) -> str:
-    runs = root / folders.RUNS_FILE
-    if runs.is_file():
-        first = runs.read_text(encoding="utf-8").partition("\n")[0]
-        return f"{zlib.crc32(first.encode()):08x}, step {_last_step(root)}"
-    checksum = 0
-    for file in sorted(root.glob("*.safetensors")):
-        size = file.stat().length
-        with file.open("rb") as weights:
-            for i in range(_SAMPLES):
-                weights.seek(size * i // _SAMPLES)
-                checksum = zlib.crc32(weights.read(_SAMPLE_BYTES), checksum)
-    return f"{checksum:08x}"
-
-
 def load_params(
     root: epath.Path,
     model_config: ModelConfig,
     config: Config,
     mesh: Mesh | None = None,
-    finish: Callable[[str, jax.Array], jax.Array] = lambda path, leaf: leaf,
-) -> Params:
-    """The weights below `root`, trained parts taken from the checkpoint, adapters merged.
-
-    `finish(path, leaf)` is what becomes of each of them in the end.
-    """
-    dtype = jnp.dtype(config.model.param_dtype)
-    source_file = root / "model" / "source.json"
-    if not source_file.is_file():
-        if paths.is_remote(root):
-            raise ValueError(
-                f"{root}: got a remote folder of weights, want a local one: tensors are read from "
-                "files mapped into memory; copy the folder to every host"
-            )
-        shardings = None
-        if mesh is not None:
-            shapes = table.abstract_params(model_config, config.model.param_dtype)
-            shardings = sharding.param_shardings(shapes, mesh)
-        return hf.load_params(
-            str(root), model_config, dtype=dtype, shardings=shardings, finish=finish
-        )
-    source, trained = _read_stage(root, config, mesh)
-    if source["complete"]:
+    finish: Finish = lambda path, leaf: leaf,
+) -> Tree:
+    """The weights below `root`, trained parts taken from the checkpoint, adapters merged."""
+    if not stage_folder.is_stage(root):
+        return _load_weights(root, model_config, config, mesh, finish)
+    source = stage_folder.read_source(root)
+    trained = _load_trained(root, source, config, mesh)
+    if source.complete:
         return tree.map_named(finish, trained["params"])
-    _check_source(source_file, source["weights"])
-    base = functools.partial(load_params, epath.Path(source["weights"]), model_config, config, mesh)
-    if source["lora"].rank:
-        merged = lora.merger(lora.with_scale(trained["adapters"], source["lora"]))
+    stage_folder.check_source(root, source.weights)
+    base = functools.partial(load_params, epath.Path(source.weights), model_config, config, mesh)
+    if source.lora.rank:
+        merged = lora.merger(lora.with_scale(trained["adapters"], source.lora))
         return base(lambda path, leaf: finish(path, merged(path, leaf)))
-    names = {name for name, _ in tree.named_leaves(trained["params"])}
-    _, rest = tree.partition(base(finish), lambda name, _: name in names)
+    learned = dict(tree.named_leaves(trained["params"]))
+    _, rest = tree.partition(base(finish), lambda name, _: name in learned)
     return tree.combine(tree.map_named(finish, trained["params"]), rest)
 
 
-def load_adapters(path: str, config: Config) -> tuple[Params, LoraConfig, str]:
+def _load_weights(
+    root: epath.Path, model_config: ModelConfig, config: Config, mesh: Mesh | None, finish: Finish
+) -> Tree:
+    """The weights of a Hugging Face folder."""
+    if paths.is_remote(root):
+        raise ValueError(
+            f"{root}: got a remote folder of weights, want a local one: tensors are read from "
+            "files mapped into memory; copy the folder to every host"
+        )
+    shardings = None
+    if mesh is not None:
+        shapes = table.abstract_params(model_config, config.model.param_dtype)
+        shardings = sharding.param_shardings(shapes, mesh)
+    dtype = jnp.dtype(config.model.param_dtype)
+    return hf.load_params(str(root), model_config, dtype=dtype, shardings=shardings, finish=finish)
+
+
+def _load_trained(
+    root: epath.Path, source: Source, config: Config, mesh: Mesh | None = None
+) -> Tree:
+    """What the stage trained, on the mesh or on the host."""
+
+    def place(shapes: Tree) -> Tree:
+        if mesh is None:
+            return shapes
+        return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
+
+    return checkpoint.load_params(
+        root / "checkpoints", place, which=config.checkpoint.use, metric=source.metric
+    )
+
+
+def load_adapters(path: str, config: Config) -> tuple[Tree, LoraConfig, str]:
     """The adapters of a stage and of those before it as one; the Hugging Face folder they adapt.
 
-    Raises ValueError where a stage of them trained parameters.
+    Raises ValueError where one of these stages trained parameters.
     """
     root = epath.Path(path)
     parts, sizes = [], []
-    while (root / "model" / "source.json").is_file():
-        source, trained = _read_stage(root, config, None)
-        if not source["lora"].rank:
+    while stage_folder.is_stage(root):
+        source = stage_folder.read_source(root)
+        if not source.lora.rank:
             raise ValueError(
                 f"{root}: got a stage that trained parameters, want adapters; "
                 "export the whole model (export.adapters=false)"
             )
-        sizes.append(source["lora"])
-        parts.append(lora.with_scale(trained["adapters"], source["lora"]))
-        _check_source(root / "model" / "source.json", source["weights"])
-        root = epath.Path(source["weights"])
+        sizes.append(source.lora)
+        parts.append(lora.with_scale(_load_trained(root, source, config)["adapters"], source.lora))
+        stage_folder.check_source(root, source.weights)
+        root = epath.Path(source.weights)
     if not parts:
-        raise ValueError(f"{root}: got no model/source.json, want a stage that trained adapters")
+        raise ValueError(f"{root}: no model/source.json found, want a stage that trained adapters")
     return (*lora.join(parts, sizes[0]), str(root))
-
-
-def _read_stage(
-    root: epath.Path, config: Config, mesh: Mesh | None
-) -> tuple[dict[str, Any], Params]:
-    """The `source.json` of a stage folder, and what the stage trained."""
-    source = _read_source(root / "model" / "source.json")
-    trained = checkpoint.load_params(
-        root / "checkpoints",
-        None if mesh is None else functools.partial(_placed, mesh=mesh),
-        which=config.checkpoint.use,
-        metric=source["metric"],
-    )
-    return source, trained
-
-
-def _read_source(file: epath.Path) -> dict[str, Any]:
-    """What `write_source` wrote, `lora` as a LoraConfig. Raises ValueError naming the field."""
-    source = fields.read_json(file)
-    kinds = {"weights": str, "lora": dict, "complete": bool, "metric": str}
-    source = {name: fields.field(source, name, kind, file) for name, kind in kinds.items()}
-    return source | {"lora": config_lib.coerce(source["lora"], LoraConfig, f"{file}: lora")}
-
-
-def _check_source(file: epath.Path, weights: str) -> None:
-    """Raises ValueError where a stage's `source.json` is there and `weights` are others by now."""
-    noted = fields.read_json(file).get("identity") if file.is_file() else None
-    if noted is not None and noted != _identity(epath.Path(weights)):
-        stage_folder = file.parent.parent
-        raise ValueError(
-            f"{file}: weights: got another model at {weights} than {stage_folder.name} began with, "
-            f"want that one back, or {stage_folder} removed and trained anew"
-        )
-
-
-def _placed(shapes: Params, mesh: Mesh) -> Params:
-    return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
-
-
-def write_source(
-    stage_folder: epath.Path,
-    loaded: Loaded,
-    *,
-    weights: str,
-    lora_config: LoraConfig,
-    is_complete: bool,
-    metric: str,
-) -> None:
-    """Makes a stage folder loadable: side files of the source model, and `source.json`.
-
-    Process 0 writes them.
-    """
-    if jax.process_index() != 0:
-        return
-    folder = stage_folder / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(epath.Path(loaded.folder).iterdir()):
-        if file.is_file() and _is_side_file(file.name):
-            paths.write_whole(folder / file.name, file.read_bytes())
-    source = {
-        "weights": str(paths.absolute(weights)),
-        "identity": _identity(epath.Path(weights)),
-        "lora": dataclasses.asdict(lora_config),
-        "complete": is_complete,
-        "metric": metric,
-    }
-    paths.write_whole(folder / "source.json", json.dumps(source, indent=2) + "\n")
-
-
-def _is_side_file(name: str) -> bool:
-    return not name.startswith(("model", "source.json", "."))

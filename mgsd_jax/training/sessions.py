@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -20,8 +18,10 @@ from mgsd_jax.parallel import means, processes
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training import guards
 from mgsd_jax.training.optimizer import TrainState
-from mgsd_jax.workdir import checkpoint, metrics
+from mgsd_jax.workdir import checkpoint, metrics, signals
 from mgsd_jax.workdir.folders import Claim
+
+Measured = dict[str, Mean | means.Array]  # a scalar that is no Mean is not averaged
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
 FIRST: Any = 0
@@ -30,7 +30,6 @@ INPUT_AXES = Inputs(tokens=0, positions=1, valid=0, next_position=0, pictures=FI
 # Exit codes of a training run, besides 0 (done), 1 (an error with a traceback) and 2 (bad input).
 EXIT_NUMBERS = 3  # too many updates in a row were not finite; starting again repeats them
 EXIT_STOPPED = 75  # asked to stop and saved; the same command continues. EX_TEMPFAIL.
-_ASKING = (signal.SIGTERM, signal.SIGINT)  # the second one is Ctrl-C
 
 
 class Stopped(Exception):
@@ -54,161 +53,106 @@ def speed(flops: float, tokens: int, seconds: float) -> dict[str, float]:
 
 
 @dataclasses.dataclass
-class Standing:
-    """What a session remembers from one step to the next."""
-
-    ended: float  # when the last step did, or the session began: time.perf_counter()
-    good_step: int  # the last step whose update was finite, or where the session began
-    saved_step: int  # of the newest checkpoint, 0 without one
-    warned: frozenset[str] = frozenset()  # metrics above their thresholds at the last step
-
-
-@dataclasses.dataclass(frozen=True)
 class Session:
-    """An opened training run: where it stands, and what every step reports to."""
+    """An opened training run: what every step reports to, and where the run stands."""
 
     claim: Claim
-    state: TrainState
-    start: int
+    state: TrainState  # as it was opened; the steps have their own
+    start: int  # the steps before it are done
     steps: int
     config: Config
-    metric: str
-    timers: metrics.Timers
+    metric: str  # of the best checkpoint
     loader: Loader[Any, Any]
     checkpointer: checkpoint.Checkpointer
-    writer: metrics.Writer
+    writer: metrics.Writer | None  # on process 0
     progress: metrics.Progress
     stop: threading.Event  # set by SIGTERM and Ctrl-C
-    standing: Standing
+    good_step: int  # the last step whose update was finite, or the one before `start`
+    saved_step: int  # of the newest checkpoint, 0 without one
+    step_ended: float  # time.perf_counter() at the end of the last step, or on opening
+    timers: metrics.Timers = dataclasses.field(default_factory=metrics.Timers)
+    warned: frozenset[str] = frozenset()  # metrics above their thresholds at the last step
 
-    def finish_step(self, step: int, state: TrainState, measured: dict[str, Any]) -> None:
+    def finish_step(self, step: int, state: TrainState, measured: Measured) -> None:
         """Reports the metrics of update `step`, a Mean or a scalar each, and saves if it is due.
 
         Nothing is saved between an update that was not finite and the next one that is, so the
-        newest checkpoint is always of a good step. Raises Stopped where it was asked to, the step
-        saved, and where `guards.skipped_in_a_row` updates in a row were not finite.
+        newest checkpoint is always of a good step. Raises Stopped after saving where the run was
+        asked to stop, and where `guards.skipped_in_a_row` updates in a row were not finite.
         """
-        values, is_asked = self._tell(measured)
+        values, is_asked = self._gather_metrics(measured)
         is_last = step == self.steps
         is_good = values["skipped_update"] == 0
         if is_good or is_last:
             self.claim.record()
-        now = time.perf_counter()
-        seconds = now - self.standing.ended
-        self.standing.ended = now
-        values |= {"seconds": seconds, **self.timers.take()}
-        self.writer.write(step, values)
-        self.progress.update(step, seconds, values["loss"])
-        self._warn(step, values)
+        self._report(step, values)
         if is_good:
-            self.standing.good_step = step
+            self.good_step = step
         elif not is_last:
-            self._stop_if_hopeless(step)
+            self._count_skipped(step)
         every = self.config.checkpoint.every
         if is_last or (is_good and (is_asked or is_due(step, every, self.steps))):
-            self._save(step, state, values)
+            self._save(step, state, values.get(self.metric))
         if is_asked and not is_last:
             checkpoint.wait(self.checkpointer)
             raise Stopped(
                 f"{self.checkpointer.folder}: stopped after step {step} of {self.steps}, asked by "
                 "SIGTERM or Ctrl-C; the same command continues after step "
-                f"{self.standing.saved_step}",
+                f"{self.saved_step}",
                 EXIT_STOPPED,
             )
 
-    def _tell(self, measured: dict[str, Any]) -> tuple[dict[str, float], bool]:
+    def _gather_metrics(self, measured: Measured) -> tuple[dict[str, float], bool]:
         """The metrics as floats, and whether any process was asked to stop: the same everywhere.
 
-        A Mean in device arrays is of all rows already. One in host numbers is of this process's
-        rows and is added up; other host numbers (times) are this process's own.
+        A Mean of device arrays is over all rows already. A Mean of host numbers is over the rows of
+        this process and is added up; other host numbers (times) stay this process's own.
         """
         own = {
             name: (float(value.sum), float(value.weight))
             for name, value in measured.items()
             if isinstance(value, Mean) and not isinstance(value.sum, jax.Array)
         }
-        told = processes.gather({"means": own, "stop": self.stop.is_set()})
-        everyone = means.add_means([one["means"] for one in told])
-        values = means.means_to_floats(jax.device_get(measured) | everyone)
-        return values, any(one["stop"] for one in told)
+        everyone = processes.gather({"means": own, "stop": self.stop.is_set()})
+        total = means.add_means([one["means"] for one in everyone])
+        values = means.means_to_floats(jax.device_get(measured) | total)
+        return values, any(one["stop"] for one in everyone)
 
-    def _warn(self, step: int, values: dict[str, float]) -> None:
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        """Writes, shows and warns."""
+        now = time.perf_counter()
+        seconds, self.step_ended = now - self.step_ended, now
+        values |= {"seconds": seconds, **self.timers.take()}
+        if self.writer is not None:
+            self.writer.write(step, values)
+        self.progress.update(step, seconds, values["loss"])
         found = guards.warnings(values, self.config.guards)
-        for metric in sorted(found.keys() - self.standing.warned):
+        for metric in sorted(found.keys() - self.warned):
             logging.warning("step %d: %s", step, found[metric])
-        self.standing.warned = frozenset(found)
+        self.warned = frozenset(found)
 
-    def _stop_if_hopeless(self, step: int) -> None:
-        good, saved = self.standing.good_step, self.standing.saved_step
+    def _count_skipped(self, step: int) -> None:
         logging.warning("step %d: loss or gradient is not finite, update skipped", step)
-        if step - good < self.config.guards.skipped_in_a_row:
+        if step - self.good_step < self.config.guards.skipped_in_a_row:
             return
         checkpoint.wait(self.checkpointer)
-        there = f"{self.checkpointer.folder}/{saved}" if saved else "none, the run starts over"
+        saved = f"{self.checkpointer.folder}/{self.saved_step}"
         raise Stopped(
-            f"step {step}: {step - good} updates in a row, all since step {good}, had a loss or "
-            f"gradient that is not finite; last good checkpoint: {there}",
+            f"step {step}: {step - self.good_step} updates in a row, all since step "
+            f"{self.good_step}, had a loss or gradient that is not finite; last good checkpoint: "
+            f"{saved if self.saved_step else 'none, the run starts over'}",
             EXIT_NUMBERS,
         )
 
-    def _save(self, step: int, state: TrainState, values: dict[str, float]) -> None:
-        self.writer.flush()
-        checkpoint.save(
-            self.checkpointer,
-            step,
-            state,
-            data_state=self.loader.get_state(),
-            meta={"metric": self.metric},
-            metrics={self.metric: values[self.metric]} if self.metric in values else None,
-        )
-        self.standing.saved_step = step
+    def _save(self, step: int, state: TrainState, score: float | None) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+        checkpoint.save(self.checkpointer, step, state, self.loader.get_state(), score)
+        self.saved_step = step
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets instead of ending the process; a second one ends it.
-
-    At once, with 143 or 130: the main thread may be compiling for minutes, and would hear of a
-    signal after that. The number of every signal goes through a pipe to a thread that waits for it.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # Python takes signals in the main thread only
-        return
-    # One that is ignored (Ctrl-C by a job of the background) stays so.
-    asking = [one for one in _ASKING if signal.getsignal(one) is not signal.SIG_IGN]
-    # None: a handler that Python knows nothing of, which cannot be set again.
-    before = {one: signal.signal(one, lambda *_: event.set()) or signal.SIG_DFL for one in asking}
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    pipe_before = signal.set_wakeup_fd(writer)
-    listener = threading.Thread(target=_listen, args=(reader, asking), daemon=True)
-    listener.start()
-    try:
-        yield event
-    finally:
-        signal.set_wakeup_fd(pipe_before)
-        for one, handler in before.items():
-            signal.signal(one, handler)
-        os.close(writer)
-        listener.join()
-        os.close(reader)
-
-
-def _listen(reader: int, asking: Sequence[int]) -> None:
-    """Says that the first of the signals was heard, and ends the process at the second."""
-    is_asked = False
-    while number := os.read(reader, 1):
-        if number[0] not in asking:
-            continue
-        if is_asked:
-            os._exit(128 + number[0])
-        is_asked = True
-        os.write(2, b"\nasked to stop: this step is finished and saved; once more ends at once\n")
-
-
-@contextlib.contextmanager
-def opened(
+def open_session(
     claim: Claim,
     config: Config,
     state: TrainState,
@@ -218,14 +162,14 @@ def opened(
     best_mode: Literal["max", "min"],
     steps: int,
 ) -> Iterator[Session]:
-    """A session that continues from the last readable checkpoint of a folder, if there is one.
+    """A session that resumes from the last readable checkpoint of a folder, if there is one.
 
     `metric` is the validation metric that the best checkpoint is kept by. On leaving, a save under
     way is waited for.
     """
     is_main, folder = jax.process_index() == 0, claim.folder
     with contextlib.ExitStack() as resources:
-        stop = resources.enter_context(asked_to_stop())
+        stop = resources.enter_context(signals.asked_to_stop())
         checkpointer = checkpoint.open_checkpointer(
             folder / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -240,24 +184,26 @@ def opened(
             start, state = restored.step, restored.state
             loader.set_state(restored.data_state)
             logging.info("%s: continues after step %d of %d", folder, start, steps)
-        writer = metrics.open_writer(folder, step=start, is_main=is_main)
-        resources.callback(writer.close)
+        writer = None
+        if is_main:
+            writer = resources.enter_context(metrics.open_writer(folder, step=start))
         progress = metrics.open_progress(steps, start=start, is_main=is_main)
         resources.callback(progress.close)
         session = Session(
-            claim,
-            state,
-            start,
-            steps,
-            config,
-            metric,
-            metrics.Timers({}),
-            loader,
-            checkpointer,
-            writer,
-            progress,
-            stop,
-            Standing(time.perf_counter(), good_step=start, saved_step=start),
+            claim=claim,
+            state=state,
+            start=start,
+            steps=steps,
+            config=config,
+            metric=metric,
+            loader=loader,
+            checkpointer=checkpointer,
+            writer=writer,
+            progress=progress,
+            stop=stop,
+            good_step=start,
+            saved_step=start,
+            step_ended=time.perf_counter(),
         )
         try:
             yield session

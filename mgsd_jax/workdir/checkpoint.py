@@ -1,9 +1,8 @@
-"""Checkpoints of a run: train state, data position and notes, written by orbax.
+"""Checkpoints of a run: the train state and the position in the data, written by orbax.
 
-A folder holds one sub-folder for each step with three items: `state` (arrays by path),
-`data_state` (JSON, a list with one entry for each process) and `meta` (JSON). A step appears
-under its name when it is complete; `checkpoint_files` finds those that are not, or no longer.
-Every process has to make every call here, in the same order.
+A folder holds one sub-folder for each step with two items: `state` (arrays by path) and
+`data_state` (JSON). A step appears under its name when it is complete; `checkpoint_files` finds
+those that are not, or no longer. Every process has to make every call here, in the same order.
 """
 
 import contextlib
@@ -19,15 +18,15 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from mgsd_jax import tree
 from mgsd_jax.parallel import processes
+from mgsd_jax.tree import Tree
 from mgsd_jax.workdir import checkpoint_files as files
 from mgsd_jax.workdir import checkpoint_state as states
 from mgsd_jax.workdir import folders, paths
-
-PyTree = Any
-Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
+from mgsd_jax.workdir.checkpoint_state import PyTree
 
 
 class Restored(NamedTuple):
@@ -35,8 +34,7 @@ class Restored(NamedTuple):
 
     step: int
     state: PyTree  # like the abstract state
-    data_state: dict[str, Any]  # of this process
-    meta: dict[str, Any]
+    data_state: dict[str, Any]
     skipped: tuple[str, ...]  # checkpoints that could not be used, each with the reason
 
 
@@ -70,20 +68,20 @@ def open_checkpointer(
     if keep_last < 1 or keep_best < 0:
         raise ValueError(f"got keep_last {keep_last}, keep_best {keep_best}, want >= 1 and >= 0")
     if keep_best and metric is None:
-        raise ValueError(f"keep_best: got {keep_best} and no metric, want the metric's name")
+        raise ValueError(f"keep_best: got {keep_best} without a metric, want the metric's name")
     folder = paths.absolute(folder)
     found = _scan(folder)
     skipped = tuple(f"{name}: {problem}" for name, problem in found.items() if problem)
     damaged = [name for name, problem in found.items() if problem not in ("", files.HALF_WRITTEN)]
     if damaged and "" not in found.values():
-        raise ValueError(f"{folder}: got no readable checkpoint: {'; '.join(skipped)}")
+        raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(skipped)}")
     for reason in skipped:
         logging.warning("%s: not using checkpoint %s", folder, reason)
     _clean(folder, damaged)
-    policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]
+    policies: list[managers.PreservationPolicy] = [managers.LatestN(keep_last)]
     if keep_best:
         policies.append(
-            ocp.checkpoint_managers.BestN(
+            managers.BestN(
                 get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
             )
         )
@@ -92,7 +90,7 @@ def open_checkpointer(
     on_complete = functools.partial(_write_file_list, folder, pending)
     options = ocp.CheckpointManagerOptions(
         best_fn=_score if metric is not None else None,
-        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+        preservation_policy=managers.AnyPreservationPolicy(policies),
         async_options=ocp.AsyncOptions(post_finalization_callback=on_complete),
     )
     manager = ocp.CheckpointManager(folder, item_handlers=states.handlers(), options=options)
@@ -104,37 +102,35 @@ def save(
     step: int,
     state: PyTree,
     data_state: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    metrics: Mapping[str, float] | None = None,
-) -> bool:
-    """Save a checkpoint and return True; False where the last one is of this very step.
+    score: float | None = None,
+) -> None:
+    """Save a checkpoint.
 
     Returns once the arrays are copied off the devices (they may be donated then) and writes in
-    the background, after waiting for the save before. `state` has array leaves; `data_state` and
-    `meta` hold JSON values. Without `metrics` a checkpoint is never among the best. Raises
-    ValueError for a step before the last, and OSError, with folder and bytes, where no space is
-    left for this save or was left for the one before.
+    the background, after waiting for the save before. `state` has array leaves; `data_state` holds
+    JSON values, the same ones on every process. `score` is the value of the checkpointer's metric;
+    without it a checkpoint is never among the best. Raises ValueError for a step that is not after
+    the last, and OSError, with folder and bytes, where no space is left for this save or was left
+    for the one before.
     """
     wait(checkpointer)
-    manager, folder = checkpointer.manager, checkpointer.folder
+    manager, metric = checkpointer.manager, checkpointer.metric
     latest = manager.latest_step()
-    if latest == step:
-        logging.info("%s: checkpoint %d is there already", folder, step)
-        return False
-    if latest is not None and step < latest:
-        raise ValueError(f"{folder}: got step {step}, want one after {latest}")
-    leaves = dict(states.named_arrays(state))
-    data_states = processes.gather(folders.to_json(data_state, "data_state"))
+    if latest is not None and step <= latest:
+        raise ValueError(f"{checkpointer.folder}: got step {step}, want one after {latest}")
+    leaves = states.named_arrays(state)
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(tree.nest(leaves.items())),
-        data_state=ocp.args.JsonSave({"processes": data_states}),
-        meta=ocp.args.JsonSave(folders.to_json(meta, "meta")),
+        # A list, which once had an entry for every process.
+        data_state=ocp.args.JsonSave({"processes": [folders.to_json(data_state, "data_state")]}),
     )
+    # The name goes along for readers that know no config.
+    rank = {"name": metric, "mode": checkpointer.best_mode, "value": score}
+    is_ranked = metric is not None and score is not None
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     checkpointer.pending.update(step=step, bytes=num_bytes)
     with _explain_failure(checkpointer):
-        manager.save(step, args=items, metrics=_ranking(checkpointer, metrics), force=True)
-    return True
+        manager.save(step, args=items, metrics=rank if is_ranked else None, force=True)
 
 
 def wait(checkpointer: Checkpointer) -> None:
@@ -162,45 +158,46 @@ def restore_latest(checkpointer: Checkpointer, abstract_state: PyTree) -> Restor
     """
     manager, folder = checkpointer.manager, checkpointer.folder
     wanted = states.named_arrays(abstract_state)
-    failed: dict[str, str] = {}
+    skipped = checkpointer.skipped
+    failed: list[str] = []
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             _check_contents(folder, step)
-            read = states.read_items(manager, step, dict(wanted), ("data_state", "meta"))
+            saved = dict(tree.named_leaves(states.saved_shapes(manager, step)))
+            states.check_same(saved, wanted, f"{folder}, step {step}")
+            state, data_state = states.restore(
+                manager, step, tree.nest(wanted.items()), with_data_state=True
+            )
         except states.Unreadable as error:
-            failed[str(step)] = f"{step}: {error}"
+            failed.append(str(step))
+            skipped += (f"{step}: {error}",)
             logging.warning("%s: not using checkpoint %d: %s", folder, step, error)
             continue
         if failed:
-            _clean(folder, list(failed))
+            _clean(folder, failed)
             manager.reload()
-        arrays = dict(tree.named_leaves(read["state"]))
+        arrays = dict(tree.named_leaves(state))
         structure = jax.tree.structure(abstract_state)
-        state = jax.tree.unflatten(structure, [arrays[path] for path, _ in wanted])
-        data_state = _own(read["data_state"]["processes"], f"{folder}, step {step}")
-        skipped = (*checkpointer.skipped, *failed.values())
-        return Restored(step, state, data_state, read["meta"], skipped)
+        state = jax.tree.unflatten(structure, [arrays[path] for path in wanted])
+        return Restored(step, state, data_state["processes"][0], skipped)
     if failed:
-        reasons = "; ".join((*checkpointer.skipped, *failed.values()))
-        raise ValueError(f"{folder}: got no readable checkpoint: {reasons}")
+        raise ValueError(f"{folder}: no checkpoint can be read: {'; '.join(skipped)}")
     return None
 
 
 def load_params(
     folder: epath.PathLike,
-    abstract_params: PyTree | Callable[[PyTree], PyTree] | None = None,
+    place: Callable[[Tree], Tree] = lambda shapes: shapes,
     *,
     which: Literal["last", "best"] = "last",
     metric: str | None = None,
-    field: str = "params",
-) -> PyTree:
-    """Return one field of the saved state of the newest or the best readable checkpoint.
+) -> Tree:
+    """Return the `params` of the saved state of the newest or the best readable checkpoint.
 
     Nothing else is read, and the folder is left as it is. `best` goes by the metric that ranked
-    the checkpoints when they were saved, which has to be `metric` where one is given. With
-    `abstract_params`, or what that makes of the saved shapes where it is a function, the result is
-    as from `restore_latest`, else nested dicts of np.ndarray.
-    Raises ValueError where nothing is readable or tree, shape or dtype differ.
+    the checkpoints when they were saved, which has to be `metric` where one is given. `place` gives
+    shardings to the saved shapes (nested dicts of jax.ShapeDtypeStruct); leaves without one come
+    back as np.ndarray. Raises ValueError where nothing can be read.
     """
     folder = paths.absolute(folder)
     found = _scan(folder)
@@ -216,17 +213,17 @@ def load_params(
         for step in reversed(steps):
             try:
                 _check_contents(folder, step)
-                params = states.read_field(manager, step, abstract_params, field)
+                target = place(tree.get(states.saved_shapes(manager, step), "params"))
+                state, _ = states.restore(manager, step, {"params": target})
             except states.Unreadable as error:
                 skipped.append(f"{step}: {error}")
                 continue
             for reason in skipped:
                 logging.warning("%s: not using checkpoint %s", folder, reason)
-            logging.info("%s: loaded %s of checkpoint %d (%s)", folder, field, step, which)
-            return params
-    raise ValueError(
-        f"{folder}: got no readable checkpoint for {which!r}: {'; '.join(skipped) or 'none there'}"
-    )
+            logging.info("%s: loaded the parameters of checkpoint %d (%s)", folder, step, which)
+            return state["params"]
+    reasons = "; ".join(skipped) or "none there"
+    raise ValueError(f"{folder}: no checkpoint for {which!r} can be read: {reasons}")
 
 
 def _scan(folder: epath.Path) -> dict[str, str]:
@@ -247,7 +244,7 @@ def _clean(folder: epath.Path, damaged: Sequence[str]) -> None:
         for name in damaged:
             files.set_aside(folder, name)
         files.remove_half_written(folder)
-    processes.gather(None)
+    processes.gather(None)  # a barrier
 
 
 def _write_file_list(folder: epath.Path, pending: Mapping[str, int]) -> None:
@@ -257,7 +254,7 @@ def _write_file_list(folder: epath.Path, pending: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
-    """After a save without space: it is said to be that, and the rest of it is deleted.
+    """Says so where a save found no space, and deletes what it has written.
 
     After any other failure, and with several processes, orbax may still be writing there.
     """
@@ -271,9 +268,7 @@ def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
         if jax.process_count() == 1:
             files.remove_half_written(folder)
             checkpointer.manager.reload()
-        free = (
-            "" if paths.is_remote(folder) else f", {shutil.disk_usage(folder).free} bytes are free"
-        )
+        free = "" if paths.is_remote(folder) else f", {shutil.disk_usage(folder).free} are free"
         message = (
             f"no space left for checkpoint {pending['step']}, which needs up to "
             f"{pending['bytes']} bytes{free}; earlier checkpoints are kept"
@@ -281,41 +276,16 @@ def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
         raise OSError(errno.ENOSPC, message, str(folder)) from error
 
 
-def _own(data_states: list[Any], where: str) -> Any:
-    """This process's data state; any one where all are equal and the processes are others."""
-    if len(data_states) == jax.process_count():
-        return data_states[jax.process_index()]
-    if all(data_state == data_states[0] for data_state in data_states):
-        return data_states[0]
-    raise ValueError(
-        f"{where}: got data states of {len(data_states)} processes that differ, "
-        f"want as many as there are processes, {jax.process_count()}"
-    )
-
-
-def _ranking(
-    checkpointer: Checkpointer, metrics: Mapping[str, float] | None
-) -> dict[str, Any] | None:
-    """What is saved to rank a checkpoint by, also by a reader that knows no config."""
-    name = checkpointer.metric
-    if name is None or metrics is None:
-        return None
-    if name not in metrics:
-        raise ValueError(f"metrics: got {sorted(metrics)}, want {name!r} among them")
-    return {"name": name, "mode": checkpointer.best_mode, "value": float(metrics[name])}
-
-
-def _score(ranking: Mapping[str, Any]) -> float:
-    value = ranking["value"] if ranking["mode"] == "max" else -ranking["value"]
+def _score(rank: Mapping[str, Any]) -> float:
+    value = rank["value"] if rank["mode"] == "max" else -rank["value"]
     return -math.inf if math.isnan(value) else value
 
 
 def _ranked(manager: ocp.CheckpointManager, steps: list[int], metric: str | None) -> list[int]:
     """The steps that have a rank, the best last."""
-    rankings = {step: manager.metrics(step) for step in steps}
-    ranked = {step: ranking for step, ranking in rankings.items() if ranking}
-    names = {ranking["name"] for ranking in ranked.values()}
+    ranks = {step: rank for step in steps if (rank := manager.metrics(step))}
+    names = {rank["name"] for rank in ranks.values()}
     if len(names) > 1 or (metric is not None and names - {metric}):
         want = "one metric" if metric is None else repr(metric)
         raise ValueError(f"{manager.directory}: got ranks by {sorted(names)}, want by {want}")
-    return sorted(ranked, key=lambda step: (_score(ranked[step]), step))
+    return sorted(ranks, key=lambda step: (_score(ranks[step]), step))

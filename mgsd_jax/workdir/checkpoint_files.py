@@ -1,7 +1,8 @@
-"""The files of a checkpoint folder: what is complete, what is half-written, what is damaged.
+"""The files of a checkpoint folder: which steps are complete, half-written or damaged.
 
 Orbax writes a step under another name (on gs:// without a commit file) until it is complete. A
-complete step holds `files.json`, written just before: {file: [bytes, crc32]}.
+complete step holds `files.json`, written just before: {file: [bytes, crc32]}. The checksums are
+ours because tensorstore keeps none of array data: a flipped bit would come back as a wrong number.
 Works on local paths and on those of etils (gs://).
 """
 
@@ -10,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import orbax.checkpoint as ocp
 from absl import logging
@@ -25,14 +26,15 @@ _READERS = 16
 
 # orbax writes these after the file list, and reads no arrays by them.
 _BOOKKEEPING = frozenset({FILE_LIST, "_CHECKPOINT_METADATA", "commit_success.txt"})
-_STEP_FOLDER = re.compile(r"(\d+)(\.orbax-checkpoint-tmp.*)?")
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_STEP_FOLDER = re.compile(rf"(\d+)({re.escape(_TEMPORARY)}.*)?")
 
 
 def scan(folder: epath.Path) -> dict[str, str]:
-    """Return {name of a step's folder: what is wrong with it, '' if nothing}, {} without folder.
+    """Return {name of a step's folder: what is wrong with it, '' if nothing}; {} without a folder.
 
     `HALF_WRITTEN` marks what a killed run left; anything else is damage to a complete step. The
-    contents of large files are not read: there are several steps, and one of them will be used.
+    contents of large files are not read: there are several steps, and only one will be used.
     """
     if not folder.exists():
         return {}
@@ -51,12 +53,17 @@ def write_file_list(folder: epath.Path, step: int) -> None:
         match = _STEP_FOLDER.fullmatch(path.name)
         if match and int(match[1]) == step:
             found = _data_files(path)
-            noted = {name: [_size(found[name]), crc] for name, crc in _checksums(found).items()}
+            checksums = _checksums(found)
+            noted = {name: [_size(file), checksums[name]] for name, file in found.items()}
             (path / FILE_LIST).write_text(json.dumps(noted))
 
 
 def remove_half_written(folder: epath.Path) -> None:
-    """Delete what unfinished saves left, which may be large."""
+    """Delete what unfinished saves left, which may be large.
+
+    Not by orbax's own cleanup_tmp_directories: on gs:// that would take `unreadable/`, which has no
+    commit file either.
+    """
     for name, problem in scan(folder).items():
         if problem == HALF_WRITTEN:
             (folder / name).rmtree()
@@ -76,13 +83,20 @@ def damage(
 ) -> str:
     """What is missing, extra or changed since the step was written; '' if nothing.
 
-    Contents are compared of files up to `up_to` bytes, and of these the i-th of every n where
-    `share` is (i, n): the n processes of a run have a part each.
+    Contents are compared of files of at most `up_to` bytes. With `share` (i, n) it is every n-th of
+    these, from the i-th: the n processes of a run have a part each.
     """
     try:
-        noted = _read_list(step_folder / FILE_LIST)
-        if noted is None:
-            return f"{FILE_LIST} is missing or damaged"
+        noted = {
+            name: (size, checksum)
+            for name, (size, checksum) in json.loads((step_folder / FILE_LIST).read_text()).items()
+        }
+    # No file, bad JSON or UTF-8, a deep nest; and JSON of another shape.
+    except (FileNotFoundError, ValueError, RecursionError, TypeError, AttributeError):
+        return f"{FILE_LIST} is missing or damaged"
+    except OSError as error:
+        return f"its files cannot be read: {error}"
+    try:
         found = _data_files(step_folder)
         for name in sorted(noted.keys() ^ found.keys()):
             return f"{name} is missing" if name in noted else f"{name} was not written with it"
@@ -96,21 +110,6 @@ def damage(
     except OSError as error:
         return f"its files cannot be read: {error}"
     return ""
-
-
-def _read_list(path: epath.Path) -> dict[str, list[int]] | None:
-    """{file: [bytes, crc32]}, None where it is absent or anything else."""
-    try:
-        noted = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):  # bad JSON, bad UTF-8, a deep nest
-        return None
-    if not isinstance(noted, dict) or not noted:
-        return None
-    is_listed = all(
-        isinstance(entry, list) and [type(number) for number in entry] == [int, int]
-        for entry in noted.values()
-    )
-    return noted if is_listed else None
 
 
 def _checksums(files: Mapping[str, epath.Path]) -> dict[str, int]:
@@ -131,15 +130,12 @@ def _size(path: epath.Path) -> int:
     return path.stat().length
 
 
-def _data_files(step_folder: epath.Path) -> dict[str, epath.Path]:
-    return {n: p for n, p in _files(step_folder) if n not in _BOOKKEEPING}
-
-
-def _files(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Path]]:
+def _data_files(folder: epath.Path, prefix: str = "") -> dict[str, epath.Path]:
+    """{name below the step's folder: path}; a folder counts by the name that it has in the end."""
+    found: dict[str, epath.Path] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            # A folder that is renamed on commit is listed by its final name.
-            name = path.name.partition(".orbax-checkpoint-tmp")[0]
-            yield from _files(path, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{path.name}", path
+            found |= _data_files(path, f"{prefix}{path.name.partition(_TEMPORARY)[0]}/")
+        elif prefix + path.name not in _BOOKKEEPING:
+            found[prefix + path.name] = path
+    return found

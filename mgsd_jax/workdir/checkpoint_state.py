@@ -1,19 +1,20 @@
-"""The train state as orbax items: arrays by path, read back whole or in part.
+"""A train state as orbax writes it: arrays by path, read back as a whole or in part.
 
 States are saved as nested dicts of arrays whatever their classes are, so that a reader needs no
 optimizer to get at the parameters.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from mgsd_jax import tree
+from mgsd_jax.tree import Tree
 
-PyTree = Any
+PyTree = Any  # dicts, tuples and dataclasses of leaves
 Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
 
 
@@ -21,25 +22,21 @@ class Unreadable(ValueError):
     """A complete checkpoint that orbax cannot read."""
 
 
-def handlers() -> dict[str, Any]:
-    """The orbax handlers of a checkpoint's three items."""
-    return {
-        "state": ocp.PyTreeCheckpointHandler(),
-        "data_state": ocp.JsonCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
-    }
+def handlers() -> dict[str, ocp.CheckpointHandler]:
+    """The orbax handlers of a checkpoint's two items."""
+    return {"state": ocp.PyTreeCheckpointHandler(), "data_state": ocp.JsonCheckpointHandler()}
 
 
-def named_arrays(state: PyTree) -> list[tuple[str, Leaf]]:
-    """[(path, leaf)] in the order of `jax.tree.leaves`, over dicts, tuples and dataclasses.
+def named_arrays(state: PyTree) -> dict[str, Leaf]:
+    """{path: leaf} in the order of `jax.tree.leaves`.
 
     Raises ValueError that lists the leaves that are no arrays.
     """
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-    ]
-    bad = [f"{path} ({type(leaf).__name__})" for path, leaf in named if not hasattr(leaf, "dtype")]
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    bad = [f"{path} ({type(x).__name__})" for path, x in named.items() if not hasattr(x, "dtype")]
     if bad:
         raise ValueError(f"state: got {', '.join(bad)}, want arrays only")
     return named
@@ -55,70 +52,38 @@ def _reading() -> Iterator[None]:
         raise Unreadable(f"{type(error).__name__}: {reason}") from error
 
 
-def _saved_leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of a saved state."""
+def saved_shapes(manager: ocp.CheckpointManager, step: int) -> Tree:
+    """The saved state as nested dicts of jax.ShapeDtypeStruct."""
     with _reading():
         metadata = manager.item_metadata(step)["state"]
         if metadata is None:
             raise FileNotFoundError("the state's metadata is missing")
-        return {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for path, leaf in tree.named_leaves(metadata.tree)
-        }
+        return tree.map_named(
+            lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree
+        )
 
 
-def read_items(
-    manager: ocp.CheckpointManager, step: int, wanted: dict[str, Leaf], json_items: Sequence[str]
-) -> Any:
-    """Return a step's items by name: `state` as nested dicts of arrays, `json_items` as saved.
+def restore(
+    manager: ocp.CheckpointManager, step: int, target: Tree, *, with_data_state: bool = False
+) -> tuple[Tree, dict[str, Any]]:
+    """(the leaves of `target` with the saved arrays in them, the saved data state or {}).
 
-    `wanted` is {path: leaf} of the whole state. Raises Unreadable, or ValueError that lists the
-    differences where the saved state has other paths, shapes or dtypes.
+    Arrays get the shardings of `target`; those without one come back as np.ndarray.
     """
-    where = f"{manager.directory}, step {step}"
-    _check_same(_saved_leaves(manager, step), wanted, where)
-    return _restore(manager, step, wanted, json_items)
-
-
-def read_field(
-    manager: ocp.CheckpointManager, step: int, abstract: PyTree | None, field: str
-) -> PyTree:
-    """Return one field of a step's state, like `abstract` or as nested dicts of np.ndarray.
-
-    `abstract` may be a function of the field's own shapes, nested dicts that it gives shardings.
-    Raises Unreadable, or ValueError where there is no such field or it differs from `abstract`.
-    """
-    where = f"{manager.directory}, step {step}"
-    leaves = _saved_leaves(manager, step)
-    saved = {path: leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{field}/")}
-    if not saved:
-        there = sorted({path.partition("/")[0] for path in leaves})
-        raise ValueError(f"{where}: got the fields {there}, want {field!r}")
-    if abstract is None:
-        return _restore(manager, step, saved, ())["state"][field]
-    if callable(abstract):
-        abstract = abstract(tree.get(tree.nest(saved.items()), field))
-    wanted = [(f"{field}/{path}".rstrip("/"), leaf) for path, leaf in named_arrays(abstract)]
-    _check_same(saved, dict(wanted), where)
-    arrays = dict(tree.named_leaves(_restore(manager, step, dict(wanted), ())["state"]))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path, _ in wanted])
-
-
-def _restore(
-    manager: ocp.CheckpointManager, step: int, wanted: dict[str, Leaf], json_items: Sequence[str]
-) -> Any:
-    target = tree.nest(wanted.items())
     state = ocp.args.PyTreeRestore(
         target,
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
     )
-    items = {name: ocp.args.JsonRestore() for name in json_items}
+    items = {"data_state": ocp.args.JsonRestore()} if with_data_state else {}
     with _reading():
-        return manager.restore(step, args=ocp.args.Composite(state=state, **items))
+        read = manager.restore(step, args=ocp.args.Composite(state=state, **items))
+    return read["state"], read["data_state"] if with_data_state else {}
 
 
-def _check_same(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf], where: str) -> None:
+def check_same(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf], where: str) -> None:
+    """Raises ValueError that lists all paths whose shapes or dtypes differ."""
+
     def shown(leaf: Leaf | None) -> str:
         return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 

@@ -1,4 +1,8 @@
-"""The folder of a run: held by one run at a time, of one config, with a record of its starts."""
+"""The folder of a run: held by one run at a time, of one config, with a record of its starts.
+
+`config.json` holds the part of the config that the run depends on, `runs.jsonl` a line for each
+start that took a step: commit and versions.
+"""
 
 import contextlib
 import dataclasses
@@ -9,7 +13,7 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,24 +27,16 @@ from mgsd_jax.parallel import processes
 from mgsd_jax.workdir import locks, paths
 
 CONFIG_FILE = "config.json"
-
-
 RUNS_FILE = "runs.jsonl"
-
-
 PACKAGES = ("mgsd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def write_run_info(
-    workdir: epath.PathLike, config: Mapping[str, Any], *, is_main: bool = True
-) -> None:
+def write_run_info(workdir: epath.PathLike, config: Mapping[str, object]) -> None:
     """Write `config.json`, and add this start's commit and versions to `runs.jsonl`.
 
-    `config` is a dict of JSON values (`dataclasses.asdict` of a config). A resumed run adds a
-    line, so that a change of code or versions in between can be seen.
+    `config` holds JSON values. A resumed run adds a line, so that a change of code or versions in
+    between can be seen.
     """
-    if not is_main:
-        return
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
@@ -55,25 +51,21 @@ def write_run_info(
         "versions": {package: _version(package) for package in PACKAGES},
     }
     runs = folder / RUNS_FILE
-    if paths.is_remote(folder):
-        before = runs.read_text(encoding="utf-8") if runs.exists() else ""
-        runs.write_text(before + json.dumps(info) + "\n")
-        return
-    with runs.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(info) + "\n")
+    before = runs.read_text(encoding="utf-8") if runs.exists() else ""
+    paths.write_whole(runs, before + json.dumps(info) + "\n")
 
 
 def _git_commit() -> tuple[str | None, bool | None]:
     """(commit, whether tracked files differ from it); None where this file is in no git tree."""
-    folder = pathlib.Path(__file__).parent
+    file = pathlib.Path(__file__)
 
     def git(*arguments: str) -> str:
-        command = ("git", "-C", str(folder), *arguments)
+        command = ("git", "-C", str(file.parent), *arguments)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         # An installed copy may lie inside an unrelated repository, whose commit says nothing.
-        git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+        git("ls-files", "--error-unmatch", file.name)
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None, None
@@ -88,33 +80,29 @@ def _version(package: str) -> str | None:
 
 def check_config(
     folder: epath.PathLike,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
-    ignore: Sequence[str] = (),
-    defaults: Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
+    defaults: Mapping[str, object] | None = None,
 ) -> None:
     """Raise ValueError that lists what differs where `folder` is of a run with another config.
 
-    Compares with the `config.json` that `write_run_info` left there, if any. `ignore`
-    names fields ('optim.lr') or sections ('optim') that may differ. A field that the folder's
-    config does not know (it is newer) has its value in `defaults` there.
+    Compares with the `config.json` that `write_run_info` left there, if any. `ignore` names
+    fields ('optim.lr') or sections ('optim') that may differ. A field that is newer than the
+    folder's `config.json` has its value of `defaults` there.
     """
     path = epath.Path(folder) / CONFIG_FILE
     if not path.exists():
         return
-    ours = dict(tree.named_leaves(to_json(config, "config")))
-    unknown = {k: v for k, v in tree.named_leaves(dict(defaults or {})) if k in ours}
-    theirs = unknown | dict(tree.named_leaves(fields.read_json(path)))
-    absent = object()
-    differing = []
-    for name in sorted(theirs.keys() | ours.keys()):
-        field = name.replace("/", ".")
-        if any(field == other or field.startswith(f"{other}.") for other in ignore):
-            continue
-        got, want = ours.get(name, absent), theirs.get(name, absent)
-        if got != want:
-            shown = ["nothing" if value is absent else repr(value) for value in (got, want)]
-            differing.append(f"{field}: got {shown[0]}, want {shown[1]}")
+    ours = _by_field(to_json(config, "config"))
+    newer = {name: value for name, value in _by_field(defaults or {}).items() if name in ours}
+    theirs = newer | _by_field(fields.read_json(path))
+    differing = [
+        f"{name}: got {_shown(ours, name)}, want {_shown(theirs, name)}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name))
+        and not any(f"{name}.".startswith(f"{other}.") for other in ignore)
+    ]
     if differing:
         raise ValueError(
             f"{path} is of a run with another config: {'; '.join(differing)}; set that back, "
@@ -122,7 +110,17 @@ def check_config(
         )
 
 
-def to_json(value: Mapping[str, Any], name: str) -> Any:
+def _by_field(config: Mapping[str, object]) -> dict[str, object]:
+    """{'optim.lr': value}."""
+    return {path.replace("/", "."): value for path, value in tree.named_leaves(dict(config))}
+
+
+def _shown(values: Mapping[str, object], name: str) -> str:
+    return repr(values[name]) if name in values else "nothing"
+
+
+def to_json(value: Mapping[str, object], name: str) -> dict[str, Any]:
+    """The value as JSON gives it back (tuples as lists); ValueError for other objects."""
     try:
         return json.loads(json.dumps(dict(value)))
     except TypeError as error:
@@ -143,30 +141,26 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(folder: epath.PathLike, config: Config, sections: Sequence[str]) -> Iterator[Claim]:
+def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -> Iterator[Claim]:
     """Holds `folder` for this run, of however many processes.
 
-    `sections` are the parts of the config that the stage depends on. Raises ValueError that names
-    the run that holds the folder, or lists the fields in which another config has used it; fields
-    that change no result may differ.
+    `sections` are the parts of the config that the stage depends on, with `{workdir}` as it stands
+    in them. Raises ValueError that names the run that holds the folder, or lists the fields in
+    which another config has used it; fields that change no result may differ.
     """
     values = {name: value for name, value in config_lib.to_dict(config).items() if name in sections}
-    is_main = jax.process_index() == 0
+    notes: list[Callable[[], None]] = []
     with contextlib.ExitStack() as lock:
         problem = ""
-        if is_main:
+        if jax.process_index() == 0:
+            notes.append(functools.partial(write_run_info, folder, values))
             try:
                 lock.enter_context(locks.held(folder))
-                check_config(
-                    folder,
-                    values,
-                    ignore=tuple(ranges.free(Config)),
-                    defaults=config_lib.defaults(Config),
-                )
+                ignore, defaults = tuple(ranges.free(Config)), config_lib.defaults(Config)
+                check_config(folder, values, ignore=ignore, defaults=defaults)
             except ValueError as error:
                 problem = str(error)
         problem = processes.gather(problem)[0]
         if problem:
             raise ValueError(problem)
-        record = functools.partial(write_run_info, folder, values, is_main=is_main)
-        yield Claim(epath.Path(folder), [record])
+        yield Claim(epath.Path(folder), notes)

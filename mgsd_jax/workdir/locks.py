@@ -1,9 +1,9 @@
-"""One run a folder: a lock that no dead process holds.
+"""A lock on a folder, so that one run at a time writes there; a dead process holds none.
 
-On this machine's file systems, and on NFS with its lock service, the kernel keeps it (flock) and
-lets go of it when the process ends, however it ends. Elsewhere (gs://) the owner writes the file
-anew every `BEAT` seconds; one that has stood still for `STALE` seconds by the clock of whoever
-wants it is a dead run's.
+On this machine's file systems, and on NFS with its lock service, the kernel keeps the lock (flock)
+and releases it when the process ends, however it ends. Elsewhere (gs://) the owner rewrites the
+lock file every `BEAT` seconds. A file that has not changed for `STALE` seconds, by the clock of the
+process that waits for it, belongs to a dead run.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from mgsd_jax.workdir import paths
 LOCK_FILE = "lock"
 BEAT = 15.0  # seconds
 STALE = 60.0
-SETTLE = 2.0  # seconds after which of two runs that begin at once each sees who was last to write
+SETTLE = 2.0  # of two runs that start at once, each sees after so many seconds who wrote last
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def held(folder: epath.PathLike) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made where it is absent.
+    """Locks a folder against other runs, and creates it if needed; readers may read.
 
-    Raises ValueError that names the run that holds it. Readers are not kept out.
+    Raises ValueError that names the run that holds the lock.
     """
     path = epath.Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def held(folder: epath.PathLike) -> Iterator[None]:
         with _heart(path):
             yield
         return
-    # A forked child that outlives this process must not hold on to it; others close it on exec.
+    # A forked child that outlives this process must not keep the lock; exec closes the file.
     os.register_at_fork(after_in_child=file.close)
     try:
         file.truncate(0)
@@ -70,7 +70,7 @@ def _taken(path: epath.PathLike, text: str) -> ValueError:
     try:
         owner = json.loads(text)
         who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, TypeError, KeyError):  # it writes its name at this moment
+    except (ValueError, TypeError, KeyError):  # its owner is about to write its name
         who = "another process"
     folder = epath.Path(path).parent
     return ValueError(
@@ -80,7 +80,7 @@ def _taken(path: epath.PathLike, text: str) -> ValueError:
 
 
 def _flock(path: pathlib.Path) -> TextIO | None:
-    """The locked file, None where its file system has no such locks."""
+    """The locked file; None if its file system has no such locks."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -97,12 +97,12 @@ def _flock(path: pathlib.Path) -> TextIO | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # its last owner deleted it between the two lines above
+        file.close()  # its last owner deleted it after we had opened it
 
 
 @contextlib.contextmanager
 def _heart(path: epath.Path) -> Iterator[None]:
-    """The lock as a file that changes for as long as its owner lives."""
+    """Holds the lock as a file that changes for as long as its owner lives."""
     _wait_for_death(path)
     write = functools.partial(paths.write_whole, path, sync=False)
     name = uuid.uuid4().hex
@@ -117,7 +117,7 @@ def _heart(path: epath.Path) -> Iterator[None]:
         while not stop.wait(BEAT):
             found = _read(path)
             if found and name not in found:
-                # This one stood still for too long, and the other has begun: two would write.
+                # This process was suspended for too long and another took over: two would write.
                 logging.error("%s", _taken(path, found))
                 sys.stderr.flush()
                 os._exit(2)
@@ -135,10 +135,10 @@ def _heart(path: epath.Path) -> Iterator[None]:
 
 
 def _wait_for_death(path: epath.Path) -> None:
-    """Returns when the file is gone or has stood still; raises where it changes."""
+    """Returns once the file is gone or unchanged for `STALE` seconds; raises if it changes."""
     seen, until = _read(path), time.monotonic() + STALE
     if seen:
-        logging.info("%s: is there; waits %g s to see whether its run lives", path, STALE)
+        logging.info("%s exists; waiting %g s to see whether its run is alive", path, STALE)
     while seen and time.monotonic() < until:
         time.sleep(min(SETTLE, STALE / 10))
         found = _read(path)

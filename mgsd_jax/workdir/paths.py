@@ -1,7 +1,7 @@
-"""Paths of a run, local or of any file system that etils knows (gs://).
+"""Paths of a run: local ones, and those of any file system that etils knows (gs://).
 
-What differs between the two: a remote file cannot be appended to, and appears whole or not at all;
-a local one is replaced by a whole one under another name.
+A remote file cannot be appended to, and appears as a whole or not at all. A local file is written
+under another name and renamed.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root, which checkpoints need; a URL as it is."""
+    """The absolute path, which orbax needs; a URL as it is."""
     return epath.Path(path) if is_remote(path) else epath.Path(pathlib.Path(path).resolve())
 
 
 def local(path: epath.PathLike, name: str) -> pathlib.Path:
-    """The path, which has to be local; ValueError with the `name` of what it is else."""
+    """Returns the path as a pathlib.Path. Raises ValueError, mentioning `name`, if it is remote."""
     if is_remote(path):
         raise ValueError(f"{name}: got {os.fspath(path)}, want a local folder; copy it there after")
     return pathlib.Path(path)
 
 
 def write_whole(path: epath.PathLike, content: str | bytes, *, sync: bool = True) -> None:
-    """Writes a file such that a reader, or a kill, sees the old or the new one whole.
+    """Writes a file atomically: a reader sees the old content or the new one, also after a kill.
 
-    Without `sync`, which takes milliseconds, a machine that loses power may lose the file. A device
-    or a pipe, such as /dev/stdout, is written to as it is: nothing must take its place.
+    Without `sync`, which takes milliseconds, the file may be lost when the machine loses power. A
+    device or a pipe, such as /dev/stdout, is written to directly and not replaced.
     """
     content = content.encode() if isinstance(content, str) else content
     target = epath.Path(path) if is_remote(path) else pathlib.Path(path)
@@ -58,9 +58,10 @@ def write_whole(path: epath.PathLike, content: str | bytes, *, sync: bool = True
 def local_files(
     folder: epath.PathLike, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[pathlib.Path]:
-    """The folder as a local one, for libraries that read local files only.
+    """A local folder with the same files, for libraries that read local files only.
 
-    A remote folder's files whose names are `wanted` are copied for as long as the `with` lasts.
+    A local folder is itself. Of a remote folder, the files whose names are `wanted` are copied into
+    a temporary one for the duration of the `with` block.
     """
     if not is_remote(folder):
         yield pathlib.Path(folder)

@@ -1,8 +1,10 @@
 """Whatever has become of a JSON file of ours, its reader ends with one line that names the file."""
 
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 from etils import epath
@@ -27,10 +29,17 @@ def finish(folder: pathlib.Path) -> None:
     stage_folder.check_finished(str(folder / "grounding"))
 
 
+def compare_settings(folder: pathlib.Path) -> None:
+    (folder / "evaluate").mkdir(exist_ok=True)
+    evaluation = types.SimpleNamespace(summary={"models": {"base": {"picture": {}}}})
+    with mock.patch.object(compare.inputs, "read_evaluation", return_value=evaluation):
+        compare.read_run(str(folder), "run")
+
+
 READERS: dict[str, Callable[[pathlib.Path], Any]] = {
     "config.json": lambda folder: folders.check_config(folder, {}),
     "grounding/config.json": finish,
-    "distillation/config.json": lambda folder: compare._settings(epath.Path(folder)),
+    "distillation/config.json": compare_settings,
     SOURCE: lambda folder: stage_folder.read_source(epath.Path(folder) / "grounding"),
     "manifest.json": lambda folder: boards.read_split(folder, "train"),
     "preflight.json": lambda folder: preflight._earlier(

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from mgsd_jax import tree
 from mgsd_jax.config import Config, ExportConfig, LoraConfig, NanoConfig
+from mgsd_jax.data.nano_tokenizer import write_tokenizer
 from mgsd_jax.data.processor import encode, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model import lora
@@ -267,7 +268,7 @@ def nano_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano model with a tokenizer and a processor, as `--stage=init` writes it."""
     folder = tmp_path_factory.mktemp("nano")
     settings = NanoConfig(str(folder), width=32, layers=3, mlp=48, vision_width=48, vision_mlp=48)
-    tokenizer = init.write_tokenizer(folder, settings, ["frozenlake"])
+    tokenizer = write_tokenizer(folder, settings, ["frozenlake"])
     written = init.hf_config(settings, tokenizer)
     config = ModelConfig.from_hf(written, source="nano")
     (folder / "config.json").write_text(json.dumps(written))

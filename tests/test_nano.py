@@ -11,6 +11,7 @@ from helpers_tiny import tiny_config
 import mgsd_jax
 from mgsd_jax import config as c
 from mgsd_jax.data import prompts
+from mgsd_jax.data.nano_tokenizer import write_tokenizer
 from mgsd_jax.data.processor import decode, encode_answer, encode_example, load_processor
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -30,7 +31,7 @@ def test_the_base_is_whole_and_small() -> None:
 
 
 def test_the_tokenizer_is_the_one_of_the_present_prompts(tmp_path: pathlib.Path) -> None:
-    init.write_tokenizer(tmp_path, SHAPE, ["frozenlake", "maze", "minibehaviour"])
+    write_tokenizer(tmp_path, SHAPE, ["frozenlake", "maze", "minibehaviour"])
     written, shipped = (
         json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE)
     )

@@ -110,6 +110,18 @@ def to_inputs(
     return Inputs(tokens, positions, valid, next_position, pictures)
 
 
+def smallest_inputs(rows: Sequence[Encoded], pad_id: int) -> Inputs:
+    """Left-padded rows, each of one picture or none, of no fixed shape: as small as holds them."""
+    return to_inputs(
+        rows,
+        length=max(len(row.tokens) for row in rows),
+        side="left",
+        pad_id=pad_id,
+        patch_buckets=(max(len(picture.patches) for row in rows for picture in row.pictures),),
+        max_pictures=1,
+    )
+
+
 def grounding_batch(
     examples: Sequence[tuple[Encoded, int]],
     *,

@@ -51,14 +51,7 @@ def measure(
         encode(processor, _with_picture(messages, data, board), add_generation_prompt=True)
         for board, messages in asked
     ]
-    inputs = batching.to_inputs(
-        encoded,
-        length=max(len(row.tokens) for row in encoded),
-        side="left",
-        pad_id=processor.pad_id,
-        patch_buckets=(max(len(p.patches) for row in encoded for p in row.pictures),),
-        max_pictures=1,
-    )
+    inputs = batching.smallest_inputs(encoded, processor.pad_id)
     model = model.clone(dtype=jnp.float32, remat="none", kernel=Kernel())
     sampler = Sampler(
         model,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import helpers_devices
 import numpy as np
+from helpers_forked import Forked
 from helpers_tiny import tiny_config
 
 from mgsd_jax import tree
@@ -21,6 +22,7 @@ from mgsd_jax.workdir import checkpoint, metrics
 ROOT = pathlib.Path(__file__).parents[1]
 TIMED = ("time", "seconds", "data", "rollout", "update", "validation", "tflops_per_s", "mfu")
 SLOWEST = 600  # seconds that anything here may take on a busy machine
+Running = subprocess.Popen[bytes] | Forked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,12 @@ def start(
     devices: int = 1,
     environ: Mapping[str, str] | None = None,
     program: Sequence[str] = ("-m", "mgsd_jax.main"),
-) -> list[subprocess.Popen[bytes]]:
+    forked: bool = False,
+) -> list[Running]:
     """The processes of a stage, each with its own virtual devices; they write `log.{process}`.
 
-    Programs are compiled once: they are kept where all tests keep theirs (conftest.py).
+    Programs are compiled once: they are kept where all tests keep theirs (conftest.py). `forked`
+    ones begin with their imports done (helpers_forked.py).
     """
     workdir.mkdir(parents=True, exist_ok=True)
     arguments = [f"--stage={stage}", f"--config={base.config}", f"--workdir={workdir}"]
@@ -73,21 +77,24 @@ def start(
         "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": helpers_devices.flags(devices),
+        "XLA_FLAGS": helpers_devices.quick_flags(devices),
     }
-    port, started = free_port(), []
+    port = free_port()
+    started: list[Running] = []
     for process in range(processes):
         joined = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
         joined = [*joined, f"--process={process}"] if processes > 1 else []
-        with (workdir / f"log.{process}").open("ab") as log:
-            command = [sys.executable, *program, *arguments, *joined]
+        command, path = [*program, *arguments, *joined], workdir / f"log.{process}"
+        if forked:
+            started.append(Forked(command, environ, path))
+            continue
+        with path.open("ab") as log:
+            command = [sys.executable, *command]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log))
     return started
 
 
-def finish(
-    running: Sequence[subprocess.Popen[bytes]], workdir: pathlib.Path, want: int = 0
-) -> None:
+def finish(running: Sequence[Running], workdir: pathlib.Path, want: int = 0) -> None:
     """Waits for the processes and asserts the exit code of each."""
     try:
         codes = [process.wait(timeout=SLOWEST) for process in running]
@@ -115,7 +122,7 @@ def free_port() -> int:
 
 
 def wait_for_records(
-    workdir: pathlib.Path, stage: str, count: int, running: Sequence[subprocess.Popen[bytes]]
+    workdir: pathlib.Path, stage: str, count: int, running: Sequence[Running]
 ) -> bool:
     """Waits until a stage has written `count` metrics; False where a process ends before."""
     path, until = workdir / stage / "metrics.jsonl", time.monotonic() + SLOWEST

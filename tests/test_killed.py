@@ -65,13 +65,13 @@ def test_kills_at_random_moments_leave_no_trace(
     folder, kills = tmp_path / "run", []
     while len(kills) < MOMENTS:
         began = time.monotonic()
-        running = start(base, stage, folder, SETTINGS)
+        running = start(base, stage, folder, SETTINGS, forked=True)
         # Some steps on, or on the way to the first, and then some part of a step.
         path = folder / stage / "metrics.jsonl"
         there = path.read_bytes().count(b"\n") if path.exists() else 0
         steps = rng.randrange(4)
         is_running = wait_for_records(folder, stage, there + steps if steps else 0, running)
-        delay = rng.uniform(0, 0.3) if steps else rng.uniform(0, 10)
+        delay = rng.uniform(0, 0.3) if steps else rng.uniform(0, 5)
         time.sleep(delay)
         if is_running and running[0].poll() is None:
             running[0].send_signal(signal.SIGKILL)

@@ -18,6 +18,7 @@ from helpers_run import (
     ROOT,
     SLOWEST,
     Base,
+    Running,
     differing,
     finish,
     log_of,
@@ -148,7 +149,14 @@ def test_several_processes_train_to_the_parameters_of_one(
         folder = tmp_path / str(count)
         program = ("-c", NOTING)
         noting = start(
-            base, stage, folder, SETTINGS, processes=count, devices=devices, program=program
+            base,
+            stage,
+            folder,
+            SETTINGS,
+            processes=count,
+            devices=devices,
+            program=program,
+            forked=count > 1,
         )
         finish(noting, folder)
     one = weights(tmp_path / "1", stage)
@@ -173,7 +181,8 @@ def test_several_processes_train_to_the_parameters_of_one(
         assert differing(weights(tmp_path / "lost", stage), weights(tmp_path / "2", stage)) == []
     # The last step of the four again, in two processes and with the widths split as well.
     shutil.rmtree(folder / stage / "checkpoints" / str(STEPS))
-    finish(start(base, stage, folder, (*SETTINGS, "mesh.tensor=2"), processes=2, devices=2), folder)
+    split = (*SETTINGS, "mesh.tensor=2")
+    finish(start(base, stage, folder, split, processes=2, devices=2, forked=True), folder)
     assert f"continues after step {STEPS - 1} of {STEPS}" in log_of(folder, characters=1 << 20)
     for name, leaf in weights(folder, stage).items():
         np.testing.assert_allclose(leaf, one[name], rtol=0, atol=1e-5, err_msg=name)
@@ -227,10 +236,9 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_config(tmp_path_factory.mktemp("light"))
 
 
-def start_toys(
-    light: Base, folder: pathlib.Path, count: int = 2, **options: Any
-) -> list[subprocess.Popen[bytes]]:
-    return start(light, "grounding", folder, EVERY, processes=count, program=TOY, **options)
+def start_toys(light: Base, folder: pathlib.Path, count: int = 2, **options: Any) -> list[Running]:
+    settings = {"processes": count, "program": TOY, "forked": True} | options
+    return start(light, "grounding", folder, EVERY, **settings)
 
 
 def assert_whole(folder: pathlib.Path, count: int = 2) -> None:
@@ -277,7 +285,7 @@ def test_where_one_fails_it_leaves_at_once_and_the_other_hears_of_it(
 
 
 def test_sigterm_to_one_of_two_saves_and_ends_both(light: Base, tmp_path: pathlib.Path) -> None:
-    running = start_toys(light, tmp_path)
+    running = start_toys(light, tmp_path, forked=False)
     assert wait_for_records(tmp_path, "grounding", 3, running), log_of(tmp_path)
     running[1].send_signal(signal.SIGTERM)
     finish(running, tmp_path, stage_lib.EXIT_STOPPED)

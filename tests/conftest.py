@@ -1,11 +1,15 @@
-"""What all tests share: compiled programs are kept, for every process of a run and for the next.
+"""What all tests share: kept programs, quick compilation, and which files begin first.
 
-Set before jax is imported; child processes inherit it. A cache of another place is left as it is.
+Compiled programs are kept for every process of a run and for the next: the settings are made before
+jax is imported, and child processes inherit them. A cache of another place is left as it is.
 """
 
 import os
 import pathlib
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 _KEPT = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 
@@ -16,3 +20,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # A run in the background of a script begins with SIGINT ignored, and so would all its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files of minutes, the longest first: workers take files in this order, so that none is left alone
+# with a long one at the end.
+LONGEST = (
+    *("processes", "killed", "distillation", "end_to_end", "mesh_step", "real_tokenizer"),
+    *("preflight", "killed_anywhere", "compiled_once", "export", "sampler", "model", "wheel"),
+    *("gpu_benchmark", "attention", "losses", "mesh_tpu", "mesh", "sharding", "nano"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # files stay whole
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Programs are compiled twice as fast and run slower: for tests whose numbers need no bound."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -31,11 +31,14 @@ def quick_flags(count: int) -> str:
     return f"{flags(count)} --xla_backend_optimization_level=0"
 
 
-def run_again(file: str, *options: str) -> None:
+def run_again(file: str, *options: str, quick: bool = False) -> None:
     """Runs the tests of `file` with eight devices; in that process it skips the calling test."""
     if jax.device_count() == COUNT:
         pytest.skip("this is the run with eight devices")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(COUNT)}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": (quick_flags if quick else flags)(COUNT),
+    }
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file]
     done = subprocess.run(
         run, env=env, cwd=Path(file).parent.parent, capture_output=True, text=True, check=False

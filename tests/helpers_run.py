@@ -34,7 +34,7 @@ class Base:
 
 
 def make_base(folder: pathlib.Path) -> Base:
-    config = tiny_config(folder)
+    config = tiny_config(folder, layers=1)
     init.run(config, str(folder))
     generate.run(config, str(folder))
     return write_config(folder)
@@ -43,7 +43,9 @@ def make_base(folder: pathlib.Path) -> Base:
 def write_config(folder: pathlib.Path) -> Base:
     """The config of `make_base` in a file, and no base."""
     # As a literal: helpers_tiny imports main, whose flags are there only once.
-    text = f"from mgsd_jax.config import *\n\nget_config = lambda: {tiny_config(folder)!r}\n"
+    text = (
+        f"from mgsd_jax.config import *\n\nget_config = lambda: {tiny_config(folder, layers=1)!r}\n"
+    )
     (folder / "tiny.py").write_text(text)
     return Base(folder, folder / "tiny.py")
 

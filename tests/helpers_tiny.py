@@ -14,7 +14,7 @@ def train_all(optim: c.OptimConfig) -> c.OptimConfig:
     return dataclasses.replace(optim, trainable=".*")
 
 
-def tiny_config(workdir: pathlib.Path) -> c.Config:
+def tiny_config(workdir: pathlib.Path, layers: int = 2) -> c.Config:
     """The nano pipeline with everything made small; the base is `{workdir}/init`."""
     nano = load_config(str(ROOT / "configs" / "nano.py"), [])
     base = str(workdir / "init")
@@ -24,13 +24,13 @@ def tiny_config(workdir: pathlib.Path) -> c.Config:
         nano=c.NanoConfig(
             folder=base,
             width=32,
-            layers=2,
+            layers=layers,
             heads=2,
             kv_heads=1,
             head_width=16,
             mlp=32,
             vision_width=16,
-            vision_layers=2,
+            vision_layers=layers,
             vision_heads=2,
             vision_mlp=16,
             deepstack=(0,),

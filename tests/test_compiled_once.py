@@ -25,14 +25,17 @@ BOARDS = (
 )
 EPOCH = 30 // 2  # batches of two
 Shape = tuple[int, ...]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, pathlib.Path]:
-    """Boards of three tasks with pictures of 36, 64 and 100 patches, and two buckets for each."""
+    """Boards of three tasks with pictures of 36, 64 and 100 patches, and two buckets for each.
+
+    A model of one layer: how often it is compiled does not depend on how many there are.
+    """
     workdir = tmp_path_factory.mktemp("run")
-    config = tiny_config(workdir)
+    config = tiny_config(workdir, layers=1)
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(
@@ -64,13 +67,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, pathlib.Pa
     init.run(config, str(workdir))
     generate.run(config, str(workdir))
     return config, workdir
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

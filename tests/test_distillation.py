@@ -236,6 +236,7 @@ def test_settings_out_of_range_are_refused(
         c.check(dataclasses.replace(config, distillation=settings))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -247,7 +248,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
         "reference_share": 0.5,
         "sampling": c.SamplingConfig(max_new_tokens=98),
     }
-    config = tiny_config(tmp_path)
+    config = tiny_config(tmp_path, layers=1)
     config = dataclasses.replace(
         config, distillation=dataclasses.replace(config.distillation, **options, eval_every=100)
     )

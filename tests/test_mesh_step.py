@@ -44,7 +44,7 @@ def eight_devices() -> None:
 
 
 def test_everything_here_with_eight_devices() -> None:
-    helpers_devices.run_again(__file__)
+    helpers_devices.run_again(__file__, quick=True)
 
 
 def parameters(mesh: Mesh | None, seed: int) -> Any:

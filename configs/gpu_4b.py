@@ -7,10 +7,10 @@ Hardware:  one GPU of 80 GB, or of 24 GB (:24gb). Of the smaller one JAX takes t
            XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 is set.
 Expected:  memory by arithmetic, see `benchmarks/memory.py`. Speed and accuracy: not measured.
 
-The base weights are held once, in bfloat16: the student is the base with adapters, the teacher is
-the base without. Distillation goes on with grounding's adapters. The teacher reads the state alone
-and the divergence is Jensen-Shannon's, which docs/study.md found to be the best; adapters learn at
-ten times the rate that the public release has for all parameters.
+There is one copy of the base weights, in bfloat16: the student is the base with adapters, the
+teacher is the base without. Distillation continues with grounding's adapters. The teacher reads the
+state alone and the divergence is Jensen-Shannon's, which docs/study.md found to be the best;
+adapters learn at ten times the rate that the public release has for all parameters.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ _PICTURE_OPTIM = c.OptimConfig(lr=1e-3, warmup=0.05, b2=0.99)
 
 
 def get_config(run: str = "text") -> c.Config:
-    """One of the runs, each of which goes on from the model of the one before."""
+    """One of the runs; each continues with the model of the one before."""
     runs = {"text": text, "sight": sight, "finish": finish}
     if run not in runs:
         raise ValueError(f"run: got {run!r}, want text, sight or finish")

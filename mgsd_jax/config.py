@@ -181,7 +181,7 @@ class GroundingConfig:
     steps: Steps = 828
     batch_size: Count = 64
     microbatches: FreeCount = 1
-    token_chunk: FreeCount = 2048  # tokens whose logits are held at once
+    token_chunk: FreeCount = 2048  # tokens whose logits are in memory at once
     # (kind of record in data/records.py, share)
     mixture: Annotated[tuple[tuple[Name, Amount], ...], Items(1)] = (("questions", 1.0),)
     eval_every: Every = 100  # steps between validations of the loss
@@ -365,7 +365,7 @@ def override(config: Section, assignments: Sequence[str]) -> Section:
 
 
 def check(config: Config) -> Config:
-    """The config itself, every field held against its annotation; raises ValueError."""
+    """Returns the config after checking every field against its annotation; raises ValueError."""
     config = coerce(config, Config, "config")
     data, evaluate = config.data, config.evaluate
     stage1, stage2 = config.grounding, config.distillation

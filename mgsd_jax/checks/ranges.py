@@ -1,4 +1,4 @@
-"""What a field of a config may hold, said in its annotation, and values held against it.
+"""The values that a field of a config may have: stated in its annotation, checked and parsed here.
 
 steps: Annotated[int, Between(1, 10**9)]
 workers: Annotated[int, Between(1, 1000), FREE]
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 Hint = Any  # an annotation: a type, Annotated[...], Literal[...], tuple[...], X | None
-FREE = "free"  # tag of a field that changes no result: a run may go on under another value
+FREE = "free"  # tag of a field that changes no result: a run may be resumed with another value
 
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """A number in a range, its ends included unless said otherwise. NaN is in none."""
+    """A number in a range, which includes its ends unless `above` or `below` is set; never NaN."""
 
     low: float
     high: float
@@ -44,10 +44,10 @@ class Between:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """Text or a tuple of some length; no item stands there twice, nor the first part of a pair."""
+    """Text or a tuple of some least length; no item, nor first part of a pair, is repeated."""
 
     least: int = 0
-    repeated: bool = False  # they may
+    repeated: bool = False  # allows repeated items
 
     def wanted(self, value: str | tuple[object, ...]) -> str:
         """As `Between.wanted`."""
@@ -65,7 +65,7 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A path of this machine, or a URL of the one kind that is read and written."""
+    """A local path, or a URL of a kind that can be read and written."""
 
     def wanted(self, value: str) -> str:
         """As `Between.wanted`."""
@@ -155,7 +155,7 @@ def coerce(value: object, kind: Hint, where: str) -> Any:
 
 
 def _build(value: object, kind: Hint, where: str, wrong: ValueError) -> Any:
-    """The section of a dict, or of a section that may hold values of the wrong kind."""
+    """The section from a dict, or from a section whose values may be of the wrong kind."""
     if isinstance(value, kind):
         value = vars(value)
     if not isinstance(value, dict):
@@ -186,7 +186,7 @@ def replace_field(section: Any, path: list[str], text: str, where: str) -> Any:
 
 
 def _parse(text: str, kind: Hint) -> object:
-    """The text as a Python literal as far as it is one, else as it stands."""
+    """The text as a Python literal if it is one, else as it is."""
     if kind is str:
         is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if is_quoted else text

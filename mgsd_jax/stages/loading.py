@@ -94,12 +94,12 @@ def load_student(
     *,
     metric: str,
 ) -> tuple[Loaded, Tree, Tree]:
-    """(the student of a stage, `params` empty; what learns; the frozen rest), laid out on the mesh.
+    """(the student, its `params` empty; the parameters that learn; the frozen rest), on the mesh.
 
-    What learns has `config.model.param_dtype`, the rest what the model reads. Where the stage
-    before has trained adapters of the same size, these learn on, and the frozen rest is the model
-    that they were made for. Appends to `notes` what makes the stage's `folder` loadable, `metric`
-    being that of its best checkpoint.
+    Parameters that learn have `config.model.param_dtype`, the others the dtype that the model reads
+    them in. Where the stage before has trained adapters of the same size, these are trained on, and
+    the frozen rest is the model that they adapt. Appends to `notes` what makes the stage's `folder`
+    loadable; its best checkpoint is the best by `metric`.
     """
     weights, adapters = settings.student, None
     root = epath.Path(weights)
@@ -125,17 +125,19 @@ def load_student(
 def load_teacher(
     settings: DistillationConfig, config: Config, mesh: Mesh | None, student: Loaded
 ) -> Loaded:
-    """The frozen teacher, beside the student as `load_student` returns it.
+    """The frozen teacher of a student that `load_student` has returned.
 
-    Its `params` are empty where the student holds them: the teacher is the average of the student
-    (`teacher_decay`), or the student without its adapters. Raises ValueError for one that would
-    read the student's tokens as other text.
+    Its `params` are empty where the student's arrays serve for both: the teacher is the average of
+    the student (`teacher_decay`), or the student without its adapters. Raises ValueError where the
+    teacher's vocabulary differs from the student's.
     """
     if settings.teacher_decay:
         return student
     teacher = paths.absolute(settings.teacher)
     if settings.lora.rank and student.base == str(teacher):
-        logging.info("%s: the teacher is the student without its adapters, held once", teacher)
+        logging.info(
+            "%s: the teacher is the student without its adapters; one copy of the weights", teacher
+        )
         return student
     loaded = load(settings.teacher, config, mesh, is_frozen=True)
     _check_trainable(loaded)

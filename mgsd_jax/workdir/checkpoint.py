@@ -227,7 +227,7 @@ def load_params(
 
 
 def _scan(folder: epath.Path) -> dict[str, str]:
-    """`files.scan` by one process, told to all, so that all restore the same checkpoint."""
+    """`files.scan` by process 0, sent to all, so that all restore the same checkpoint."""
     return processes.gather(files.scan(folder) if jax.process_index() == 0 else None)[0]
 
 

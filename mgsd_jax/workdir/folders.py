@@ -1,4 +1,4 @@
-"""The folder of a run: held by one run at a time, of one config, with a record of its starts.
+"""The folder of a run: locked by one run at a time, bound to one config, with a record of starts.
 
 `config.json` holds the part of the config that the run depends on, `runs.jsonl` a line for each
 start that took a step: commit and versions.
@@ -129,24 +129,24 @@ def to_json(value: Mapping[str, object], name: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A folder that this run alone may write to; it becomes this config's with the first step."""
+    """A folder that this run alone may write to; its first step binds the folder to its config."""
 
     folder: epath.Path
-    notes: list[Callable[[], None]]  # what is written then
+    notes: list[Callable[[], None]]  # called at the first step: each writes something
 
     def record(self) -> None:
-        """Writes the notes, once. A run that fails before leaves the folder to any other."""
+        """Writes the notes, once. A run that fails before that leaves the folder free for any other."""
         while self.notes:
             self.notes.pop(0)()
 
 
 @contextlib.contextmanager
 def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -> Iterator[Claim]:
-    """Holds `folder` for this run, of however many processes.
+    """Locks `folder` for this run, of however many processes.
 
-    `sections` are the parts of the config that the stage depends on, with `{workdir}` as it stands
-    in them. Raises ValueError that names the run that holds the folder, or lists the fields in
-    which another config has used it; fields that change no result may differ.
+    `sections` are the parts of the config that the stage depends on; `config` is not resolved yet.
+    Raises ValueError that names the run that has the lock, or lists the fields in which the config
+    that the folder is bound to differs. Fields that change no result may differ.
     """
     values = {name: value for name, value in config_lib.to_dict(config).items() if name in sections}
     notes: list[Callable[[], None]] = []

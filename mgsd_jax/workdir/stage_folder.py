@@ -76,10 +76,10 @@ def check_source(root: epath.Path, weights: str) -> None:
 
 
 def identity(folder: epath.PathLike) -> str:
-    """What tells a model or a stage from others that were, or will be, in the same folder.
+    """What distinguishes a model or a stage from others that have been, or will be, in its folder.
 
-    For a stage it is when its training first began and its newest step, for a model a sample of its
-    weights: a copy has the same.
+    For a stage: when its training first began, and its newest step. For a model: a checksum over
+    samples of its weights. A copy has the same identity.
     """
     root = epath.Path(folder)
     runs = root / folders.RUNS_FILE

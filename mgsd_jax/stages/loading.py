@@ -135,9 +135,7 @@ def load_teacher(
         return student
     teacher = paths.absolute(settings.teacher)
     if settings.lora.rank and student.base == str(teacher):
-        logging.info(
-            "%s: the teacher is the student without its adapters; one copy of the weights", teacher
-        )
+        logging.info("%s: the teacher shares the student's weights, without its adapters", teacher)
         return student
     loaded = load(settings.teacher, config, mesh, is_frozen=True)
     _check_trainable(loaded)

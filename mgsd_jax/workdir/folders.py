@@ -132,10 +132,10 @@ class Claim:
     """A folder that this run alone may write to; its first step binds the folder to its config."""
 
     folder: epath.Path
-    notes: list[Callable[[], None]]  # called at the first step: each writes something
+    notes: list[Callable[[], None]]  # what the first step writes
 
     def record(self) -> None:
-        """Writes the notes, once. A run that fails before that leaves the folder free for any other."""
+        """Writes the notes, once. A run that fails before leaves the folder free for any other."""
         while self.notes:
             self.notes.pop(0)()
 

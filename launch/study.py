@@ -18,9 +18,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import study_tables
 import tqdm
-
-from mgsd_jax.report import study as study_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "nano.py"

@@ -8,9 +8,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import study_tables as tables
 
 from mgsd_jax.main import load_config
-from mgsd_jax.report import study as tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = runpy.run_path(str(ROOT / "configs" / "study" / "rows.py"))["ROWS"]

@@ -128,11 +128,12 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     }
 
 
-def number_boards(runs: Sequence[Run]) -> list[dict[BoardKey, int]]:
-    """Return for each run the indices of its boards such that equal boards have the same one.
+def number_boards(runs: Sequence[Run]) -> list[dict[BoardKey, tuple[int, int]]]:
+    """Return for each run, by board: its index, and that of the first board of equal content.
 
-    A board keeps the index that it has in the first run that has it, or gets the next free one. A
-    benchmark may hold a board twice: the first of one run is then the first of another.
+    Equal boards of two runs get the same indices: a board keeps the index that it has in the first
+    run that has it, or gets the next free one. A benchmark may hold a board twice: the first of one
+    run is then the first of another.
     """
     contents: dict[str, tuple] = {}  # what a board is, by its text
     numbers: dict[tuple, int] = {}
@@ -147,13 +148,14 @@ def number_boards(runs: Sequence[Run]) -> list[dict[BoardKey, int]]:
                 source = f"{run.folder}, {task}, level {level}, index {index}"
                 state = ENVS[task].from_text(text, source=source)
                 contents[text] = (task, level, ENVS[task].key(state))
-            board = (*contents[text], counts[contents[text]])
-            counts[contents[text]] += 1
+            content = contents[text]
+            board = (*content, counts[content])
+            counts[content] += 1
             if board not in numbers:
                 free = (i for i in itertools.count(index) if (task, level, i) not in taken)
                 numbers[board] = next(free)
                 taken.add((task, level, numbers[board]))
-            indices[task, level, index] = numbers[board]
+            indices[task, level, index] = (numbers[board], numbers[*content, 0])
         found.append(indices)
     return found
 
@@ -189,28 +191,17 @@ def _merge(runs: Sequence[Run]) -> list[Row]:
     texts: dict[BoardKey, str] = {}  # equal boards may be written in several ways
     renumbered: list[list[Row]] = []
     for run, indices in zip(runs, number_boards(runs), strict=True):
-        # Rows of one board that a benchmark holds twice name it by the lowest of its new numbers.
-        lowest: dict[BoardKey, int] = {}
-        for row in run.evaluation.rows:
-            named, new = _named_once(row), indices[board_of(row)]
-            lowest[named] = min(lowest.get(named, new), new)
         renumbered.append([])
         for row in sorted(run.evaluation.rows, key=lambda row: (board_of(row), row["mode"])):
-            new = indices[board_of(row)]
-            text = texts.setdefault((row["task"], row["level"], new), row["task_text"])
-            same = lowest[_named_once(row)]
-            renumbered[-1].append({**row, "index": new, "same_as": same, "task_text": text})
+            index, same = indices[board_of(row)]
+            text = texts.setdefault((row["task"], row["level"], index), row["task_text"])
+            renumbered[-1].append({**row, "index": index, "same_as": same, "task_text": text})
     return [
         {**row, "model": names[row["model"]], "id": f"{run.name}/{row['id']}"}
         for run, rows, names in zip(runs, renumbered, name_models(renumbered, runs), strict=True)
         for row in rows
         if row["model"] in names
     ]
-
-
-def _named_once(row: Row) -> BoardKey:
-    """The board of a row, by the same name for all boards of equal content (see rows.py)."""
-    return row["task"], row["level"], row.get("same_as", row["index"])
 
 
 def pair_differences(

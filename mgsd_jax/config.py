@@ -12,6 +12,7 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, replace_field
 
 Section = TypeVar("Section")  # a dataclass of this file
@@ -391,12 +392,12 @@ def check(config: Config) -> Config:
     return config
 
 
-def defaults(kind: type) -> dict[str, Any]:
+def defaults(kind: type) -> Json:
     """The default of each field of a section and of the sections in it, as plain JSON types.
 
     Fields without a default are left out.
     """
-    found: dict[str, Any] = {}
+    found: Json = {}
     for field in dataclasses.fields(kind):
         section = typing.get_type_hints(kind)[field.name]
         if dataclasses.is_dataclass(section):
@@ -406,7 +407,7 @@ def defaults(kind: type) -> dict[str, Any]:
     return found
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Json:
     """The config as plain JSON types (tuples as lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

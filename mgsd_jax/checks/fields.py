@@ -14,14 +14,15 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from etils import epath
 
-from mgsd_jax.checks.ranges import shown
+from mgsd_jax.checks.ranges import Hint, shown
 
+Json = dict[str, Any]  # an object as json.loads gives it back
 Kind = type | tuple[type, ...]
 Record = TypeVar("Record")  # a TypedDict
 LARGEST = 2**31 - 1  # more than any size that a model has
 
 
-def read_json(path: Path | epath.Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> Json:
     """The object in a JSON file. Raises ValueError where it is missing, broken or no object."""
     if not path.is_file():
         raise ValueError(f"{path}: not found, want a JSON object")
@@ -36,7 +37,7 @@ def read_json(path: Path | epath.Path) -> dict[str, Any]:
     return content
 
 
-def read_line(line: bytes, source: str) -> dict[str, Any]:
+def read_line(line: bytes, source: str) -> Json:
     """The object in one line of a JSON lines file. Raises ValueError if there is none."""
     try:
         content = json.loads(line)
@@ -67,19 +68,19 @@ def check_record(record: Mapping[str, object], kind: type[Record], source: str) 
     return typing.cast(Record, record)
 
 
-def _json_types(hint: Any) -> tuple[type, ...]:
+def _json_types(hint: Hint) -> tuple[type, ...]:
     """What json.loads makes of a value so annotated: list[str] | None -> (list, NoneType)."""
     if get_origin(hint) in (types.UnionType, typing.Union):
         return tuple(kind for part in get_args(hint) for kind in _json_types(part))
     return (dict,) if typing.is_typeddict(hint) else (get_origin(hint) or hint,)
 
 
-def field(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> Any:
+def field(content: Mapping[str, object], name: str, kind: Kind, source: object) -> Any:
     """The value at `a.b` of a file's object. Raises ValueError unless it is there, of that kind.
 
     true and false are no numbers; a float may be written as a whole number, and has to be finite.
     """
-    value: Any = content
+    value: object = content
     for key in name.split("."):
         if not isinstance(value, Mapping) or key not in value:
             raise ValueError(f"{source}: {name}: not found, want {_kind_name(kind)}")
@@ -92,13 +93,13 @@ def field(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> 
     return value
 
 
-def optional(content: Mapping[str, Any], name: str, kind: Kind, source: object) -> Any:
+def optional(content: Mapping[str, object], name: str, kind: Kind, source: object) -> Any:
     """As `field`, but None where the value is absent or null."""
     return None if content.get(name) is None else field(content, name, kind, source)
 
 
 def whole(
-    content: Mapping[str, Any], name: str, source: object, *, low: int = 1, high: int = LARGEST
+    content: Mapping[str, object], name: str, source: object, *, low: int = 1, high: int = LARGEST
 ) -> int:
     """The whole number at `a.b`. Raises ValueError unless it is from `low` to `high`."""
     value = field(content, name, int, source)
@@ -109,7 +110,7 @@ def whole(
     return value
 
 
-def positive(content: Mapping[str, Any], name: str, source: object) -> float:
+def positive(content: Mapping[str, object], name: str, source: object) -> float:
     """The number at `a.b`. Raises ValueError unless it is finite and above 0."""
     value = field(content, name, float, source)
     if value <= 0:
@@ -117,7 +118,9 @@ def positive(content: Mapping[str, Any], name: str, source: object) -> float:
     return value
 
 
-def expect(content: Mapping[str, Any], name: str, wanted: Sequence[object], source: object) -> None:
+def expect(
+    content: Mapping[str, object], name: str, wanted: Sequence[object], source: object
+) -> None:
     """Raises ValueError where the field is there with a value that is not one of `wanted`."""
     if name in content and not any(
         type(content[name]) is type(want) and content[name] == want for want in wanted

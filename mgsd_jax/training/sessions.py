@@ -21,6 +21,7 @@ from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.workdir import checkpoint, metrics, signals
 from mgsd_jax.workdir.folders import Claim
 
+AnyLoader = Loader[Any, Any]  # of either stage
 Measured = dict[str, Mean | means.Array]  # a scalar that is no Mean is not averaged
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
@@ -62,7 +63,7 @@ class Session:
     steps: int
     config: Config
     metric: str  # of the best checkpoint
-    loader: Loader[Any, Any]
+    loader: AnyLoader
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer | None  # on process 0
     progress: metrics.Progress
@@ -156,7 +157,7 @@ def open_session(
     claim: Claim,
     config: Config,
     state: TrainState,
-    loader: Loader[Any, Any],
+    loader: AnyLoader,
     *,
     metric: str,
     best_mode: Literal["max", "min"],

@@ -12,7 +12,7 @@ import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,6 +21,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from mgsd_jax import tree
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.parallel import processes
 from mgsd_jax.tree import Tree
 from mgsd_jax.workdir import checkpoint_files as files
@@ -34,7 +35,7 @@ class Restored(NamedTuple):
 
     step: int
     state: PyTree  # like the abstract state
-    data_state: dict[str, Any]
+    data_state: Json
     skipped: tuple[str, ...]  # checkpoints that could not be used, each with the reason
 
 
@@ -101,7 +102,7 @@ def save(
     checkpointer: Checkpointer,
     step: int,
     state: PyTree,
-    data_state: Mapping[str, Any],
+    data_state: Mapping[str, object],
     score: float | None = None,
 ) -> None:
     """Save a checkpoint.
@@ -276,7 +277,7 @@ def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
         raise OSError(errno.ENOSPC, message, str(folder)) from error
 
 
-def _score(rank: Mapping[str, Any]) -> float:
+def _score(rank: Json) -> float:
     value = rank["value"] if rank["mode"] == "max" else -rank["value"]
     return -math.inf if math.isnan(value) else value
 

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mgsd_jax import tree
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.tree import Tree
 
 PyTree = Any  # dicts, tuples and dataclasses of leaves
@@ -65,7 +66,7 @@ def saved_shapes(manager: ocp.CheckpointManager, step: int) -> Tree:
 
 def restore(
     manager: ocp.CheckpointManager, step: int, target: Tree, *, with_data_state: bool = False
-) -> tuple[Tree, dict[str, Any]]:
+) -> tuple[Tree, Json]:
     """(the leaves of `target` with the saved arrays in them, the saved data state or {}).
 
     Arrays get the shardings of `target`; those without one come back as np.ndarray.

@@ -14,7 +14,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
 
 import jax
 from etils import epath
@@ -119,7 +118,7 @@ def _shown(values: Mapping[str, object], name: str) -> str:
     return repr(values[name]) if name in values else "nothing"
 
 
-def to_json(value: Mapping[str, object], name: str) -> dict[str, Any]:
+def to_json(value: Mapping[str, object], name: str) -> fields.Json:
     """The value as JSON gives it back (tuples as lists); ValueError for other objects."""
     try:
         return json.loads(json.dumps(dict(value)))

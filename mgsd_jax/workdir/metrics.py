@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 import tensorboardX
 import tqdm
 from absl import logging
 from etils import epath
 
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.parallel.means import Array, Mean, means_to_floats
 from mgsd_jax.workdir import paths
 
@@ -118,7 +119,7 @@ def open_writer(workdir: epath.PathLike, *, step: int = 0) -> Iterator[Writer]:
         yield writer
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: epath.PathLike) -> list[Json]:
     """Return the records of a `metrics.jsonl`, non-finite values as floats again.
 
     A last line without its newline (the process was killed while writing) is left out; any other

@@ -19,7 +19,7 @@ from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
-from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation, grounding
 from mgsd_jax.training import optimizer
@@ -70,18 +70,18 @@ def distil(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
         banned_ids=BANNED,
         pad_id=0,
     )
-    prompts, row_ids = sharding.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
+    prompts, row_ids = batches.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
     laid = sharding.make_layout(mesh, jnp.float32)({"params": params})
-    sampled = sampler.rollout(laid, prompts, sharding.make_key(0, mesh), row_ids)
+    sampled = sampler.rollout(laid, prompts, batches.make_key(0, mesh), row_ids)
     batch = distillation.DistillationBatch(
-        prompts, sharding.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
+        prompts, batches.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
     )
     tx = optax.sgd(1.0)
     state = optimizer.init({"params": params}, tx, mesh)
     settings = dataclasses.replace(SETTINGS, microbatches=microbatches)
     update = distillation.make_update(model, model, settings, tx, BANNED)
     state, metrics, stats = update(state, {}, teacher, batch)
-    return sharding.to_every((sampled, state.params, metrics, stats), mesh)
+    return batches.to_every((sampled, state.params, metrics, stats), mesh)
 
 
 def ground(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
@@ -94,13 +94,13 @@ def ground(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
     )
     update, validate = grounding.make_update(model, settings, optax.adamw(1e-4, eps=1e-4))
     targets = np.roll(STUDENT.tokens, -1, axis=1)
-    batch = sharding.to_global(
+    batch = batches.to_global(
         GroundingBatch(STUDENT, targets, (targets % 3 > 0).astype(np.float32)), mesh
     )
     for _ in range(2):
         state, metrics = update(state, {}, batch)
     loss = validate(state.params, batch, {})[0]
-    return sharding.to_every((state, metrics, loss), mesh)
+    return batches.to_every((state, metrics, loss), mesh)
 
 
 def assert_same(got: Any, want: Any) -> None:
@@ -138,7 +138,7 @@ def test_weights_travel_and_activations_do_not() -> None:
     config = tiny(hidden_size=64, num_hidden_layers=4, num_deepstack=0)
     model = Qwen3VL(config, remat="full", kernel=kernel_for(mesh))
     params = table.abstract_params(config, "float32")
-    params = sharding.abstract(params, sharding.param_shardings(params, mesh))
+    params = sharding.abstract(params, sharding.state_shardings(params, mesh))
     rows, length = 8, 512
     inputs = Inputs(
         tokens=jax.ShapeDtypeStruct((rows, length), jnp.int32),
@@ -147,7 +147,7 @@ def test_weights_travel_and_activations_do_not() -> None:
         next_position=jax.ShapeDtypeStruct((rows,), jnp.int32),
         pictures=None,
     )
-    inputs = sharding.abstract(inputs, sharding.batch_shardings(inputs, mesh))
+    inputs = sharding.abstract(inputs, batches.shardings(inputs, mesh))
 
     def loss(params: Any, inputs: Inputs) -> jax.Array:
         params = sharding.constrain_state(params, mesh)

@@ -23,7 +23,7 @@ from mgsd_jax.config import LoraConfig, MeshConfig
 from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model import lora
 from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
-from mgsd_jax.parallel import axes, sharding
+from mgsd_jax.parallel import axes, batches, sharding
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import files, hf, table
 
@@ -151,14 +151,14 @@ def test_rules_cover_the_released_models(name: str) -> None:
     """Every leaf has a rule, every kernel and table is split, and all sizes divide on 64 chips."""
     mesh = abstract_mesh(2, 8, 4)
     params = table.abstract_params(RELEASED[name], "float32")
-    placed = dict(tree.named_leaves(sharding.param_shardings(params, mesh)))
+    placed = dict(tree.named_leaves(sharding.state_shardings(params, mesh)))
     for path, leaf in tree.named_leaves(params):
         is_large = leaf.size > 1_000_000
         is_split = "fsdp" in str(placed[path].spec)
         assert is_split or not is_large, path
     spec = LoraConfig(16, 16.0, "")
     adapters = jax.eval_shape(lambda: lora.init_adapters(params, spec, jax.random.key(0)))
-    sharding.param_shardings(adapters, mesh)
+    sharding.state_shardings(adapters, mesh)
 
 
 def test_rules_split_the_right_axes() -> None:
@@ -168,7 +168,7 @@ def test_rules_split_the_right_axes() -> None:
     adapters = jax.eval_shape(lambda: lora.init_adapters(params, spec, jax.random.key(0)))
     # trainers keep both under one roof: the rules hold below a prefix too
     placed = dict(
-        tree.named_leaves(sharding.param_shardings({"params": params, "adapters": adapters}, mesh))
+        tree.named_leaves(sharding.state_shardings({"params": params, "adapters": adapters}, mesh))
     )
     for path, want in {
         "params/language/embed_tokens/embedding": P(("fsdp", "tensor")),
@@ -193,7 +193,7 @@ def test_rules_split_the_right_axes() -> None:
 def test_a_parameter_without_a_rule_is_an_error() -> None:
     mesh = sharding.make_mesh()
     with pytest.raises(ValueError, match="no rule matches 'visual/novelty/kernel'"):
-        sharding.param_shardings({"visual": {"novelty": {"kernel": jnp.ones((2, 2))}}}, mesh)
+        sharding.state_shardings({"visual": {"novelty": {"kernel": jnp.ones((2, 2))}}}, mesh)
 
 
 def test_sizes_that_do_not_divide_are_copied() -> None:
@@ -204,12 +204,12 @@ def test_sizes_that_do_not_divide_are_copied() -> None:
         "visual": {"patch_embed": {"kernel": jax.ShapeDtypeStruct((8, 9), jnp.float32)}},
         "language": {"layers": {"q_proj": {"kernel": jax.ShapeDtypeStruct((2, 6, 4), "float32")}}},
     }
-    placed = dict(tree.named_leaves(sharding.param_shardings(params, mesh)))
+    placed = dict(tree.named_leaves(sharding.state_shardings(params, mesh)))
     assert placed["lm_head/embedding"].spec == P(("fsdp",))
     assert placed["visual/patch_embed/kernel"].spec == P(None, None)
     assert placed["language/layers/q_proj/kernel"].spec == P(None, None, "tensor")
     one = abstract_mesh(1, 1, 1)
-    want = sharding.param_shardings(params, one)["lm_head"]["embedding"]
+    want = sharding.state_shardings(params, one)["lm_head"]["embedding"]
     assert want.spec == P(axes.MODEL)
 
 
@@ -218,7 +218,7 @@ def test_too_few_dimensions_are_all_listed() -> None:
     flat = jax.ShapeDtypeStruct((8,), jnp.float32)
     params = {name: {"q_proj": {"kernel": flat}} for name in ("one", "two")}
     with pytest.raises(ValueError, match="do not fit the rules") as caught:
-        sharding.param_shardings(params, mesh)
+        sharding.state_shardings(params, mesh)
     for name in params:
         assert f"{name}/q_proj/kernel: got shape [8], want one to fit" in str(caught.value)
 
@@ -234,7 +234,7 @@ def test_rollouts_split_nothing_over_fsdp() -> None:
         )
         variables = {"params": params, "adapters": adapters}
         placed = tree.named_leaves(
-            sharding.param_shardings(variables, mesh, sharding.ROLLOUT_RULES)
+            sharding.state_shardings(variables, mesh, sharding.ROLLOUT_RULES)
         )
         for path, where in placed:
             assert "fsdp" not in str(where.spec) and "data" not in str(where.spec), path
@@ -248,20 +248,20 @@ def test_one_device_needs_no_mesh() -> None:
     with pytest.raises(ValueError, match=r"mesh .*want sizes"):
         sharding.open_mesh(MeshConfig(tensor=2), one)
     host = batch(3)
-    assert sharding.to_global(host, None) is host
+    assert batches.to_global(host, None) is host
     variables = {"params": random_params()}
     assert sharding.make_layout(None, jnp.bfloat16)(variables) is variables
-    assert sharding.process_share(None) == (0, 1)
+    assert batches.process_share(None) == (0, 1)
 
 
 def test_a_batch_that_does_not_split_is_refused() -> None:
     mesh = abstract_mesh(2, 4, 1)
-    sharding.check_batch(mesh, "x", 32, 4)
-    sharding.check_batch(None, "x", 7)
+    batches.check_batch(mesh, "x", 32, 4)
+    batches.check_batch(None, "x", 7)
     with pytest.raises(
         ValueError, match=r"grounding\.batch_size: got 24 rows, want a multiple of 16"
     ):
-        sharding.check_batch(mesh, "grounding.batch_size", 24, 2)
+        batches.check_batch(mesh, "grounding.batch_size", 24, 2)
 
 
 @eight
@@ -269,7 +269,7 @@ def test_rollout_layout_casts_and_keeps_what_is_read_in_float32() -> None:
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     params = sharding.place(random_params(), mesh)
     laid = sharding.make_layout(mesh, jnp.bfloat16)({"params": params})
-    want = sharding.param_shardings({"params": params}, mesh, sharding.ROLLOUT_RULES)
+    want = sharding.state_shardings({"params": params}, mesh, sharding.ROLLOUT_RULES)
     wide = []
     for path, leaf in tree.named_leaves(laid):
         assert leaf.sharding.is_equivalent_to(tree.get(want, path), leaf.ndim), path
@@ -306,10 +306,10 @@ def random_params_under(name: str) -> dict:
 def test_local_rows_come_back(sizes: dict[str, Any]) -> None:
     mesh = sharding.make_mesh(**sizes)
     host = batch(8)
-    placed = sharding.to_global(host, mesh)
-    for got in (sharding.to_local(placed), sharding.to_every(placed, mesh)):
+    placed = batches.to_global(host, mesh)
+    for got in (batches.to_local(placed), batches.to_every(placed, mesh)):
         jax.tree.map(np.testing.assert_array_equal, got, host)
-    whole = sharding.to_global(host, mesh, is_whole=True)
+    whole = batches.to_global(host, mesh, is_whole=True)
     jax.tree.map(np.testing.assert_array_equal, whole, host)
 
 
@@ -335,7 +335,7 @@ def test_shares_of_processes(shape: tuple[int, ...], processes: list[int], want:
     mesh: Any = SimpleNamespace(
         devices=devices.reshape(shape), shape=dict(zip(axes.AXES, shape, strict=True))
     )
-    assert sharding.process_share(mesh) == (0, want)
+    assert batches.process_share(mesh) == (0, want)
 
 
 def test_processes_whose_rows_overlap_are_refused() -> None:
@@ -345,18 +345,18 @@ def test_processes_whose_rows_overlap_are_refused() -> None:
         devices=devices.reshape(1, 4, 2), shape={"data": 1, "fsdp": 4, "tensor": 2}
     )
     with pytest.raises(ValueError, match="want equal runs"):
-        sharding.process_share(mesh)
+        batches.process_share(mesh)
 
 
 def test_global_batches_keep_their_values() -> None:
     mesh = sharding.make_mesh()
     host = batch(8)
-    got = sharding.to_global(host, mesh)
+    got = batches.to_global(host, mesh)
     assert isinstance(got, Inputs)
     jax.tree.map(np.testing.assert_array_equal, got, host)
     assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(host)]
-    assert sharding.to_global(host._replace(pictures=None), mesh).pictures is None
-    assert sharding.to_global({"count": np.int32(3)}, mesh)["count"] == 3
+    assert batches.to_global(host._replace(pictures=None), mesh).pictures is None
+    assert batches.to_global({"count": np.int32(3)}, mesh)["count"] == 3
 
 
 @eight
@@ -365,7 +365,7 @@ def test_global_batches_split_their_rows(sizes: dict[str, Any]) -> None:
     mesh = sharding.make_mesh(**sizes)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     host = batch(8)
-    got = sharding.to_global(host, mesh)
+    got = batches.to_global(host, mesh)
     assert got.pictures is not None
     jax.tree.map(np.testing.assert_array_equal, got, host)
     for value, axis in ((got.tokens, 0), (got.positions, 1), (got.pictures.patches, 0)):
@@ -378,7 +378,7 @@ def test_global_batches_split_their_rows(sizes: dict[str, Any]) -> None:
 def test_rows_that_do_not_divide() -> None:
     mesh = sharding.make_mesh()
     with pytest.raises(ValueError, match=r"batch tokens: got 6 rows .* want a multiple of 8"):
-        sharding.to_global(batch(6), mesh)
+        batches.to_global(batch(6), mesh)
 
 
 class Recorder:
@@ -419,7 +419,7 @@ def test_loading_reads_each_byte_once_onto_its_shard(
     open_tensors = files.open_tensors
     monkeypatch.setattr(files, "open_tensors", lambda path: Recorder(open_tensors(path), log))
     mesh = sharding.make_mesh(**sizes)
-    placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+    placed = sharding.state_shardings(table.abstract_params(CONFIG, "float32"), mesh)
     params = hf.load_params(saved, CONFIG, dtype="float32", shardings=placed)
     jax.tree.map(np.testing.assert_array_equal, params, random_params())
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == placed
@@ -433,7 +433,7 @@ def test_loading_reads_each_byte_once_onto_its_shard(
 @pytest.mark.parametrize("sizes", MESHES[:2])
 def test_saving_sharded_parameters(sizes: dict[str, Any], saved: Path, tmp_path: Path) -> None:
     mesh = sharding.make_mesh(**sizes)
-    placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+    placed = sharding.state_shardings(table.abstract_params(CONFIG, "float32"), mesh)
     params = jax.device_put(random_params(), placed)
     hf.save_params(params, CONFIG, tmp_path / "out", dtype="float32", max_shard_bytes=50_000)
     for file in sorted((tmp_path / "out").iterdir()):
@@ -448,10 +448,10 @@ def test_merging_keeps_the_sharding() -> None:
         lambda _, leaf: leaf + 0.1, lora.init_adapters(params, spec, jax.random.key(0))
     )
     want = lora.merge(params, adapters)
-    placed = sharding.param_shardings(params, mesh)
+    placed = sharding.state_shardings(params, mesh)
     got = lora.merge(
         jax.device_put(params, placed),
-        jax.device_put(adapters, sharding.param_shardings(adapters, mesh)),
+        jax.device_put(adapters, sharding.state_shardings(adapters, mesh)),
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
     for path, leaf in tree.named_leaves(got):
@@ -466,12 +466,12 @@ import jax
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
 import numpy as np
 from test_sharding import CONFIG, Recorder, batch, random_params
-from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.weights import files, hf, table
 folder = sys.argv[3]
 mesh = sharding.make_mesh()
 assert mesh.devices.size == 4 and jax.local_device_count() == 2
-placed = sharding.param_shardings(table.abstract_params(CONFIG, "float32"), mesh)
+placed = sharding.state_shardings(table.abstract_params(CONFIG, "float32"), mesh)
 log, open_tensors = {}, files.open_tensors
 files.open_tensors = lambda path: Recorder(open_tensors(path), log)
 params = hf.load_params(folder, CONFIG, dtype="float32", shardings=placed)
@@ -489,7 +489,7 @@ for ours, want in zip(jax.tree.leaves(params), jax.tree.leaves(random_params()),
 rank, host = jax.process_index(), batch(8)
 rows = slice(4 * rank, 4 * rank + 4)
 mine = (host.tokens[rows], {"positions": host.positions[:, rows]})
-tokens, positions = sharding.to_global(mine, mesh)
+tokens, positions = batches.to_global(mine, mesh)
 assert tokens.shape == (8, 5) and positions["positions"].shape == (3, 8, 5)
 for value, want in ((tokens, host.tokens), (positions["positions"], host.positions)):
     for shard in value.addressable_shards:

@@ -65,7 +65,7 @@ def train(config: Config, claim: folders.Claim) -> None:
     mesh = sharding.open_mesh(config.mesh)
     params, loader = {"norm": {"scale": jnp.zeros(8)}}, Batches()
     if mesh is not None:
-        params = jax.device_put(params, sharding.param_shardings(params, mesh))
+        params = jax.device_put(params, sharding.state_shardings(params, mesh))
     tx = optax.sgd(1.0)
     state = optimizer.init(params, tx, mesh)
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from mgsd_jax import config as config_lib
 from mgsd_jax.checks import fields
 from mgsd_jax.config import Config
-from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight.programs import Program, programs_of
 from mgsd_jax.preflight.table import Result, render
@@ -135,7 +135,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
             rows, parts = settings.batch_size * settings.rollouts, settings.microbatches
         else:
             continue
-        sharding.check_batch(mesh, f"{stage}.batch_size", rows, parts)
+        batches.check_batch(mesh, f"{stage}.batch_size", rows, parts)
 
 
 def compile_program(program: Program, chip: Chip) -> Result:

@@ -22,7 +22,7 @@ from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.sampling.sampler import Sampler
@@ -167,7 +167,7 @@ def _rollout(
         lay_out = sharding.make_layout(mesh, model.dtype)
         laid_out = jax.eval_shape(lay_out, variables)
         laid_out = sharding.abstract(
-            laid_out, sharding.param_shardings(laid_out, mesh, sharding.ROLLOUT_RULES)
+            laid_out, sharding.state_shardings(laid_out, mesh, sharding.ROLLOUT_RULES)
         )
         yield Program(
             "layout",
@@ -193,7 +193,7 @@ def _rollout(
 
 def _params(config: Config, model: Qwen3VL) -> Tree:
     params = table.abstract_params(model.config, config.model.param_dtype)
-    return sharding.abstract(params, sharding.param_shardings(params, _mesh(model)))
+    return sharding.abstract(params, sharding.state_shardings(params, _mesh(model)))
 
 
 def _read_only(params: Tree, model: Qwen3VL) -> Tree:
@@ -252,8 +252,8 @@ def _array(shape: tuple[int, ...], dtype: DTypeLike) -> Any:  # stands for a jax
 
 
 def _placed(batch: Batch, mesh: Mesh) -> Batch:
-    """Abstract batches, laid out as `sharding.to_global` lays them."""
-    return sharding.abstract(batch, sharding.batch_shardings(batch, mesh))
+    """Abstract batches, laid out as `batches.to_global` lays them."""
+    return sharding.abstract(batch, batches.shardings(batch, mesh))
 
 
 def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -24,7 +24,7 @@ from mgsd_jax.data.prompts import Message, Prompts
 from mgsd_jax.data.segments import decode_rows
 from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.parallel import axes, sharding
+from mgsd_jax.parallel import axes, batches
 from mgsd_jax.sampling.sampler import Sampler
 
 Answerer = Callable[..., list[Answer]]
@@ -49,7 +49,7 @@ def make_answerer(
         pad_id=processor.pad_id,
     )
     mesh = model.mesh
-    first_rng = sharding.make_key(seed, mesh)
+    first_rng = batches.make_key(seed, mesh)
     # The rows of a full batch, which has to split over the mesh.
     size = settings.batch_size + -settings.batch_size % axes.parts(mesh, axes.BATCH)
 
@@ -73,8 +73,8 @@ def make_answerer(
             # Rows that only fill the batch are thrown away: any id will do for them.
             ids = np.zeros(size, np.int32)
             ids[: len(row_ids[chosen])] = row_ids[chosen]
-            asked = sharding.to_global((inputs, ids), mesh, is_whole=True)
-            sampled = sharding.to_every(sampler.rollout(variables, asked[0], rng, asked[1]), mesh)
+            asked = batches.to_global((inputs, ids), mesh, is_whole=True)
+            sampled = batches.to_every(sampler.rollout(variables, asked[0], rng, asked[1]), mesh)
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
             answers += [
                 Answer(texts[i], bool(sampled.truncated[i]), int(sampled.mask[i].sum()))

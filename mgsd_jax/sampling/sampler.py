@@ -21,7 +21,7 @@ from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.cache import KVCache
 from mgsd_jax.model.cpu import join_layers
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits, split_cache
-from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.axes import BATCH, constrain, dividing, fit, parts
 
 Variables = dict[str, Any]  # {'params': ..., optionally 'adapters': ...}
@@ -251,7 +251,7 @@ def _decode(
     state = jax.lax.while_loop(lambda state: (state[0] < width) & ~state[2].all(), body, state)
     _, out, done, _, split = state
     out = dataclasses.replace(out, truncated=~done)
-    return sharding.constrain_batch(out, static.model.mesh), join_layers(split)
+    return batches.constrain(out, static.model.mesh), join_layers(split)
 
 
 def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:

@@ -29,7 +29,7 @@ from mgsd_jax.data.encoder import Encoder, load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.parallel import processes, sharding
+from mgsd_jax.parallel import batches, processes, sharding
 from mgsd_jax.sampling import answers
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import loading
@@ -81,14 +81,18 @@ def loss_fn(
     vocab_mask: np.ndarray,
 ) -> tuple[jax.Array, tuple[jax.Array, TokenStats]]:
     """Weighted divergence over the response tokens in nats, (its weight, statistics [B, R])."""
-    batch = sharding.constrain_batch(batch, student.mesh)
+    batch = batches.constrain(batch, student.mesh)
     variables = tree.combine(sharding.constrain_state(trained, student.mesh), frozen)
     students = response_hidden(student, variables, batch.student, batch.tokens, batch.mask)
     teachers = jax.lax.stop_gradient(
         response_hidden(teacher, teacher_variables, batch.teacher, batch.tokens, batch.mask)
     )
     valid = batch.mask.reshape(-1) > 0
-    weights = valid.astype(jnp.float32) if batch.weights is None else batch.weights.reshape(-1)
+    weights = (
+        valid.astype(jnp.float32)
+        if batch.weights is None
+        else jnp.asarray(batch.weights).reshape(-1)
+    )
     loss, stats = losses.distill(
         students,
         qwen3vl.head(variables["params"]),
@@ -144,7 +148,7 @@ def make_update(
         if settings.teacher_decay:
             state = optimizer.move_average(state, settings.teacher_decay)
         state = sharding.constrain_state(state, student.mesh)
-        return state, {"loss": loss, **norms}, sharding.constrain_batch(stats, student.mesh)
+        return state, {"loss": loss, **norms}, batches.constrain(stats, student.mesh)
 
     return jax.jit(update, donate_argnums=0)
 
@@ -222,7 +226,7 @@ def run(config: Config, workdir: str) -> None:
         claim = held.enter_context(folders.claimed(folder, given, sections))
         mesh = sharding.open_mesh(config.mesh)
         prompts_a_step = settings.batch_size * settings.rollouts
-        sharding.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
+        batches.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
 
         # The student, the part of it that learns, and the frozen teacher.
         student, trained, frozen = loading.load_student(
@@ -231,7 +235,7 @@ def run(config: Config, workdir: str) -> None:
         teacher = loading.load_teacher(settings, config, mesh, student)
         processor = student.processor
         encoder = load_encoder(config.data, processor)
-        loader = _prompts(config, training, encoder, sharding.process_share(mesh))
+        loader = _prompts(config, training, encoder, batches.process_share(mesh))
 
         # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
         # gradient and update in one.
@@ -246,7 +250,7 @@ def run(config: Config, workdir: str) -> None:
         tx = optimizer.make_optimizer(settings.optim, settings.steps)
         update = make_update(student.model, teacher.model, settings, tx, processor.banned_ids)
         answer = answers.make_answerer(student.model, encoder, config.evaluate)
-        rng = sharding.make_key(config.seed, mesh)
+        rng = batches.make_key(config.seed, mesh)
         choose = jax.jit(with_references)
 
         state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
@@ -265,7 +269,7 @@ def run(config: Config, workdir: str) -> None:
             with session.timers.phase("data"):
                 prompts = next(loader)
             with session.timers.phase("rollout"):
-                asked = sharding.to_global(prompts.batch, mesh)
+                asked = batches.to_global(prompts.batch, mesh)
                 sampled = sampler.rollout(
                     lay_out(tree.combine(state.params, frozen)),
                     asked.student,
@@ -274,11 +278,11 @@ def run(config: Config, workdir: str) -> None:
                 )
                 learned = choose(sampled, asked.references)
                 # The rows of this process: what it sampled, and what it learns from.
-                own = own_learned = sharding.to_local(sampled)
+                own = own_learned = batches.to_local(sampled)
                 if asked.references is not None:
-                    own_learned = sharding.to_local(learned)
+                    own_learned = batches.to_local(learned)
             groups = segments.segments(processor, own_learned.tokens, own_learned.mask)
-            weights = sharding.to_global(token_weights(groups, settings), mesh)
+            weights = batches.to_global(token_weights(groups, settings), mesh)
             batch = DistillationBatch(
                 asked.student, asked.teacher, learned.tokens, learned.mask, weights
             )
@@ -287,7 +291,7 @@ def run(config: Config, workdir: str) -> None:
             # The host scores the rollouts while the device works on the update.
             responses = segments.decode_rows(processor, own.tokens, own.mask)
             measured |= monitor.rollout_metrics(prompts.boards, responses, own.truncated, own.mask)
-            stats = sharding.to_local(stats)
+            stats = batches.to_local(stats)
             spent["update"] = time.perf_counter() - started
             measured |= monitor.token_metrics(groups, stats)
             measured |= guards.rollout_measures(

@@ -24,7 +24,7 @@ from mgsd_jax.data.records import check_kinds
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.parallel import processes, sharding
+from mgsd_jax.parallel import batches, processes, sharding
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.stages import loading
 from mgsd_jax.training import losses, optimizer, sessions
@@ -39,7 +39,7 @@ def loss_fn(
     trained: Any, batch: GroundingBatch, frozen: Any, *, model: Qwen3VL, token_chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]:
     """Summed cross-entropy of the answers' tokens in nats, (their number, summed metrics)."""
-    batch = sharding.constrain_batch(batch, model.mesh)
+    batch = batches.constrain(batch, model.mesh)
     variables = tree.combine(sharding.constrain_state(trained, model.mesh), frozen)
     hidden = qwen3vl.apply_hidden(model, variables, batch.inputs)
     weights = jnp.asarray(batch.loss_mask).reshape(-1)
@@ -109,7 +109,7 @@ def run(config: Config, workdir: str) -> None:
         claim = held.enter_context(folders.claimed(folder, given, sections))
         mesh = sharding.open_mesh(config.mesh)
         rows, parts = settings.batch_size, settings.microbatches
-        sharding.check_batch(mesh, "grounding.batch_size", rows, parts)
+        batches.check_batch(mesh, "grounding.batch_size", rows, parts)
 
         # The model, and which part of it learns.
         student, trained, frozen = loading.load_student(
@@ -122,12 +122,12 @@ def run(config: Config, workdir: str) -> None:
             encoder=load_encoder(config.data, student.processor),
             mixture=settings.mixture,
             batch_size=settings.batch_size,
-            process=sharding.process_share(mesh),
+            process=batches.process_share(mesh),
             agree=processes.largest,
         )
         loader = make_loader(training, seed=config.seed)
         fixed = make_loader(validation, seed=config.seed + 1)
-        held_out = [sharding.to_global(next(fixed), mesh) for _ in range(settings.eval_batches)]
+        held_out = [batches.to_global(next(fixed), mesh) for _ in range(settings.eval_batches)]
 
         # One jitted update, its state donated.
         tx = optimizer.make_optimizer(settings.optim, settings.steps)
@@ -141,7 +141,7 @@ def run(config: Config, workdir: str) -> None:
         state = session.state
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
-                batch = sharding.to_global(next(loader), mesh)
+                batch = batches.to_global(next(loader), mesh)
             started = time.perf_counter()
             state, measured = jax.block_until_ready(update(state, frozen, batch))
             seconds = time.perf_counter() - started

@@ -203,7 +203,7 @@ def _load_weights(
     shardings = None
     if mesh is not None:
         shapes = table.abstract_params(model_config, config.model.param_dtype)
-        shardings = sharding.param_shardings(shapes, mesh)
+        shardings = sharding.state_shardings(shapes, mesh)
     dtype = jnp.dtype(config.model.param_dtype)
     return hf.load_params(str(root), model_config, dtype=dtype, shardings=shardings, finish=finish)
 
@@ -216,7 +216,7 @@ def _load_trained(
     def place(shapes: Tree) -> Tree:
         if mesh is None:
             return shapes
-        return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
+        return sharding.abstract(shapes, sharding.state_shardings(shapes, mesh))
 
     return checkpoint.load_params(
         root / "checkpoints", place, which=config.checkpoint.use, metric=source.metric

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import study_tables
 import tqdm
+from study_tables import StudyRow
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "study" / "nano.py"
@@ -43,7 +43,7 @@ ELSEWHERE = (
 )
 CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
 ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method")
-Task = tuple[Any, int]  # a row of configs/study/rows.py, and a seed
+Task = tuple[StudyRow, int]  # and a seed
 
 
 def filled(settings: tuple[str, ...], study: pathlib.Path, seed: int) -> list[str]:
@@ -60,7 +60,7 @@ def command(stage: str, workdir: pathlib.Path, study: pathlib.Path, *settings: s
     return [*program, f"--workdir={workdir}", *filled((*shared, *settings), study, seed)]
 
 
-def commands(row: Any, seed: int, study: pathlib.Path) -> list[list[str]]:
+def commands(row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
     """Training and evaluation of one row with one seed, in order."""
     workdir = study / row.name / str(seed)
     training = [command(row.stage, workdir, study, *row.settings)] if row.stage else []
@@ -105,7 +105,7 @@ def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
     finished = {(row.name, seed): threading.Event() for row, seed in tasks}
     is_stopped = threading.Event()
 
-    def work(row: Any, seed: int) -> None:
+    def work(row: StudyRow, seed: int) -> None:
         if (row.needs, seed) in finished:
             finished[row.needs, seed].wait()
         core = cores.get()
@@ -137,7 +137,7 @@ def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
     return failures
 
 
-def show(study: pathlib.Path, rows: Any) -> None:
+def show(study: pathlib.Path, rows: Sequence[StudyRow]) -> None:
     """Print the tables of what has been run, and draw WORKDIR/curves.svg."""
     print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
     models = study_tables.read_study(study, rows)
@@ -145,7 +145,7 @@ def show(study: pathlib.Path, rows: Any) -> None:
     (study / "curves.svg").write_text(curves)
 
 
-def choose(names: str, known: Mapping[str, Any]) -> list[Task]:
+def choose(names: str, known: Mapping[str, StudyRow]) -> list[Task]:
     """Every seed of the rows with these names, '' for all. Ends the program for an unknown one."""
     chosen = names.split(",") if names else list(known)
     if unknown := sorted(set(chosen) - set(known)):

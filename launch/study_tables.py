@@ -41,7 +41,10 @@ class StudyRow(Protocol):
     name: str
     title: str
     group: str
+    stage: str
+    settings: tuple[str, ...]
     seeds: tuple[int, ...]
+    needs: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from markupsafe import Markup
 
-from mgsd_jax.report import boards, curves, plots, tables
+from mgsd_jax.report import boards, curves, inputs, plots, tables
 from mgsd_jax.report import compare as runs_lib
 from mgsd_jax.report.compare import Comparison
 from mgsd_jax.report.inputs import PathLike, parts
@@ -90,11 +90,11 @@ def headline(comparison: Comparison) -> str:
 def tables_of(comparison: Comparison) -> dict[str, list[Table]]:
     """Return every table of the page by section."""
     summary = comparison.shown
-    tasks = {task for *_, part in parts(summary, "picture") for task in part["tasks"]}
+    tasks = inputs.tasks(summary, "picture")
     return {
         "results": [results_table(comparison)],
         "differences": [differences_table(comparison)],
-        "levels": [tables.by_level(summary, task) for task in TASKS if task in tasks],
+        "levels": [tables.by_level(summary, task) for task in tasks],
         "rules": [*tables.rule_sets(summary), *tables.passes(summary)],
         "reading": [tables.diagnostics(summary)],
         "failures": [failures_table(comparison), tables.errors(summary)],

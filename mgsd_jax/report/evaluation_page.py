@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from mgsd_jax.evaluation.summary import Summary
 from mgsd_jax.report import boards, curves, inputs, plots, tables
-from mgsd_jax.report.inputs import Curve, PathLike, Stage, parts
+from mgsd_jax.report.inputs import Curve, PathLike, Stage
 from mgsd_jax.report.markup import write
 from mgsd_jax.report.page import PUBLISHED, Section, gallery, missing, tables_html, write_page
-from mgsd_jax.report.words import TASKS, model_label, order, verdict
+from mgsd_jax.report.words import model_label, order, verdict
 
 HEADINGS = {
     "results": "Results",
@@ -85,11 +85,9 @@ def build_report(
 
 def tables_of(summary: Summary) -> dict[str, list[tables.Table]]:
     """Return every table of the report by section."""
-    asked, planned = (
-        [task for task in TASKS if any(task in part["tasks"] for *_, part in found)]
-        for found in (list(parts(summary, "perception")), list(parts(summary)))
-    )
+    asked = inputs.tasks(summary, "perception")
     made = {"perception": [tables.perception(summary, task) for task in asked]}
+    planned = inputs.tasks(summary)
     if not planned:
         return made
     return {
@@ -123,8 +121,7 @@ def make_sections(
             (plots.icon(model, mode, models), plots.who(model, mode))
             for model, mode, _ in plots.featured(summary, "picture", "text")
         ]
-        planned = [task for task in TASKS if any(task in p["tasks"] for *_, p in parts(summary))]
-        levels = [curves.level_plot(summary, task) for task in planned]
+        levels = [curves.level_plot(summary, task) for task in inputs.tasks(summary)]
         published = write("paragraph", PUBLISHED, "note")
         numbers = "The numbers, and what the simulator said"
         content |= {

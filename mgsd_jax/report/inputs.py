@@ -10,6 +10,7 @@ from typing import cast
 from etils import epath
 
 from mgsd_jax.checks import fields
+from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation.rows import ROWS_FILE, Row, read_rows
 from mgsd_jax.evaluation.summary import Part, Summary, check_rows
 from mgsd_jax.workdir import metrics
@@ -53,6 +54,12 @@ def parts(summary: Summary, *modes: str) -> Iterator[tuple[str, str, Part]]:
         for mode in modes or ("picture", "text", "blind"):
             if mode in by_mode:
                 yield model, mode, by_mode[mode]
+
+
+def tasks(summary: Summary, *modes: str) -> list[str]:
+    """Return the tasks that some model was asked about in these modes, as `parts` has them."""
+    found = {task for *_, part in parts(summary, *modes) for task in part["tasks"]}
+    return [task for task in ENVS if task in found]
 
 
 def read_evaluation(folder: PathLike) -> Evaluation:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mgsd_jax.envs import frozenlake, maze, minibehaviour
+from mgsd_jax.envs import frozenlake, maze, minibehaviour, sokoban
 from mgsd_jax.envs.base import Env
 
 # Any: each env has a state of its own type, which only its own functions look into.
@@ -12,6 +12,7 @@ ENVS: dict[str, Env[Any]] = {
         frozenlake.ENV,
         maze.ENV,
         minibehaviour.ENV,
+        sokoban.ENV,
     )
 }
 

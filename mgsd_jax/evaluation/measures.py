@@ -14,6 +14,7 @@ from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.rows import BoardKey, PlanRow, Row, board_of
 from mgsd_jax.evaluation.rules import scorer
+from mgsd_jax.evaluation.upstream import TASKS as PUBLIC_TASKS
 
 R = TypeVar("R", bound=Row)
 K = TypeVar("K", bound=Hashable)
@@ -202,7 +203,13 @@ def pass_at_k(rows: Sequence[PlanRow]) -> dict[str, Measure]:
 
 
 def rule_sets(rows: Sequence[PlanRow]) -> dict[str, RuleSet]:
-    """Success under our rules and under the two public ones."""
+    """Success under our rules and under the two public ones, on the tasks that those know.
+
+    Empty where no row is of such a task.
+    """
+    rows = [row for row in rows if row["task"] in PUBLIC_TASKS]
+    if not rows:
+        return {}
     return {rules: _rule_set(rows, rules, keys) for rules, keys in _RULE_KEYS.items()}
 
 

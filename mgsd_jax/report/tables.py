@@ -207,7 +207,7 @@ def reasons(summary: Summary) -> Table:
 
 def rule_sets(summary: Summary) -> list[Table]:
     """Success of each model and mode under our rules and both public ones, where measured."""
-    shown = [(model, mode, p["rules"]) for model, mode, p in parts(summary) if "rules" in p]
+    shown = [(model, mode, p["rules"]) for model, mode, p in parts(summary) if p.get("rules")]
     reward = [rules["upstream_reward"] for *_, rules in shown]
     evaluation = [rules["upstream_eval"] for *_, rules in shown]
     columns = {

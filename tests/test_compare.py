@@ -161,7 +161,9 @@ def test_boards_in_dispute_are_solved_by_one_and_not_by_the_other(
     comparison: compare.Comparison,
 ) -> None:
     chosen = compare.disputed(comparison, a_task=2)
-    assert [board[0] for board, _ in chosen] == [task for task in ENVS for _ in range(2)]
+    assert [board[0] for board, _ in chosen] == [
+        task for task in ("frozenlake", "maze", "minibehaviour") for _ in range(2)
+    ]
     for _, answers in chosen:
         assert not answers["weak"]["outcome"]["success"] and answers["strong"]["outcome"]["success"]
         assert all(row["plan"] for row in answers.values())

@@ -249,7 +249,7 @@ def test_the_gallery_takes_each_kind_from_each_task_and_draws_every_model() -> N
     rows = make_rows()
     picks = boards.choose(rows)
     kinds = [(pick.board[0], pick.kind) for pick in picks]
-    for task in ENVS:
+    for task in LEVELS:
         assert kinds.count((task, "fixed")) == boards.QUOTA["fixed"]
         assert kinds.count((task, "failed")) == boards.QUOTA["failed"]
         assert kinds.count((task, "solved")) == boards.QUOTA["solved"]

@@ -207,7 +207,7 @@ def _lane(start: Point, moves: Sequence[tuple[str, Point]], width: float) -> lis
 
 
 def _right_of(point: Point, action: str, width: float) -> Point:
-    """The point `width` to the right hand of somebody who goes this way."""
+    """The point, moved by `width` to the right of the direction of travel."""
     down, across = DELTAS[action]
     return point[0] - width * down, point[1] + width * across
 

@@ -104,7 +104,7 @@ def read_run(folder: str, name: str, model: str = "") -> Run:
     evaluation = inputs.read_evaluation(source)
     models = [name for name, modes in evaluation.summary["models"].items() if "picture" in modes]
     if not models:
-        raise ValueError(f"{source}: got no answers to pictures, want some to compare")
+        raise ValueError(f"{source}: no answers to pictures found, want some to compare")
     if model and model not in models:
         raise ValueError(f"{source}: got models {models}, want {model!r} (report.model)")
     settings: dict[str, object] = {}

@@ -19,7 +19,7 @@ _DASHES = ("", "6 3", "2 3", "9 3 2 3")
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """Where a plot lies in its picture, and the values of x and y at its sides."""
+    """The rectangle of a plot in its picture, and the ranges of x and y that it spans."""
 
     left: float
     top: float
@@ -80,7 +80,7 @@ def _panel(
 
 
 def _dodge(number: int, count: int, width: float) -> float:
-    """How far to the right the mark of one of `count` series is drawn, so that none hides one."""
+    """How far to shift one of `count` series sideways, so that their marks do not overlap."""
     return (number - (count - 1) / 2) * width
 
 

@@ -57,7 +57,7 @@ def _place(model: str, models: Sequence[str]) -> int:
 
 
 def icon(model: str, mode: str, models: Sequence[str], line: str = "") -> Markup:
-    """Return the mark as a picture of the height of a line of text, above a `line` if given."""
+    """Return the mark, drawn over a `line` if given, at the height of a line of text."""
     width = 40 if line else 18
     drawn = tag("g", mark(model, mode, models), transform=f"translate({width // 2} 8)")
     return tag("svg", line, drawn, class_="icon", width=width, height=16, aria_hidden="true")
@@ -69,7 +69,7 @@ def who(model: str, mode: str) -> str:
 
 
 def featured(summary: Summary, *modes: str) -> list[tuple[str, str, Part]]:
-    """Return (model, mode, measures) of every model from pictures, and of the base from text."""
+    """Return what `parts` yields in these modes, of the base alone where it is not pictures."""
     found = [part for mode in modes for part in parts(summary, mode)]
     return [part for part in found if part[1] == "picture" or part[0] == "base"]
 

@@ -86,7 +86,7 @@ def reason_label(reason: str) -> str:
 
 
 def compared(names: Sequence[str], summary: Summary) -> str:
-    """Return models in this order with what their paired differences say, as 'b > a ≈ c'.
+    """Return the models in this order, joined by what their paired differences say: 'b > a ≈ c'.
 
     '>' and '<' where the 95 % interval of the difference leaves out 0, '≈' where it does not, '?'
     where the two have no board in common.

@@ -76,9 +76,7 @@ def make_inputs(batch: int, rng: np.random.Generator) -> Inputs:
     tokens[:, 16] = CONFIG.vision_start_token_id
     tokens[:, 17 : 17 + count] = CONFIG.image_token_id
     tokens[:, 17 + count] = CONFIG.vision_end_token_id
-    positions, after = positions_lib.mrope_positions(
-        tokens[0], [GRID], image_token_id=CONFIG.image_token_id, merge_size=merge
-    )
+    positions, after = positions_lib.place_positions(tokens.shape[1], [17], [GRID], merge)
     table = positions_lib.interpolation(GRID, merge_size=merge, table_side=vision.grid_side)
     slots = np.full(tokens.shape, -1, np.int32)
     slots[:, 17 : 17 + count] = np.arange(count)

@@ -110,8 +110,11 @@ def to_inputs(
         count = len(row.tokens)
         span = slice(length - count, length) if side == "left" else slice(0, count)
         tokens[b, span], valid[b, span] = row.tokens, True
-        positions[:, b, span], next_position[b] = positions_lib.mrope_positions(
-            row.tokens, row.grids, image_token_id=config.image_token_id, merge_size=merge
+        counts = [positions_lib.token_count(grid, merge) for grid in row.grids]
+        image_tokens = np.flatnonzero(np.asarray(row.tokens) == config.image_token_id)
+        starts = image_tokens[np.cumsum([0, *counts])[:-1]].tolist()
+        positions[:, b, span], next_position[b] = positions_lib.place_positions(
+            count, starts, row.grids, merge
         )
         stands = []
         for m, (grid, patches) in enumerate(zip(row.grids, row.patches, strict=True)):

@@ -12,7 +12,8 @@ import mgsd_jax
 from mgsd_jax import config as c
 from mgsd_jax.data import prompts
 from mgsd_jax.data.nano_tokenizer import write_tokenizer
-from mgsd_jax.data.processor import decode, encode_answer, encode_example, load_processor
+from mgsd_jax.data.processor import encode_answer, encode_example, load_processor
+from mgsd_jax.data.segments import decode
 from mgsd_jax.envs import ENVS
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.stages import init

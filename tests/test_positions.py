@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from mgsd_jax.data.positions import (
     Grid,
-    find_pictures,
     interpolation,
-    mrope_positions,
     place_positions,
     token_count,
 )
@@ -36,6 +34,13 @@ def build(first: int, rest: list[tuple[int, int, int]]) -> tuple[np.ndarray, lis
         grids.append((1, rows, columns))
         tokens += [IMAGE] * token_count(grids[-1], MERGE) + [TEXT] * text
     return np.array(tokens, np.int32), grids
+
+
+def mrope_positions(tokens: np.ndarray, grids: list[Grid], merge: int) -> tuple[np.ndarray, int]:
+    """Our positions of a sequence whose image tokens are those of the grids, in order."""
+    counts = [token_count(grid, merge) for grid in grids]
+    starts = np.flatnonzero(tokens == IMAGE)[np.cumsum([0, *counts])[:-1]]
+    return place_positions(len(tokens), [int(start) for start in starts], grids, merge)
 
 
 def rope_index(
@@ -64,7 +69,7 @@ def rope_index(
 @given(sequences)
 def test_mrope_equals_get_rope_index(sequence):
     tokens, grids = build(*sequence)
-    positions, after = mrope_positions(tokens, grids, image_token_id=IMAGE, merge_size=MERGE)
+    positions, after = mrope_positions(tokens, grids, MERGE)
     want, deltas = rope_index(tokens[None], np.ones((1, len(tokens))), grids)
     np.testing.assert_array_equal(positions, want[:, 0])
     assert positions.dtype == np.int32
@@ -73,7 +78,7 @@ def test_mrope_equals_get_rope_index(sequence):
 
 def test_mrope_of_the_docstring():
     tokens, grids = build(1, [(4, 6, 1)])
-    positions, after = mrope_positions(tokens, grids, image_token_id=IMAGE, merge_size=MERGE)
+    positions, after = mrope_positions(tokens, grids, MERGE)
     np.testing.assert_array_equal(
         positions, [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
     )
@@ -85,7 +90,7 @@ def test_mrope_with_other_merge_sizes(merge):
     grids: list[Grid] = [(1, 6, 12), (1, 12, 6)]
     counts = [token_count(grid, merge) for grid in grids]
     tokens = np.array([TEXT] + [IMAGE] * counts[0] + [TEXT] + [IMAGE] * counts[1], np.int32)
-    positions, after = mrope_positions(tokens, grids, image_token_id=IMAGE, merge_size=merge)
+    positions, after = mrope_positions(tokens, grids, merge)
     want, deltas = rope_index(tokens[None], np.ones((1, len(tokens))), grids, merge)
     np.testing.assert_array_equal(positions, want[:, 0])
     assert after == len(tokens) + deltas[0]
@@ -95,25 +100,6 @@ def test_text_alone_counts_from_zero():
     positions, after = place_positions(5, [], [], MERGE)
     np.testing.assert_array_equal(positions, np.tile(np.arange(5), (3, 1)))
     assert after == 5
-
-
-def test_pictures_side_by_side_are_told_apart_by_their_sizes():
-    tokens, grids = np.full(1 + 6, IMAGE, np.int32), [(1, 2, 2), (1, 4, 6)]
-    starts = find_pictures(tokens, grids, image_token_id=IMAGE, merge_size=MERGE)
-    assert starts == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([IMAGE] * 3 + [TEXT], "got 3, want 4"),
-        ([IMAGE] * 5, "got 5, want 4"),
-        ([IMAGE, IMAGE, TEXT, IMAGE, IMAGE], "got a broken run, want 4"),
-    ],
-)
-def test_image_tokens_that_do_not_fit_the_grids_raise(tokens, message):
-    with pytest.raises(ValueError, match=message):
-        find_pictures(np.array(tokens), [(1, 4, 4)], image_token_id=IMAGE, merge_size=MERGE)
 
 
 @pytest.mark.parametrize("side", [2, 8, 48])

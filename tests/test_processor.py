@@ -16,12 +16,12 @@ from mgsd_jax.data.pictures import PictureSettings, cut_patches, smart_resize
 from mgsd_jax.data.processor import (
     Encoded,
     Processor,
-    decode,
     encode,
     encode_answer,
     encode_example,
     load_processor,
 )
+from mgsd_jax.data.segments import decode
 
 # A template that thinks before it answers, trims, and reads a system message of its own.
 THINKING_TEMPLATE = (

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgsd_jax.data import prompts, segments
-from mgsd_jax.data.processor import Processor, decode, encode_answer, load_processor, spell
+from mgsd_jax.data.processor import Processor, encode_answer, load_processor
+from mgsd_jax.data.segments import decode, spell
 from mgsd_jax.envs import ENVS
 
 REAL = pathlib.Path(__file__).parents[1].parent / "shared" / "reference" / "qwen3vl_4b"

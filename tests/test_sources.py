@@ -14,8 +14,9 @@ from mgsd_jax import config as c
 from mgsd_jax.data import loaders, splits
 from mgsd_jax.data import records as records_lib
 from mgsd_jax.data.encoder import Encoder
-from mgsd_jax.data.processor import decode, load_processor
+from mgsd_jax.data.processor import load_processor
 from mgsd_jax.data.prompts import BUILT_IN
+from mgsd_jax.data.segments import decode
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rules
 

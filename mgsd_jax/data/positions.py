@@ -31,47 +31,16 @@ def token_count(grid: Grid, merge_size: int) -> int:
     return frames * (rows // merge_size) * (columns // merge_size)
 
 
-def find_pictures(
-    tokens: np.ndarray, grids: Sequence[Grid], *, image_token_id: int, merge_size: int
-) -> tuple[int, ...]:
-    """Index in `tokens` [T] of the first image token of each picture, in order.
-
-    Raises ValueError if the image tokens are not exactly one unbroken run for each grid.
-    """
-    where = np.flatnonzero(tokens == image_token_id)
-    counts = [token_count(grid, merge_size) for grid in grids]
-    if len(where) != sum(counts):
-        raise ValueError(
-            f"image tokens in the sequence: got {len(where)}, want {sum(counts)} "
-            f"({len(grids)} pictures of {counts} tokens)"
-        )
-    starts, used = [], 0
-    for count in counts:
-        start = int(where[used])
-        if where[used + count - 1] != start + count - 1:
-            raise ValueError(f"image tokens from index {start}: got a broken run, want {count}")
-        starts.append(start)
-        used += count
-    return tuple(starts)
-
-
-def mrope_positions(
-    tokens: np.ndarray, grids: Sequence[Grid], *, image_token_id: int, merge_size: int
+def place_positions(
+    length: int, starts: Sequence[int], grids: Sequence[Grid], merge_size: int
 ) -> tuple[np.ndarray, int]:
-    """M-RoPE positions [3, T] int32 of an unpadded sequence `tokens` [T], and the next position.
+    """M-RoPE positions [3, T] int32 of an unpadded sequence, and the position after it.
 
+    The sequence has T = `length` tokens; `starts` are the indices of the pictures' first tokens.
     Text advances all three axes by one. A picture keeps its temporal position and counts merged
     rows and columns from where it starts; what follows starts after its longer side:
     text, a 2x3 picture, text -> temporal 0 1111111 4, height 0 111222 4, width 0 123123 4.
     """
-    starts = find_pictures(tokens, grids, image_token_id=image_token_id, merge_size=merge_size)
-    return place_positions(len(tokens), starts, grids, merge_size)
-
-
-def place_positions(
-    length: int, starts: Sequence[int], grids: Sequence[Grid], merge_size: int
-) -> tuple[np.ndarray, int]:
-    """`mrope_positions` from the length T and the known index of each picture's first token."""
     positions = np.empty((3, length), np.int32)
     done, position = 0, 0  # tokens written; position of the next one
     for start, grid in zip(starts, grids, strict=True):

@@ -325,16 +325,16 @@ def setter(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
             (task, change, message)
             for task in ("frozenlake", "maze", "minibehaviour")
             for change, message in (
-                (setter("meta", value=...), "meta: got .*want dict"),
+                (setter("meta", value=...), "meta: not found, want dict"),
                 (setter("meta", value=[]), r"meta: got \[\], want dict"),
-                (setter("meta", "level", value=...), "level: got .*want int"),
+                (setter("meta", "level", value=...), "level: not found, want int"),
                 (setter("meta", "level", value="3"), "level: got '3', want int"),
                 (setter("meta", "level", value=True), "level: got True, want int"),
                 (setter("meta", "level", value=99), "level: got 99, want"),
-                (setter("meta", "start_pos", value=...), "start_pos: got"),
+                (setter("meta", "start_pos", value=...), "start_pos: not found"),
                 (setter("meta", "start_pos", value=-1), "start_pos: got -1, want"),
                 (setter("meta", "start_pos", value=[0, 9]), "start_pos: got .*want"),
-                (setter("input_state", value=...), "input_state: got"),
+                (setter("input_state", value=...), "input_state: not found"),
                 (setter("input_state", value=[0] * 40), "input_state: got '39 actions', want"),
             )
         ],

@@ -8,7 +8,7 @@ import numpy as np
 
 from mgsd_jax.data import positions as positions_lib
 from mgsd_jax.data.batch import Inputs, Pictures
-from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from mgsd_jax.model.qwen3vl import init_params
 
 Part = int | tuple[int, int]  # so many text tokens, or a picture of (rows, columns) patches
@@ -24,6 +24,47 @@ GOLDEN_LOGITS = np.array(
         [-0.475345, 0.333677, 0.028753, -0.942311],
     ]
 )
+
+
+def tiny(
+    *,
+    vocab_size: int = 256,
+    hidden_size: int = 32,
+    num_hidden_layers: int = 3,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    num_deepstack: int = 2,
+    tie_word_embeddings: bool = True,
+) -> ModelConfig:
+    """Every part of the architecture in a few tens of thousands of parameters."""
+    return ModelConfig(
+        text=TextConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=16,
+            rope_theta=5_000_000.0,
+            mrope_section=(4, 2, 2),
+        ),
+        vision=VisionConfig(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=hidden_size,
+            deepstack_visual_indexes=tuple(range(num_deepstack)),
+            num_position_embeddings=64,
+            patch_size=4,
+        ),
+        tie_word_embeddings=tie_word_embeddings,
+        image_token_id=vocab_size - 4,
+        video_token_id=vocab_size - 3,
+        vision_start_token_id=vocab_size - 2,
+        vision_end_token_id=vocab_size - 1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

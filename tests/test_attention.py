@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_model import GOLDEN_ROWS, random_params, random_rows, to_inputs
+from helpers_model import GOLDEN_ROWS, random_params, random_rows, tiny, to_inputs
 from helpers_tpu import tpu_mesh
 
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.attention import Kernel, attend, kernel_for
-from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.parallel import sharding

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from helpers_kills import Killer
-from helpers_model import Row, random_params
+from helpers_model import Row, random_params, tiny
 from helpers_tiny import tiny_config
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +22,7 @@ from mgsd_jax.data.nano_tokenizer import write_tokenizer
 from mgsd_jax.data.processor import encode, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model import lora
-from mgsd_jax.model.config import ModelConfig, tiny
+from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.stages import export, init, loading, parity
 from mgsd_jax.weights import files, hf, peft
@@ -148,9 +148,9 @@ def test_missing_side_files_are_all_listed(params: dict, source: Path, tmp_path:
         export.write_folder(params, CONFIG, source, tmp_path / "out")
     for part in (
         str(source),
-        "got no tokenizer.json or vocab.json",
-        "got no tokenizer_config.json",
-        "got no preprocessor_config.json or processor_config.json",
+        "tokenizer.json or vocab.json: not found",
+        "tokenizer_config.json: not found",
+        "preprocessor_config.json or processor_config.json: not found",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -393,10 +393,10 @@ def test_an_export_is_held_against_transformers(
 def test_what_a_check_needs_is_said(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"parity.json: got no such file, want it; run --stage"):
+    with pytest.raises(ValueError, match=r"parity.json: not found; run --stage"):
         exported.check(tmp_path)
     monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"export.check: got no torch, want it: .* pip install"):
+    with pytest.raises(ValueError, match=r"export.check: torch is required: .* pip install"):
         exported.check(exported.whole)
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers_model import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mgsd_jax import tree
-from mgsd_jax.model.config import ModelConfig, tiny
+from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import init_params
 from mgsd_jax.weights import files, hf, table
 from mgsd_jax.weights.files import FloatType

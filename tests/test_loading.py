@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from etils import epath
-from helpers_model import random_params
+from helpers_model import random_params, tiny
 from helpers_tiny import tiny_config
 from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
 
 from mgsd_jax.config import Config
-from mgsd_jax.model.config import tiny
 from mgsd_jax.stages import distillation, loading
 from mgsd_jax.weights import hf
 from mgsd_jax.workdir import stage_folder

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_model import Row, random_params, random_rows, to_inputs
+from helpers_model import Row, random_params, random_rows, tiny, to_inputs
 from safetensors.numpy import load_file
 
 from mgsd_jax import tree
 from mgsd_jax.config import LoraConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model import lora
-from mgsd_jax.model.config import ModelConfig, tiny
+from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.layers import Linear
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits
 from mgsd_jax.weights import peft

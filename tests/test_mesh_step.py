@@ -10,14 +10,13 @@ import numpy as np
 import optax
 import pytest
 from helpers_hlo import collectives_in_loops
-from helpers_model import random_params, random_rows, to_inputs
+from helpers_model import random_params, random_rows, tiny, to_inputs
 from jax.sharding import Mesh
 
 from mgsd_jax import config as c
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.model.attention import kernel_for
-from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.sampling.sampler import Sampler

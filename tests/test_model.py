@@ -14,6 +14,7 @@ from helpers_model import (
     Row,
     random_params,
     random_rows,
+    tiny,
     to_inputs,
 )
 
@@ -21,7 +22,7 @@ from mgsd_jax.config import LoraConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model import lora, qwen3vl
 from mgsd_jax.model.attention import attend
-from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
+from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, head, init_params, logits
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.rope import mrope_angles, rotate, turn, vision_angles

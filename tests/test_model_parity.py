@@ -21,12 +21,13 @@ from helpers_model import (  # noqa: E402
     Row,
     random_params,
     random_rows,
+    tiny,
     to_inputs,
 )
 
 from mgsd_jax.config import SamplingConfig  # noqa: E402
 from mgsd_jax.data.batch import Inputs  # noqa: E402
-from mgsd_jax.model.config import ModelConfig, tiny  # noqa: E402
+from mgsd_jax.model.config import ModelConfig  # noqa: E402
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden, head, logits  # noqa: E402
 from mgsd_jax.sampling.sampler import Sampler  # noqa: E402
 

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers_model import tiny
 from helpers_tiny import ROOT, tiny_config
 from helpers_tpu import tpu_mesh
 
@@ -16,7 +17,6 @@ from mgsd_jax import preflight
 from mgsd_jax.config import Config
 from mgsd_jax.main import load_config
 from mgsd_jax.model import flops
-from mgsd_jax.model.config import tiny
 from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.programs import Program, make_model, programs_of
@@ -63,7 +63,7 @@ def test_a_folder_comes_before_its_name(tmp_path: pathlib.Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny().to_hf()))
     assert released.find_config(str(folder)) == tiny()
-    with pytest.raises(ValueError, match=r"other: got no config.json, want .*Qwen3-VL-2B"):
+    with pytest.raises(ValueError, match=r"other: config.json not found, want .*Qwen3-VL-2B"):
         released.find_config(str(tmp_path / "other"))
 
 

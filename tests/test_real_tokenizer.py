@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from helpers_model import random_params
+from helpers_model import random_params, tiny
 from helpers_tiny import tiny_config
 from PIL import Image
 
@@ -31,7 +31,6 @@ from mgsd_jax.data.processor import Processor, encode, encode_answer, load_proce
 from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.data.segments import decode
 from mgsd_jax.main import load_config
-from mgsd_jax.model.config import tiny
 from mgsd_jax.sampling import answers
 from mgsd_jax.weights import hf
 

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_model import random_params, random_rows, to_inputs
+from helpers_model import random_params, random_rows, tiny, to_inputs
 from jax.typing import ArrayLike
 
 from mgsd_jax.checks import ranges
 from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.model.config import tiny
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, apply_hidden, head, logits
 from mgsd_jax.sampling import sampler
 from mgsd_jax.sampling.sampler import Rollout, Sampler, invert_cdf, keep_nucleus

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers_model import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,7 +23,7 @@ from mgsd_jax import tree
 from mgsd_jax.config import LoraConfig, MeshConfig
 from mgsd_jax.data.batch import Inputs, Pictures
 from mgsd_jax.model import lora
-from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig, tiny
+from mgsd_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from mgsd_jax.parallel import axes, batches, sharding
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import files, hf, table

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_model import tiny
 from helpers_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, write_processor_folder
 
 from mgsd_jax.data.processor import encode, encode_answer, load_processor
-from mgsd_jax.model.config import tiny
 from mgsd_jax.weights import hf
 
 FILES = (

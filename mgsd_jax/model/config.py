@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from mgsd_jax.checks.fields import expect, field, optional, positive, whole
+from mgsd_jax.checks.fields import LARGEST, expect, field, optional, positive, whole
 from mgsd_jax.checks.ranges import shown
 
 Config = TypeVar("Config")
-Json = Mapping[str, Any]
+Json = Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,51 +195,11 @@ class ModelConfig:
         }
 
 
-def tiny(
-    *,
-    vocab_size: int = 256,
-    hidden_size: int = 32,
-    num_hidden_layers: int = 3,
-    num_attention_heads: int = 4,
-    num_key_value_heads: int = 2,
-    num_deepstack: int = 2,
-    tie_word_embeddings: bool = True,
-) -> ModelConfig:
-    """A model for tests: every part of the architecture, a few tens of thousands of parameters."""
-    return ModelConfig(
-        text=TextConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=16,
-            rope_theta=5_000_000.0,
-            mrope_section=(4, 2, 2),
-        ),
-        vision=VisionConfig(
-            depth=3,
-            hidden_size=32,
-            intermediate_size=48,
-            num_heads=2,
-            out_hidden_size=hidden_size,
-            deepstack_visual_indexes=tuple(range(num_deepstack)),
-            num_position_embeddings=64,
-            patch_size=4,
-        ),
-        tie_word_embeddings=tie_word_embeddings,
-        image_token_id=vocab_size - 4,
-        video_token_id=vocab_size - 3,
-        vision_start_token_id=vocab_size - 2,
-        vision_end_token_id=vocab_size - 1,
-    )
-
-
 _TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-MOST_LAYERS = 1000  # a tensor table is made of them before any file is looked at
+# A tensor table is made of as many layers before any weight file is opened.
+_MOST = {"num_hidden_layers": 1000, "depth": 1000}
 
 
 def _made(make: Callable[..., Config], source: str, **values: Any) -> Config:
@@ -265,21 +225,11 @@ def _text_from_hf(config: Json, source: str) -> TextConfig:
         expect(config, key, [want], source)
     rope, rope_source = _rope(config, "default", source)
     expect(rope, "mrope_interleaved", [True], rope_source)
-    sizes = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-    )
     section = rope.get("mrope_section", list(TextConfig.mrope_section))
     return _made(
         TextConfig,
         source,
-        **{key: whole(config, key, source) for key in sizes},
-        num_hidden_layers=whole(config, "num_hidden_layers", source, high=MOST_LAYERS),
+        **_sizes(TextConfig, config, source),
         rms_norm_eps=positive(config, "rms_norm_eps", source),
         rope_theta=positive(rope, "rope_theta", rope_source),
         mrope_section=_numbers({"mrope_section": section}, "mrope_section", rope_source),
@@ -289,17 +239,6 @@ def _text_from_hf(config: Json, source: str) -> TextConfig:
 def _vision_from_hf(config: Json, source: str) -> VisionConfig:
     expect(config, "hidden_act", ["gelu_pytorch_tanh"], source)
     expect(config, "in_channels", [3], source)
-    sizes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_heads",
-        "out_hidden_size",
-        "num_position_embeddings",
-        "in_channels",
-        "patch_size",
-        "temporal_patch_size",
-        "spatial_merge_size",
-    )
     rope, rope_source = _rope(config, "axial", source)
     theta = (
         {"rope_theta": positive(rope, "rope_theta", rope_source)} if "rope_theta" in rope else {}
@@ -307,11 +246,21 @@ def _vision_from_hf(config: Json, source: str) -> VisionConfig:
     return _made(
         VisionConfig,
         source,
-        **{key: whole(config, key, source) for key in sizes},
-        depth=whole(config, "depth", source, high=MOST_LAYERS),
+        **_sizes(VisionConfig, config, source),
         deepstack_visual_indexes=_numbers(config, "deepstack_visual_indexes", source),
         **theta,
     )
+
+
+def _sizes(
+    kind: type[TextConfig] | type[VisionConfig], config: Json, source: str
+) -> dict[str, int]:
+    """The whole numbers among the fields of a part."""
+    return {
+        f.name: whole(config, f.name, source, high=_MOST.get(f.name, LARGEST))
+        for f in dataclasses.fields(kind)
+        if f.type is int
+    }
 
 
 def _rope(config: Json, kind: str, source: str) -> tuple[Json, str]:

@@ -15,9 +15,9 @@ from mgsd_jax.config import Config
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.stages import loading, parity
+from mgsd_jax.tree import Tree
 from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.weights.files import FloatType
-from mgsd_jax.weights.table import Tree
 from mgsd_jax.workdir import paths
 
 TOKENIZER = "tokenizer_config.json"
@@ -49,7 +49,7 @@ def run(config: Config, workdir: str) -> None:
     """Writes the model at `config.export.source`, or its adapters, to `config.export.folder`.
 
     An earlier export of the same source is replaced; any other folder there is refused. With
-    `config.export.check` nothing is written: the folder is held against transformers.
+    `config.export.check` nothing is written, and the folder is compared with transformers.
     """
     config = config_lib.resolve(config, workdir)
     settings = config.export
@@ -107,13 +107,13 @@ def write_folder(
     dtype: FloatType = "bfloat16",
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Write a model into a folder as transformers, vLLM and SGLang load it.
+    """Writes a model into a folder as transformers, vLLM and SGLang load it.
 
     Tokenizer, processor and generation files come from `source_folder`, and so do settings of its
     config.json that we do not read.
 
     Raises ValueError if the source lacks such a file (all of them listed) or the parameters do
-    not fit the config; OSError naming the file where the disk is full.
+    not fit the config; OSError naming the file if the disk is full.
     """
     side_files = _side_files(Path(source_folder))
     hf.save_params(params, config, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -137,7 +137,7 @@ def _hf_config(source: dict[str, Any], config: ModelConfig, dtype: FloatType) ->
 def _side_files(source: Path) -> dict[str, bytes]:
     there = {n: (source / n).read_bytes() for n in SIDE_FILES if (source / n).is_file()}
     problems = [
-        f"got no {' or '.join(any_of)}" for any_of in WANTED if not there.keys() & set(any_of)
+        f"{' or '.join(any_of)}: not found" for any_of in WANTED if not there.keys() & set(any_of)
     ]
     if problems:
         raise files.problem_list(f"{source}: want the side files of a model", problems)

@@ -1,4 +1,4 @@
-"""What an exported model answers, written beside it: other programs have to answer the same.
+"""What an exported model answers, recorded beside it: other programs must answer the same.
 
 Axes: T tokens, R response tokens, V vocabulary.
 """
@@ -23,7 +23,7 @@ from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import draw_picture
 from mgsd_jax.data.processor import Processor, encode, load_processor
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, find
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.attention import Kernel
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -93,17 +93,15 @@ def measure(
 
 
 def check(folder: Path, data: DataConfig) -> None:
-    """Holds an export against transformers; logs the largest difference of its logits.
+    """Compares an export with its parity file in transformers; logs the largest difference.
 
-    transformers runs the prompts of the parity file in float32: the tokens there have to have the
-    logits there, and no other token a larger one. Raises ValueError where they differ, or without a
-    parity file, torch or (for adapters) PEFT.
+    transformers runs the prompts of the file in float32. The recorded tokens must get the recorded
+    logits, and no other token a larger one. Raises ValueError if they differ, or if the parity
+    file, torch or (for adapters) PEFT is missing.
     """
     path = folder / FILE
     if not path.is_file():
-        raise ValueError(
-            f"{path}: got no such file, want it; run --stage=export without export.check first"
-        )
+        raise ValueError(f"{path}: not found; run --stage=export without export.check first")
     base = _base_folder(folder)
     recorded = read_json(path)
     drawn = dataclasses.replace(data, **recorded["picture"])
@@ -132,7 +130,7 @@ def check(folder: Path, data: DataConfig) -> None:
 
 
 def _ask(data: DataConfig) -> list[tuple[Board, list[dict[str, Any]]]]:
-    """Boards and the messages about them, pictures left out: first pictures, then texts."""
+    """Boards and messages about them, without the pictures: first of pictures, then of texts."""
     levels = list(dict.fromkeys((s.task, level) for s in data.boards for level in s.levels))
     rng = np.random.default_rng(0)
     words = prompts_lib.load(data.prompts)
@@ -140,7 +138,7 @@ def _ask(data: DataConfig) -> list[tuple[Board, list[dict[str, Any]]]]:
     asked = []
     for i in range(_PROMPTS):
         task, level = levels[i % len(levels)]
-        state = ENVS[task].generate(rng, level)
+        state = find(task).generate(rng, level)
         if i < _WITH_PICTURE:
             messages = prompts_lib.student(words, task, nothing)
         else:
@@ -173,7 +171,7 @@ def _with_picture(
 
 
 def _base_folder(folder: Path) -> Path:
-    """The folder of the whole model; ValueError where transformers lacks what runs it."""
+    """The folder of the whole model; ValueError if a package is missing that runs it."""
     packages = ["torch"]
     settings = folder / peft.CONFIG_FILE
     if settings.is_file():
@@ -182,7 +180,7 @@ def _base_folder(folder: Path) -> Path:
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"export.check: got no {name}, want it: transformers runs the model with it; "
+                f"export.check: {name} is required: transformers runs the model with it; "
                 f"pip install {name}"
             )
     return folder

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,8 @@ def load_params(
     params: list[tuple[str, jax.Array]] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for leaf in leaves(config):
-            sharding = device if shardings is None else tree.get(shardings, leaf.path)
+            there = device if shardings is None else tree.get(shardings, leaf.path)
+            sharding = cast(jax.sharding.Sharding, there)
             array = _load_leaf(leaf, sharding, functools.partial(_read, leaf, handles, kind, pool))
             # Without the wait, copies of many leaves would queue up in host memory.
             params.append((leaf.path, jax.block_until_ready(finish(leaf.path, array))))
@@ -252,8 +253,8 @@ def _tensors(config: ModelConfig, dtype: FloatType) -> Iterator[Tensor]:
 def _to_hf(params: Tree, tensor: Tensor, dtype: FloatType) -> np.ndarray:
     """A tensor as Hugging Face has it."""
     leaf = tensor.leaf
-    values = tree.get(params, leaf.path)
-    values = np.asarray(values[tensor.layer] if leaf.is_stacked else values)
+    stack = cast(jax.Array, tree.get(params, leaf.path))
+    values = np.asarray(stack[tensor.layer] if leaf.is_stacked else stack)
     return (
         (values if leaf.layout == "same" else values.T).reshape(leaf.hf_shape).astype(DTYPES[dtype])
     )

@@ -53,16 +53,16 @@ RELEASED = {
 
 
 def find_config(path: str) -> ModelConfig:
-    """The configuration of the Hugging Face folder `path`, or of the release that it is named as.
+    """The configuration of the Hugging Face folder `path`, or of the release of that name.
 
-    Only `config.json` is read, and only if it is there. Raises ValueError for a folder without one
-    whose name is not in RELEASED.
+    Only `config.json` is read, if it is there. Raises ValueError for a folder without one whose
+    name is not in RELEASED.
     """
     if (Path(path) / "config.json").is_file():
         return hf.read_config(path)
     if Path(path).name not in RELEASED:
         raise ValueError(
-            f"{path}: got no config.json, want a Hugging Face folder or a path that ends in one of "
-            f"{sorted(RELEASED)}"
+            f"{path}: config.json not found, want a Hugging Face folder or a path that ends in one "
+            f"of {sorted(RELEASED)}"
         )
     return RELEASED[Path(path).name]

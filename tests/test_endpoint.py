@@ -510,7 +510,7 @@ def test_what_cannot_be_reached_or_used_is_said(
     with pytest.raises(ValueError, match=r"evaluate.endpoint: got 'localhost:1', want http://"):
         evaluate.run(make_config("localhost:1"), str(tmp_path))
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ValueError, match="OPENAI_API_KEY: got nothing in the environment"):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY: not found in the environment"):
         evaluate.run(make_config("https://api.example.com/v1"), str(tmp_path))
     monkeypatch.setattr(endpoint, "openai", None)
     with pytest.raises(ValueError, match=r"pip install 'mgsd_jax\[endpoint\]'"):

@@ -8,7 +8,7 @@ value is NaN.
 
 import collections
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from mgsd_jax.checks import fields
@@ -16,6 +16,7 @@ from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation.measures import (
     Getter,
     Measure,
+    R,
     balanced,
     by_level,
     by_task,
@@ -27,7 +28,6 @@ from mgsd_jax.evaluation.measures import (
     rate,
     rule_sets,
     succeeds,
-    success_rate,
 )
 from mgsd_jax.evaluation.rows import (
     BoardKey,
@@ -179,24 +179,26 @@ _RATES: dict[str, Getter[PlanRow]] = {
 
 def _planning(rows: Sequence[PlanRow]) -> Part:
     measures = {name: balanced(rows, get) for name, get in _RATES.items()}
-    macro = measures.pop("success")
-    tasks = {
-        task: _planning_counts(part)
-        | {"level_mean": balanced(part, _RATES["success"])}
-        | {"levels": {str(level): _planning_counts(some) for level, some in by_level(part)}}
-        for task, part in by_task(rows)
-    }
-    task_rates = [success_rate(part) for _, part in by_task(rows)]
+    rules = rule_sets(rows)
     return {
         "n": len(rows),
-        "macro": macro,
-        "macro_upstream": statistics.fmean(task_rates),
+        "macro": measures.pop("success"),
+        "macro_upstream": rules["standard"]["macro_upstream"],
         **measures,
         **_counts(rows),
         "pass_at_k": pass_at_k(rows),
-        "rules": rule_sets(rows),
-        "tasks": tasks,
+        "rules": rules,
+        "tasks": {
+            task: _planning_counts(part)
+            | {"level_mean": balanced(part, succeeds)}
+            | _levels(part, _planning_counts)
+            for task, part in by_task(rows)
+        },
     }
+
+
+def _levels(rows: Sequence[R], measure: Callable[[Sequence[R]], Part]) -> Part:
+    return {"levels": {str(level): measure(some) for level, some in by_level(rows)}}
 
 
 def _planning_counts(rows: Sequence[PlanRow]) -> Part:
@@ -227,9 +229,7 @@ def _perception(rows: Sequence[PerceptionRow]) -> Part:
         "all_right": balanced(rows, _all_right),
         "strict": balanced(rows, _share_strict),
         "tasks": {
-            task: _questions(part)
-            | {"levels": {str(level): _questions(some) for level, some in by_level(part)}}
-            for task, part in by_task(rows)
+            task: _questions(part) | _levels(part, _questions) for task, part in by_task(rows)
         },
     }
 

@@ -19,7 +19,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -47,24 +47,22 @@ _NOT_TAKEN = re.compile(
     r"|unexpected|invalid parameter|forbidden|deprecated|cannot (?:find field|both be)",
     re.I,
 )
+_BROKEN = (ValueError, RecursionError)  # what reading broken JSON raises
+_OTHER = (AttributeError, LookupError, TypeError)  # and what looking into other JSON does
 _HIDDEN = 6  # characters; shorter keys are words such as EMPTY or none, which answers may hold
 _PATIENCE = 16  # failed requests in a row after which an endpoint is taken to be down
 
 
-class Question(NamedTuple):
-    """What a request asks."""
-
-    messages: Sequence[Message]
-    seed: int
-
-
 def answers(
-    settings: EvaluateConfig, model: str, places: Sequence[int], question: Callable[[int], Question]
+    settings: EvaluateConfig,
+    model: str,
+    places: Sequence[int],
+    question: Callable[[int], tuple[Sequence[Message], int]],
 ) -> Iterator[tuple[int, Answer]]:
     """Asks a question for each place, `endpoint_workers` at a time; yields answers as they come.
 
-    A question is made when its turn comes, so that few pictures are in memory at once. Raises
-    ValueError once _PATIENCE requests in a row have failed.
+    `question` makes the messages and the seed of a place when its turn comes, so that few pictures
+    are in memory at once. Raises ValueError once _PATIENCE requests in a row have failed.
     """
     client = connect(settings)
     slots = asyncio.Semaphore(settings.endpoint_workers)
@@ -103,16 +101,16 @@ def answers(
 def connect(settings: EvaluateConfig) -> "openai.AsyncOpenAI":
     """A client of `evaluate.endpoint`, for use in one event loop.
 
-    Raises ValueError without the package or the key, and for settings that hold the key.
+    Raises ValueError if the package or the key is missing, or if a setting holds the key.
     """
     if openai is None:
         raise ValueError(
-            "evaluate.endpoint: got no package openai, want it: pip install 'mgsd_jax[endpoint]'"
+            "evaluate.endpoint: package openai not found; pip install 'mgsd_jax[endpoint]'"
         )
     url, key = settings.endpoint, _key(settings)
     if not key and not url.startswith("http://"):
         raise ValueError(
-            f"{settings.endpoint_key}: got nothing in the environment, want the key of {url} "
+            f"{settings.endpoint_key}: not found in the environment; the key of {url} is required "
             "(evaluate.endpoint_key names the variable)"
         )
     # At lower levels they log what a server sends, which may hold the key.
@@ -127,7 +125,7 @@ def connect(settings: EvaluateConfig) -> "openai.AsyncOpenAI":
 
 
 def _key(settings: EvaluateConfig) -> str:
-    """The key, '' without one. Raises ValueError, which never shows it, where it stands elsewhere.
+    """The key, or ''. Raises ValueError if a setting holds it; the message does not show it.
 
     The settings are written beside the rows and shown in errors.
     """
@@ -140,7 +138,7 @@ def _key(settings: EvaluateConfig) -> str:
     key = os.environ.get(name, "")
     if not re.fullmatch(r"[!-~]*", key):
         raise ValueError(
-            f"{name}: got a key with a space, a line end or a letter that is not ASCII in it, want "
+            f"{name}: got a key with a space, a line end or a character that is not ASCII, want "
             "the bare key"
         )
     saved = json.dumps(config_lib.to_dict(settings))
@@ -160,7 +158,7 @@ def _key(settings: EvaluateConfig) -> str:
 
 
 def _clean(text: str, settings: EvaluateConfig) -> str:
-    """Text of a server without the key, be it plain, in a URL, in hex or inside of base64.
+    """A text of a server without the key, whether it is plain, or in a URL, hex or base64.
 
     Halves of surrogate pairs, which no file takes, become question marks.
     """
@@ -181,7 +179,7 @@ def _clean(text: str, settings: EvaluateConfig) -> str:
 def served_models(settings: EvaluateConfig) -> tuple[str, ...]:
     """The models to ask: those of `evaluate.endpoint_models`, else the one that is served.
 
-    Raises ValueError where the server cannot be asked, or serves several.
+    Raises ValueError if the server cannot be asked, or serves several.
     """
     client = connect(settings)
     if settings.endpoint_models:
@@ -194,11 +192,9 @@ def served_models(settings: EvaluateConfig) -> tuple[str, ...]:
 
     try:
         names = asyncio.run(listed())
-    except (openai.APIError, TimeoutError) as error:
-        raise ValueError(f"{where}: got {_said(error, settings)}, want a list of models") from None
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (openai.APIError, TimeoutError, *_BROKEN, *_OTHER) as error:
         raise ValueError(
-            f"{where}: got {_said(error, settings)}, want {{'data': [{{'id': ...}}]}}"
+            f"{where}: got {_said(error, settings)}, want a list, {{'data': [{{'id': ...}}]}}"
         ) from None
     if len(names) != 1:
         raise ValueError(
@@ -235,14 +231,13 @@ async def ask(
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
         _refuse_parameters(error, settings, sent)
         return Answer("", False, None, _said(error, settings))
-    # The last two are what reading broken JSON raises.
-    except (openai.APIError, TimeoutError, ValueError, RecursionError) as error:
+    except (openai.APIError, TimeoutError, *_BROKEN) as error:
         return Answer("", False, None, _said(error, settings))
     return _read(completion, settings)
 
 
 def _parameters(settings: EvaluateConfig, seed: int) -> dict[str, float]:
-    """What a request says of sampling: those of `evaluate.endpoint_parameters`; top_k where on."""
+    """The values of `evaluate.endpoint_parameters`, of top_k only if it is on."""
     sampling = settings.sampling
     values = {
         "max_tokens": sampling.max_new_tokens,
@@ -257,7 +252,7 @@ def _parameters(settings: EvaluateConfig, seed: int) -> dict[str, float]:
 
 
 def _refuse_parameters(error: Exception, settings: EvaluateConfig, sent: Collection[str]) -> None:
-    """Raises ValueError where the server says that it does not take a parameter that was sent."""
+    """Raises ValueError if the server says that it does not take a parameter that was sent."""
     said = _said(error, settings)
     named = [name for name in sent if re.search(rf"(?<!\w){name}(?!\w)", said)]
     if not named or not _NOT_TAKEN.search(said):
@@ -282,7 +277,7 @@ def _read(completion: "ChatCompletion", settings: EvaluateConfig) -> Answer:
     try:
         choice = completion.choices[0]
         content, finish = choice.message.content, choice.finish_reason
-    except (AttributeError, LookupError, TypeError):
+    except _OTHER:
         return _no_answer(getattr(completion, "error", None) or completion, tokens, settings)
     text, truncated = text_of(content), finish in _CUT_OFF
     if text is None:

@@ -227,11 +227,11 @@ def _endpoint_asker(name: str, config: Config, boards: Sequence[Board]) -> Asker
     def asker(job: Job) -> Iterator[list[tuple[int, Answer]]]:
         shown = shown_boards(boards, job.mode)
 
-        def question(place: int) -> endpoint.Question:
+        def question(place: int) -> tuple[list[prompts_lib.Message], int]:
             # Every board and try has noise of its own, the same when it is asked again.
             seeds = np.random.SeedSequence([config.seed, place, job.attempt])
             messages = ask(prompts, functools.partial(show, config.data), shown[place], job.mode)
-            return endpoint.Question(messages, int(seeds.generate_state(1)[0]) >> 1)
+            return messages, int(seeds.generate_state(1)[0]) >> 1
 
         for place, answer in endpoint.answers(config.evaluate, name, job.places, question):
             yield [(place, answer)]

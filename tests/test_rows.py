@@ -84,6 +84,17 @@ def test_boards_are_written_once_and_rows_are_small(
         assert row["task_text"] == rows.board_text(BOARDS[row["index"]])
 
 
+def test_a_board_file_is_made_once_for_all_answers(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Model(monkeypatch)
+    made: list[Board] = []
+    monkeypatch.setattr(rows, "board_text", lambda board: made.append(board) or "")
+    monkeypatch.setattr(evaluate, "_summarize", lambda _: None)
+    evaluate.run(make_config(), str(tmp_path))
+    assert made == BOARDS and len(lines(tmp_path / "evaluate")) == 4 * len(BOARDS)
+
+
 def test_cut_at_every_byte_and_resumed_it_is_the_whole_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgsd_jax.evaluation import summary
+from mgsd_jax.evaluation import summary, upstream, upstream_scores
 
 # As much of a board file as the public scorers read.
 TEXTS = {
@@ -313,6 +313,24 @@ def test_the_three_rule_sets_stand_side_by_side() -> None:
         assert rules[name]["tasks"] == {"maze": pytest.approx(np.mean(want))}
         ours = [flags[0] for flags in responses.values()]
         assert rules[name]["otherwise"] == sum(a != b for a, b in zip(want, ours, strict=True))
+
+
+def test_the_public_rule_sets_read_a_board_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once an answer; and the reward only where a response has a plan."""
+    read: list[bool] = []
+
+    def noted(*arguments: Any, as_record: bool) -> Any:
+        read.append(as_record)
+        return upstream.read_board(*arguments, as_record=as_record)
+
+    monkeypatch.setattr(upstream_scores, "read_board", noted)
+    rows = [
+        make_row(index=board, attempt=attempt, response="<answer>D</answer>" if board else "")
+        for board in range(2)
+        for attempt in range(3)
+    ]
+    summary.summarize(rows)
+    assert sorted(read) == [False, True, True]
 
 
 def test_the_modality_gap_has_an_interval_a_p_value_and_parts() -> None:

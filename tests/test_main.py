@@ -149,6 +149,14 @@ def test_a_wrong_argument_of_a_config_file_is_one_line(config: str, line: str) -
     assert line in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_recipe_goes_by_its_name_with_an_argument_too() -> None:
+    recipe = str(ROOT / "configs" / "qwen3vl.py")
+    assert main.load_config("qwen3vl:8b", []) == main.load_config(f"{recipe}:8b", [])
+    assert main.load_config("qwen3vl", []) == main.load_config(f"{recipe}:4b", [])
+    with pytest.raises(ValueError, match=r"--config qwen3vl:9b, line .*: size: got '9b', want 4b"):
+        main.load_config("qwen3vl:9b", [])
+
+
 def test_a_file_whose_name_has_a_colon_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.py:8b").write_text(pathlib.Path(NANO).read_text())
     assert main.load_config(str(tmp_path / "a.py:8b"), []) == main.load_config(NANO, [])

@@ -106,11 +106,14 @@ def run_blocks(
     return outputs
 
 
-def merge_taps(merger: nn.Module, mergers: Layers, taps: list[jax.Array]) -> jax.Array | None:
-    """[n_ds, rows, Q, D]: each deepstack merger applied to its tap; None without any."""
+def merge_taps(
+    merger: nn.Module, mergers: Layers, taps: list[jax.Array], merged: jax.Array
+) -> jax.Array:
+    """Deepstack features [n_ds, ...]: each merger applied to its tap, in the shape of `merged`."""
     pairs = zip(mergers, taps, strict=True)
-    merged = [cast(jax.Array, merger.apply(*pair)) for pair in pairs]
-    return jnp.stack(merged) if merged else None
+    deep = [cast(jax.Array, merger.apply(*pair)) for pair in pairs]
+    stack = jnp.stack(deep) if deep else jnp.zeros((0, *merged.shape), merged.dtype)
+    return stack.reshape(len(deep), *merged.shape)
 
 
 def tables_in_memory(angles: jax.Array, dtype: jnp.dtype) -> Tables:

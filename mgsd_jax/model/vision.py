@@ -137,12 +137,14 @@ class VisionTower(nn.Module):
             length=config.depth,
             remat=self.remat,
         )
+        merged = self._merge(x, pictures)
         if not config.deepstack_visual_indexes:
-            return self._merged(x, pictures, None)
+            return merged, jnp.zeros((0, *merged.shape), merged.dtype)
         merge_each = nn.vmap(
             lambda merger, tap: merger(tap), variable_axes=STACKED, split_rngs={"params": True}
         )
-        return self._merged(x, pictures, merge_each(self.deepstack_mergers, taps))
+        deep = merge_each(self.deepstack_mergers, taps)
+        return merged, deep.reshape(deep.shape[0], *merged.shape)
 
     def one_by_one(self, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
         """As a call, without a scan."""
@@ -150,12 +152,13 @@ class VisionTower(nn.Module):
         flat, x = self._embed(pictures)
         tables = cpu.tables_in_memory(self._angles(flat), jnp.dtype(jnp.float32))
         block = VisionBlock(config, self.dtype, self.kernel, parent=None)
-        merger = PatchMerger(config, self.dtype, norm_after_merge=True, parent=None)
-        blocks, mergers = (cpu.unstack(self.variables, x) for x in ("blocks", "deepstack_mergers"))
+        blocks = cpu.unstack(self.variables, "blocks")
         outputs = cpu.run_blocks(block, blocks, x, tables, flat.valid)
+        merged = self._merge(outputs[-1], pictures)
         taps = [outputs[index] for index in config.deepstack_visual_indexes]
-        deep = cpu.merge_taps(merger, mergers, taps)
-        return self._merged(outputs[-1], pictures, deep)
+        merger = PatchMerger(config, self.dtype, norm_after_merge=True, parent=None)
+        mergers = cpu.unstack(self.variables, "deepstack_mergers")
+        return merged, cpu.merge_taps(merger, mergers, taps, merged)
 
     def _embed(self, pictures: Pictures) -> tuple[Pictures, jax.Array]:
         """Pictures as rows [B * M, P, ...], and their embedded patches with position [.., Dv]."""
@@ -172,12 +175,7 @@ class VisionTower(nn.Module):
             flat.coords, head_dim=self.config.head_dim, theta=self.config.rope_theta
         )
 
-    def _merged(
-        self, x: jax.Array, pictures: Pictures, deep: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The last block's output merged, and merged taps [n_ds, rows, Q, D], each row by row."""
+    def _merge(self, x: jax.Array, pictures: Pictures) -> jax.Array:
+        """The last block's output [B * M, P, Dv] to features [B, M * Q, D]."""
         batch = pictures.patches.shape[0]
-        merged = self.merger(x).reshape(batch, -1, self.config.out_hidden_size)
-        if deep is None:
-            return merged, jnp.zeros((0, *merged.shape), merged.dtype)
-        return merged, deep.reshape(deep.shape[0], *merged.shape)
+        return self.merger(x).reshape(batch, -1, self.config.out_hidden_size)

@@ -443,7 +443,7 @@ def test_the_key_is_in_no_file_and_no_line_of_the_log(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (f"endpoint_key={KEY}", "evaluate.endpoint_key: got something else than NAME"),
+        (f"endpoint_key={KEY}", "evaluate.endpoint_key: got something else than a NAME"),
         (f"endpoint=https://u:{KEY}@host/v1", "evaluate: got the key of OPENAI_API_KEY in a"),
         (f"endpoint={KEY}", "evaluate: got the key of OPENAI_API_KEY in a setting"),
         (f"endpoint_models={KEY}", "evaluate: got the key of OPENAI_API_KEY in a setting"),

@@ -3,7 +3,7 @@
 import pathlib
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 from unittest import mock
 
 import pytest
@@ -88,3 +88,45 @@ def test_a_field_of_a_source_is_named(tmp_path: pathlib.Path, content: str, line
 def test_a_folder_in_place_of_a_file_is_none(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: not found, want a JSON object"):
         fields.read_json(tmp_path)
+
+
+class Inner(TypedDict):
+    count: int
+
+
+class Outer(TypedDict):
+    name: str | None
+    parts: list[str]
+    inner: Inner
+    note: NotRequired[str]
+
+
+GOOD = {"name": None, "parts": [1], "inner": {"count": 1, "more": 2}, "note": 5, "else": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, ""),
+        ({"name": "a"}, ""),
+        ({"name": 1}, "name: got 1, want str or null"),
+        ({"parts": ()}, "parts: got (), want list"),
+        ({"inner": None}, "inner: got None, want dict"),
+        ({"inner": {}}, "inner: got keys [], want ['count'] as well"),
+        ({"inner": {"count": True}}, "inner: count: got True, want int"),
+        ({"inner": {"count": 1.0}}, "inner: count: got 1.0, want int"),
+    ],
+)
+def test_a_record_has_the_required_keys_of_its_type(changes: dict[str, Any], line: str) -> None:
+    """Other keys, and what is inside of a list, are not looked at."""
+    if not line:
+        assert fields.check_record(GOOD | changes, Outer, "x") == GOOD | changes
+        return
+    with pytest.raises(ValueError) as raised:
+        fields.check_record(GOOD | changes, Outer, "x")
+    assert str(raised.value) == f"x: {line}"
+
+
+def test_all_absent_keys_of_a_record_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^x: got keys \['name'\], want \['parts', 'inner'\] as"):
+        fields.check_record({"name": ""}, Outer, "x")

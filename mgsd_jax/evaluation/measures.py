@@ -1,8 +1,7 @@
 """Measures over rows: rates with intervals, balanced means, paired comparisons of success.
 
-A measure is {"value", "low", "high", "n"}: a mean with its 95 % interval over n boards, values None
-where n is 0; a difference also has its "p_value". A board that was answered several times counts
-once, with the mean of its answers; so do boards of equal content, which are no further evidence.
+A board that was answered several times counts once, with the mean of its answers. So do boards of
+equal content: they are no further evidence. Intervals are at 95 %.
 """
 
 import math

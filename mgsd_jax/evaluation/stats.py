@@ -33,7 +33,7 @@ _Z = -statistics.NormalDist().inv_cdf(_TAILS[0])
 
 
 class Estimate(NamedTuple):
-    """A value with its interval over n boards; NaN where it is not defined."""
+    """A value with its interval over n boards; NaN if it is not defined."""
 
     value: float
     low: float
@@ -100,7 +100,7 @@ def paired_difference(ours: Strata, theirs: Strata) -> Difference:
 
     Values are paired by task, level and place. The interval is of a bootstrap over the boards of
     each stratum, both measures of a board drawn together; `p_value` is the smallest level whose
-    interval leaves out 0, at least 2 / (DRAWS + 1). Raises ValueError where the boards differ.
+    interval leaves out 0, at least 2 / (DRAWS + 1). Raises ValueError if the boards differ.
     """
     means, samples, n = _bootstrap((ours, theirs))
     value, differences = means[0] - means[1], samples[:, 0] - samples[:, 1]
@@ -114,9 +114,9 @@ def paired_difference(ours: Strata, theirs: Strata) -> Difference:
 def gap_closed(base: Strata, ceiling: Strata, ours: Strata) -> Estimate:
     """Return (ours - base) / (ceiling - base) of macro means on the same boards.
 
-    1: the gap is closed, 0: as base; below 0 and above 1 happen. NaN where there is no gap
-    (ceiling <= base); NaN limits where so many draws of the bootstrap have none that the interval
-    would have no end. Pairing and errors as in `paired_difference`.
+    1 means that the gap is closed, 0 that nothing is gained; values below 0 and above 1 happen. NaN
+    if there is no gap (ceiling <= base). The limits are NaN if so many draws of the bootstrap have
+    no gap that the interval would have no end. Pairing and errors as in `paired_difference`.
     """
     means, samples, n = _bootstrap((base, ceiling, ours))
     gap, gaps = means[1] - means[0], samples[:, 1] - samples[:, 0]
@@ -148,8 +148,8 @@ def over_runs(runs: Sequence[Strata]) -> Estimate:
 def runs_difference(ours: Sequence[Strata], theirs: Sequence[Strata]) -> Difference:
     """Return the mean difference of runs that share their boards and, one by one, their seeds.
 
-    The interval is as in `over_runs`, the p-value that of Student's t at the interval's width. One
-    run each: `paired_difference`. Raises ValueError where the numbers of runs differ.
+    The interval is as in `over_runs`, the p-value that of Student's t at the interval's width. For
+    one run each it is `paired_difference`. Raises ValueError if the numbers of runs differ.
     """
     if len(ours) != len(theirs):
         raise ValueError(f"got {len(ours)} and {len(theirs)} runs, want as many of both")
@@ -194,7 +194,7 @@ def pass_at_k(n: int, successes: int, k: int) -> float:
 def _weighted(parts: Sequence[Strata]) -> list[tuple[float, np.ndarray]]:
     """[(weight in the macro mean, values [k, n])] of the strata of k measures of the same boards.
 
-    Raises ValueError naming the stratum where boards are missing, or values are not in 0..1.
+    Raises ValueError with the stratum if boards are missing or values are not in 0..1.
     """
     sizes = [
         {(task, level): len(part[task][level]) for task in part for level in part[task]}

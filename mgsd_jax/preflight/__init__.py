@@ -126,7 +126,7 @@ def find_chip(mesh: Mesh) -> Chip:
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError where a training batch, or a microbatch of it, does not split."""
+    """Raises ValueError if a training batch, or a microbatch, does not split over the mesh."""
     for stage in config.preflight.stages:
         if stage == "grounding":
             rows, parts = config.grounding.batch_size, config.grounding.microbatches

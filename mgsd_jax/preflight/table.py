@@ -17,15 +17,15 @@ class Result:
     name: str  # 'distillation/update'
     compile_seconds: float
     compile_cpu_seconds: float  # of all threads of the compiler
-    resident: float  # held meanwhile besides the program's own arguments
+    resident: float  # of arrays that are held meanwhile but are not its arguments
     flops: float  # of one chip in one call
     seconds: dict[str, float]  # arithmetic, memory, links, each at its peak
     tokens: int  # of the batch
-    arguments: float | None = None  # None where the compiler gave up
+    arguments: float | None = None  # None if the compiler gave up
     temporaries: float | None = None
     host: float | None = None  # in the host's memory, for one chip
     peak: float | None = None  # of the program, arguments included
-    error: str | None = None  # the compiler's first words where it failed for another reason
+    error: str | None = None  # the compiler's first line if it failed for another reason
 
     @property
     def total(self) -> float | None:

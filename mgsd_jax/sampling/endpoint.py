@@ -132,7 +132,7 @@ def _key(settings: EvaluateConfig) -> str:
     name = settings.endpoint_key
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         raise ValueError(
-            "evaluate.endpoint_key: got something else than NAME (not shown here: it may be the "
+            "evaluate.endpoint_key: got something else than a NAME (not shown here: it may be the "
             "key), want the name of the environment variable that holds the key, in capitals"
         )
     key = os.environ.get(name, "")

@@ -299,7 +299,7 @@ def test_diffthinker_names_are_checked(tmp_path: pathlib.Path) -> None:
         benchmarks.read_benchmark(tmp_path)
     (tmp_path / "Maze/32_test/32_9_001.txt").unlink()
     (folder / "notes.txt").unlink()
-    with pytest.raises(ValueError, match=r"32_test: got no boards"):
+    with pytest.raises(ValueError, match=r"32_test: no boards found"):
         benchmarks.read_benchmark(tmp_path)
 
 

@@ -485,7 +485,7 @@ def test_wrong_fields_raise(
 def test_no_template_raises(tmp_path: Path):
     write_processor_folder(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match=r"chat template: got none, want chat_template\.jinja"):
+    with pytest.raises(ValueError, match=r"chat template: not found, want chat_template\.jinja"):
         load_processor(tmp_path)
 
 

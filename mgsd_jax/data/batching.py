@@ -1,8 +1,7 @@
 """Unpadded sequences to host batches of static shape: padding, masks, targets.
 
 Axes: B batch, M pictures a row, P patches a picture, C patch channels, Q = P / merge^2 merged
-tokens a picture, T tokens. This is the one place that pads: shapes depend on the arguments and on
-the patch bucket of a batch only, and nothing is ever cut off to fit.
+tokens a picture, T tokens, R response tokens. Sequences are padded here alone, and never cut.
 """
 
 from collections.abc import Sequence
@@ -27,14 +26,14 @@ class GroundingBatch(NamedTuple):
 
 
 class References(NamedTuple):
-    """Right responses for some rows of a batch, R tokens long."""
+    """Right responses for some rows of a batch, padded to R tokens."""
 
     tokens: np.ndarray  # [B, R] int32
-    mask: np.ndarray  # [B, R] bool, True through the end token; nowhere in a row without one
+    mask: np.ndarray  # [B, R] bool, True up to the end token; all False in a row without one
 
 
 class PromptBatch(NamedTuple):
-    """The same states as the student and as the teacher is asked about them."""
+    """Prompts of the student and of the teacher about the same states, row by row."""
 
     student: Inputs  # left-padded
     teacher: Inputs  # left-padded
@@ -82,12 +81,12 @@ def to_inputs(
     max_pictures: int,
     patch_channels: int | None = None,
 ) -> Inputs:
-    """Pad sequences to T = `length` on one side, and their pictures to M = `max_pictures` a row.
+    """Sequences padded to T = `length` on one side, and their pictures to M = `max_pictures` a row.
 
     P is the smallest of `patch_buckets` that holds the largest picture. Rows with fewer pictures
-    get zeros. A batch without any has `pictures=None`, or all zeros where `patch_channels` (C) is
-    given and `max_pictures` is not 0: mixed streams keep one shape so. Positions are 0 at padding.
-    Raises ValueError for a row that is too long or has too many pictures, or a picture too large.
+    get zeros. A batch without pictures has `pictures=None`; where `patch_channels` (C) is given and
+    `max_pictures` is not 0 it has zeros instead, so that batches with and without pictures have one
+    shape. Positions are 0 at padding. Raises ValueError for a row or a picture that does not fit.
     """
     tokens = np.full((len(rows), length), pad_id, np.int32)
     positions = np.zeros((3, len(rows), length), np.int32)

@@ -23,7 +23,7 @@ def draw_picture(data: DataConfig, board: Board) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How a board becomes token ids and patches."""
+    """Turns boards into token ids and patches."""
 
     processor: Processor
     prompts: Prompts

@@ -1,4 +1,4 @@
-"""Pictures to patches, by a checkpoint's picture settings.
+"""Pictures to patches, with the picture settings of a checkpoint.
 
 Axes: P patches, C = 3 * temporal_patch_size * patch_size^2 patch channels.
 """
@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,12 +18,12 @@ from mgsd_jax.checks.fields import expect, field, optional, positive, read_json,
 from mgsd_jax.checks.ranges import shown
 from mgsd_jax.data.positions import Grid
 
-# What transformers' Qwen2VLImageProcessor does where its file says nothing.
+# Defaults of transformers' Qwen2VLImageProcessor.
 DEFAULT_RESCALE = 1 / 255
 DEFAULT_RESAMPLE = Image.Resampling.BICUBIC
-MOST_PIXELS = 2**26  # more than any model reads; a larger picture is a mistake, or a bomb
+MOST_PIXELS = 2**26  # no model reads more; a larger picture is a mistake or a decompression bomb
 PROCESSOR_TYPES = tuple(f"Qwen2VLImageProcessor{kind}" for kind in ("", "Fast", "Pil"))
-# What the pictures' settings and the model's `vision_config` call the same sizes.
+# Names of the same sizes in the picture settings and in the model's `vision_config`.
 MODEL_SIZES = {
     "patch_size": "patch_size",
     "temporal_patch_size": "temporal_patch_size",
@@ -96,7 +95,8 @@ def cut_patches(pixels: np.ndarray, settings: PictureSettings) -> tuple[np.ndarr
         picture = Image.fromarray(pixels)
         pixels = np.asarray(picture.resize((width, height), Image.Resampling(settings.resample)))
     rows, columns = height // size, width // size
-    # Bytes are put in order before they grow to floats, and looked up rather than computed.
+    # Bytes are rearranged before they become floats four times as large, and normalised by a table
+    # of the 256 possible values.
     cells = pixels.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
     cells = np.ascontiguousarray(cells.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(3, -1, size * size)
     patches = np.empty((rows * columns, 3, settings.temporal_patch_size, size * size), np.float32)
@@ -120,7 +120,7 @@ def open_picture(file: str | io.BytesIO, name: object) -> Image.Image:
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(f"{picture.width}x{picture.height}, over {MOST_PIXELS} pixels")
         picture.load()
-    # Pillow has no common error: broken text chunks are ValueErrors, broken headers SyntaxErrors.
+    # Pillow has no error of its own: broken text chunks are ValueErrors, headers SyntaxErrors.
     except (
         *(OSError, SyntaxError, ValueError),
         *(Image.DecompressionBombError, Image.DecompressionBombWarning),
@@ -138,11 +138,10 @@ def read_picture(path: str, size: int) -> np.ndarray:
     return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def load_picture_settings(folder: Path, config: Mapping[str, Any]) -> PictureSettings:
+def load_picture_settings(folder: Path, config: Mapping[str, object]) -> PictureSettings:
     """Settings of a checkpoint folder, whose config.json holds `config`.
 
-    Raises ValueError naming file and field, got and want, also where they cut other patches than
-    the model reads.
+    Raises ValueError naming file and field, also where the patches are not of the model's size.
     """
     # transformers 5 saves a processor as one nested file, and prefers it where both exist.
     path, settings = folder / "processor_config.json", None
@@ -195,7 +194,7 @@ def _pixel_table(settings: PictureSettings) -> np.ndarray:
 
 
 def _three(
-    settings: Mapping[str, Any], name: str, path: Path, *, is_positive: bool = False
+    settings: Mapping[str, object], name: str, path: Path, *, is_positive: bool = False
 ) -> tuple[float, float, float]:
     values = field(settings, name, list, path)
     if (

@@ -1,4 +1,4 @@
-"""Where tokens and patches stand: M-RoPE positions, table interpolation, 2-D RoPE coordinates.
+"""Positions of tokens and patches: M-RoPE, table interpolation, 2-D RoPE coordinates.
 
 Axes: T tokens, P patches. A grid is (frames, rows, columns) in patches; a picture has one frame.
 Patches come in merge-block order: the merge^2 patches of one merged token are adjacent, blocks and
@@ -18,7 +18,7 @@ Grid = tuple[int, int, int]
 
 
 class Interpolation(NamedTuple):
-    """How one picture's patches read the learned position table, and where they stand."""
+    """How the patches of a picture read the learned position table, and their coordinates."""
 
     index: np.ndarray  # [P, 4] int32, rows of the table (top-left, top-right, bottom-left, -right)
     weight: np.ndarray  # [P, 4] float32, bilinear weights, each row sums to 1
@@ -26,7 +26,7 @@ class Interpolation(NamedTuple):
 
 
 def token_count(grid: Grid, merge_size: int) -> int:
-    """How many merged tokens a picture of this grid takes in the sequence."""
+    """The number of merged tokens that a picture of this grid takes in the sequence."""
     frames, rows, columns = grid
     return frames * (rows // merge_size) * (columns // merge_size)
 

@@ -1,8 +1,8 @@
-"""Messages to model inputs, by a checkpoint's own tokenizer, chat template and picture settings.
+"""Messages to token ids and patches, with the settings of a checkpoint.
 
 Axes: T tokens, R tokens of an answer, P patches, C patch channels.
-Token ids and patches equal those of transformers' Qwen3VLProcessor with its PIL picture processor,
-bit for bit; the tests compare them.
+Ids and patches equal those of transformers' Qwen3VLProcessor with its PIL picture processor bit for
+bit; the tests compare them.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Processor:
-    """Everything between messages and model inputs that belongs to a checkpoint."""
+    """The part of a checkpoint that turns messages into model inputs."""
 
     tokenizer: PreTrainedTokenizerFast
     chat_template: str
@@ -64,9 +64,9 @@ class Processor:
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """Read a checkpoint folder's tokenizer, template, picture settings and token ids.
+    """Reads tokenizer, chat template, picture settings and token ids of a checkpoint folder.
 
-    Raises ValueError naming the file and field, got and want, where one is missing or broken.
+    Raises ValueError naming file and field where one is missing or wrong.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -101,7 +101,7 @@ def encode(
 
     A message's content is a string or a list of {'type': 'text', 'text': str} and
     {'type': 'image', 'image': uint8 [height, width, 3]}. Raises ValueError for any other part, and
-    where the rendered text has an image or video token that no picture of the messages stands for.
+    where the text of a message contains image or video tokens of its own.
     """
     rendered, arrays = _without_pixels(messages)
     text = template_lib.render(
@@ -116,7 +116,7 @@ def encode(
     if not arrays:
         return Encoded(tokens, ())
 
-    # The template writes one image token a picture; the model reads one a merged patch.
+    # The template writes one image token per picture; the model reads one per merged patch.
     settings = processor.pictures
     cut = [cut_patches(array, settings) for array in arrays]
     counts = [token_count(grid, settings.merge_size) for _, grid in cut]
@@ -145,9 +145,9 @@ def encode_answer(processor: Processor, answer: str) -> np.ndarray:
 def encode_example(
     processor: Processor, prompt_messages: Sequence[Message], answer: str
 ) -> tuple[Encoded, int]:
-    """A prompt with its generation prefix and then the answer's tokens; and the prompt's length.
+    """The tokens of a prompt and of an answer to it, and the length of the prompt.
 
-    The answer is tokenised by itself, so it cannot merge with the prefix: a rollout could not.
+    The answer is tokenised by itself: a sampled one could not merge with the prefix either.
     """
     prompt = encode(processor, prompt_messages, add_generation_prompt=True)
     tokens = np.concatenate([prompt.tokens, encode_answer(processor, answer)])
@@ -161,8 +161,8 @@ def _tokenise(processor: Processor, text: str) -> np.ndarray:
 
 def _without_pixels(
     messages: Sequence[Message],
-) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """The messages as a template reads them, and the pictures taken out of them in order."""
+) -> tuple[list[Message], list[np.ndarray]]:
+    """The messages without pixels, as a template reads them, and their pictures in order."""
     rendered, arrays = [], []
     for message in messages:
         content = message["content"]
@@ -181,7 +181,7 @@ def _without_pixels(
     return rendered, arrays
 
 
-def _load_table_side(folder: Path, config: Mapping[str, Any]) -> int:
+def _load_table_side(folder: Path, config: Mapping[str, object]) -> int:
     path, name = folder / "config.json", "vision_config.num_position_embeddings"
     rows = whole(config, name, path)
     side = math.isqrt(rows)

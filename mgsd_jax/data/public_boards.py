@@ -113,7 +113,7 @@ def _match(path: pathlib.Path, pattern: str, example: str = "") -> re.Match[str]
 
 def _sorted(cases: Sequence[Case], folder: pathlib.Path) -> list[Case]:
     if not cases:
-        raise ValueError(f"{folder}: got no boards, want .txt files of them")
+        raise ValueError(f"{folder}: no boards found, want .txt files")
     return sorted(cases, key=lambda case: case.board.index)
 
 

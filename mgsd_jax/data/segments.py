@@ -41,7 +41,7 @@ def _join(pieces: Sequence[bytes]) -> tuple[str, list[Span]]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts: list[str] = []
     spans: list[Span] = []
-    done = 0  # characters that are complete
+    done = 0  # number of complete characters so far
     for piece in pieces:
         start = done
         texts.append(decoder.decode(piece))
@@ -77,8 +77,8 @@ def decode_rows(processor: Processor, tokens: np.ndarray, mask: np.ndarray) -> l
 def segments(processor: Processor, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """The index in `prompts.SEGMENTS` of every response token [B, R], -1 where not valid.
 
-    A token belongs to the most telling part that it touches. An end token has no text of its own:
-    it is format wherever it stands.
+    A token that touches several parts belongs to the first of them in SEGMENTS. An end token has no
+    text: it counts as format.
     """
     groups = np.full(tokens.shape, -1, np.int32)
     empty = len(prompts_lib.SEGMENTS) - 1

@@ -1,11 +1,10 @@
-"""A checkpoint's chat template: where it stands, and conversations written by it."""
+"""Chat templates of checkpoints: loading one, and writing conversations with it."""
 
 import contextlib
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
@@ -18,9 +17,9 @@ HEADROOM = 2**29  # bytes that a template may take when it is tried
 
 
 def load_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The chat template, from the first of the places in the order of transformers' processor.
+    """The chat template of a folder, searched for in the order of transformers' processor.
 
-    Raises ValueError where there is none, or one that fails on a short conversation.
+    Raises ValueError where there is none, or where it fails on a short conversation.
     """
     legacy, plain = folder / "chat_template.json", folder / "chat_template.jinja"
     if legacy.exists():
@@ -36,7 +35,7 @@ def load_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
             template = template.get("default")
     if not isinstance(template, str):
         raise ValueError(
-            f"{folder}: chat template: got none, want chat_template.jinja, chat_template.json "
+            f"{folder}: chat template: not found, want chat_template.jinja, chat_template.json "
             "or chat_template in tokenizer_config.json"
         )
     picture = [{"type": "image"}, {"type": "text", "text": "A question"}]
@@ -48,13 +47,13 @@ def load_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
 def render(
     tokenizer: PreTrainedTokenizerFast,
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, object]],
     *,
     is_prompt: bool,
 ) -> str:
-    """The conversation as text, as transformers writes it; a prompt ends where an answer begins.
+    """The conversation as text, equal to transformers' own; a prompt ends where an answer begins.
 
-    Raises ValueError naming the checkpoint's folder for whatever a template may do wrong.
+    Raises ValueError naming the checkpoint's folder for any failure of the template.
     """
     source = f"{tokenizer.name_or_path}: chat template"
     if len(template) > MOST_CHARACTERS:
@@ -68,7 +67,7 @@ def render(
             tokenize=False,
             add_generation_prompt=is_prompt,
         )
-    # A template runs expressions of its own: these are the errors that expressions end in.
+    # A template is a program: these are the errors that its expressions can raise.
     except (
         *(jinja2.TemplateError, SyntaxError, TypeError, ValueError, AttributeError, LookupError),
         *(ArithmeticError, AssertionError, RecursionError, MemoryError),
@@ -96,11 +95,11 @@ def opens_thought(tokenizer: PreTrainedTokenizerFast, template: str) -> bool:
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[None]:
-    """Lets the process take HEADROOM more memory and then raises MemoryError, on Linux.
+    """On Linux, raises MemoryError where the process takes more than HEADROOM more memory.
 
-    jinja2's sandbox bounds what a template may call, but not how long a string it may make: ten
-    billion characters are made before any length can be looked at. The limit is that of the whole
-    process, so a template is tried once, while nothing else is under way.
+    jinja2's sandbox restricts what a template may call, but not the length of the strings that it
+    makes: an expression can fill the memory before any length is checked. The limit applies to the
+    whole process, so each template is tried once, while nothing else runs.
     """
     if sys.platform != "linux":
         yield

@@ -11,7 +11,7 @@ from mgsd_jax.checks.fields import LARGEST, Kind, expect, field, optional, read_
 from mgsd_jax.checks.ranges import shown
 from mgsd_jax.data import template as template_lib
 
-# What of tokenizer_config.json has to be of a kind before transformers is let at it.
+# Types of fields in tokenizer_config.json; transformers fails on other types in many ways.
 TOKENIZER_FIELDS: dict[str, Kind] = {
     "tokenizer_class": (str, NoneType),
     "added_tokens_decoder": dict,
@@ -25,6 +25,11 @@ TOKENIZER_FIELDS: dict[str, Kind] = {
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, which neither truncates nor pads.
+
+    Raises ValueError naming the file, and the field where it is known, unless transformers can
+    read it as a fast tokenizer whose added tokens are those that tokenizer_config.json lists.
+    """
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     for name, kind in TOKENIZER_FIELDS.items():
@@ -45,7 +50,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "and the files beside it, want those of a tokenizer"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{folder}: tokenizer: got {type(tokenizer).__name__}, want a fast one")
+        raise ValueError(
+            f"{folder}: tokenizer: got {type(tokenizer).__name__}, want a fast tokenizer"
+        )
     for name, text in added.items():
         found = tokenizer.convert_ids_to_tokens(int(name))
         if found != text:
@@ -53,14 +60,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
                 f"{path}: added_tokens_decoder: {name}: got {shown(text)}, want "
                 f"{shown(found)} as in the tokenizer's own file"
             )
-    # A saved file may ask for either, and then long prompts would lose tokens in silence.
+    # A saved file may ask for either; long prompts would then silently lose tokens.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def _added_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """The tokens of tokenizer_config.json by their ids, each of them and its switches checked."""
+    """The added tokens of tokenizer_config.json by id; checks each of them and its switches."""
     tokens = {}
     for name, token in settings.get("added_tokens_decoder", {}).items():
         source = f"{path}: added_tokens_decoder: {name}"
@@ -81,7 +88,7 @@ def _added_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 
 def load_eos_ids(
-    folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
+    folder: Path, config: Mapping[str, object], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[int, ...]:
     """Ids that end a response: the generation file's, else the config's, else the tokenizer's."""
     path = folder / "generation_config.json"
@@ -103,6 +110,7 @@ def load_eos_ids(
 
 
 def load_pad_id(folder: Path, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that fills padded positions. Raises ValueError where the tokenizer names none."""
     if not isinstance(tokenizer.pad_token_id, int):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: pad_token: got {tokenizer.pad_token!r}, "
@@ -130,12 +138,14 @@ def find_end_of_turn(
 
 def load_token_id(
     folder: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     tokenizer: PreTrainedTokenizerFast,
     name: str,
     text: str,
 ) -> int:
-    # Twice in a row, since image tokens are repeated after tokenising rather than before.
+    """The id of a special token, which has to be the one under `name` in config.json, if any."""
+    # Two in a row must stay two ids: `encode` repeats image tokens after tokenising, where
+    # transformers repeats their text before it.
     ids = tokenizer.backend_tokenizer.encode(text + text, add_special_tokens=False).ids
     if len(ids) != 2 or ids[0] != ids[1]:
         raise ValueError(f"{folder}: tokenizer: {text}: got ids {ids} for two, want one id twice")
@@ -149,11 +159,11 @@ def load_token_id(
 _PLAIN = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 
-def for_all_readers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a tokenizer_config.json such that transformers 4.57 and 5 read it alike.
+def for_all_readers(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a tokenizer_config.json in a form that transformers 4.57 and 5 read alike.
 
-    5 saves a class that 4.57 does not have, extra special tokens as a list where 4.57 wants them by
-    name, and the named ones elsewhere. What is not of that kind stays as it is.
+    Version 5 saves a class that 4.57 does not have, and lists extra special tokens that 4.57 looks
+    up by name. All other settings stay as they are.
     """
     changed = dict(settings)
     extra = settings.get("extra_special_tokens", {})
@@ -168,6 +178,6 @@ def for_all_readers(settings: Mapping[str, Any]) -> dict[str, Any]:
             changed["additional_special_tokens"] = extra
     if settings.get("tokenizer_class") == "TokenizersBackend":
         changed["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # that class would else make token types, which Qwen3-VL does not take
+        # Otherwise that class would also make token types, which Qwen3-VL does not take.
         changed["model_input_names"] = ["input_ids", "attention_mask"]
     return changed

@@ -289,7 +289,7 @@ def line_env() -> base.Env[LineState]:
         labels={"player": "player", "goal": "goal"},
         wording=lines,
         generate=generate_line,
-        count_states=lambda level: level * (level - 1),
+        count=lambda level: level * (level - 1),
         key=lambda state: f"line:{state}",
         paths=paths,
         refuse=lambda state, node, action: (None, "off_line"),

@@ -125,7 +125,7 @@ def test_a_level_with_too_few_boards_says_exactly_how_many() -> None:
 
 
 def test_a_level_of_unknown_size_says_how_many_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncounted = dataclasses.replace(ENVS["minibehaviour"], count_states=lambda level: None)
+    uncounted = dataclasses.replace(ENVS["minibehaviour"], count=lambda level: None)
     monkeypatch.setitem(ENVS, "minibehaviour", uncounted)
     splits._every_board.cache_clear()
     with pytest.raises(ValueError, match=r"got only \d+ boards .*were found"):

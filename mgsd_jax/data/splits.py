@@ -20,6 +20,7 @@ SHARES: dict[Split, int] = {"train": 80, "val": 10, "test": 10}  # percent of al
 _MAX_REDRAWS = 10_000
 # Drawing has stalled after this many repeats in a row, or three times the boards met so far.
 _MIN_REPEATS = 2_000
+_STALLED = "drawing gave repeats alone"
 # Levels with at most this many boards are listed in full where drawing stalls.
 _LISTABLE = 20_000
 
@@ -63,8 +64,7 @@ def draw(
 
     Boards of other splits and boards whose key is in `exclude` are drawn again. Boards repeat
     from index to index where a level has few of them; `unique_boards` gives distinct ones.
-    Raises ValueError on a name, level, seed or index out of
-    range, and where no board can be found.
+    Raises ValueError on a name, level, seed or index out of range, and where no board is found.
     """
     _check(task, split, seed, index)
     env = ENVS[task]
@@ -104,7 +104,17 @@ def unique_boards(
     repeats = 0
     while len(found) < count:
         if repeats > max(_MIN_REPEATS, 3 * len(seen)):
-            return _fill(task, level, split, count, found, seen, exclude)
+            rest, has = _unseen(task, level, split, seen, exclude)
+            if len(found) + len(rest) < count:
+                got = f"{'exactly' if has else 'only'} {len(found) + len(rest)}"
+                total = (
+                    f"the level has {has}" if has else f"{len(seen)} were found until {_STALLED}"
+                )
+                raise ValueError(
+                    f"{task} level {level} {split}: got {got} boards that belong to the split and "
+                    f"are not excluded ({total}), want {count}; ask for fewer or for a higher level"
+                )
+            return found + rest[: count - len(found)]
         state = env.generate(rng, level)
         key = env.key(state)
         repeats += 1
@@ -116,32 +126,18 @@ def unique_boards(
     return found
 
 
-def _fill(
-    task: str,
-    level: int,
-    split: Split,
-    count: int,
-    found: list[Any],
-    seen: set[str],
-    exclude: frozenset[str],
-) -> list[Any]:
-    """`count` boards where drawing has stalled: the rare rest is taken from the list of all."""
+def _unseen(
+    task: str, level: int, split: Split, seen: set[str], exclude: frozenset[str]
+) -> tuple[list[Any], int | None]:
+    """The boards of a split that drawing has not met, and the number of boards of the level.
+
+    [] and None where a level has no list of all boards.
+    """
     every = _every_board(task, level)
     if every is None:
-        got, has = f"only {len(found)}", f"{len(seen)} were found until drawing gave repeats alone"
-    else:
-        rest = [
-            every[key]
-            for key in every
-            if key not in seen and key not in exclude and split_of(key) == split
-        ]
-        if len(found) + len(rest) >= count:
-            return found + rest[: count - len(found)]
-        got, has = f"exactly {len(found) + len(rest)}", f"the level has {len(every)}"
-    raise ValueError(
-        f"{task} level {level} {split}: got {got} boards that belong to the split and are not "
-        f"excluded ({has}), want {count}; ask for fewer or for a higher level"
-    )
+        return [], None
+    left = [key for key in every if key not in seen and key not in exclude]
+    return [every[key] for key in left if split_of(key) == split], len(every)
 
 
 @functools.cache

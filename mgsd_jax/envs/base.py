@@ -109,7 +109,7 @@ class Env(Generic[State]):
     labels: Mapping[str, str]
     wording: Wording
     generate: Callable[..., State]  # (rng, level)
-    count_states: Callable[[int], int | None]  # how many boards a level has, None: not counted
+    count: Callable[[int], int | None]  # how many boards a level has, None: not counted
     key: Callable[[State], str]  # the board as one line, equal for equal boards only
     paths: Callable[[State], Paths]
     # (state, node, action that the graph lacks) -> next node and reason to stop: see `search.run`
@@ -144,6 +144,11 @@ class Env(Generic[State]):
         if level not in self.levels:
             low, high = self.levels[0], self.levels[-1]
             raise ValueError(f"{self.name} level: got {level}, want {low} to {high}")
+
+    def count_states(self, level: int) -> int | None:
+        """How many boards `generate` can return, None where they are not counted."""
+        self.check_level(level)
+        return self.count(level)
 
     # Plans.
 

@@ -133,11 +133,6 @@ def _draw_ends(
     return None
 
 
-def _count_states(level: int) -> int | None:
-    ENV.check_level(level)
-    return _COUNTS.get(level)
-
-
 def _key(state: FrozenLakeState) -> str:
     return f"{ENV.name}:{'/'.join(state.rows)}"
 
@@ -263,7 +258,7 @@ ENV: base.Env[FrozenLakeState] = base.Env(
         answer="UR",
     ),
     generate=generate,
-    count_states=_count_states,
+    count=_COUNTS.get,
     key=_key,
     paths=_paths,
     refuse=_refuse,

@@ -115,9 +115,8 @@ def _table_at(top: int, left: int) -> tuple[Cell, ...]:
     return tuple((top + r, left + c) for r in range(_TABLE_ROWS) for c in range(_TABLE_COLUMNS))
 
 
-def _count_states(level: int) -> int | None:
-    """How many boards `generate` can return: tables, then printers, then agents."""
-    ENV.check_level(level)
+def _count(level: int) -> int:
+    """Tables, then printers, then agents."""
     tables = (level - _TABLE_ROWS + 1) * (level - _TABLE_COLUMNS + 1)
     floor = level * level - _TABLE_ROWS * _TABLE_COLUMNS
     return tables * floor * (floor - 1)
@@ -375,7 +374,7 @@ ENV: base.Env[MiniBehaviourState] = base.Env(
         answer="U,PICK,R,DROP",
     ),
     generate=generate,
-    count_states=_count_states,
+    count=_count,
     key=_key,
     paths=_paths,
     refuse=_refuse,

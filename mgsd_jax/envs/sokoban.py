@@ -187,11 +187,6 @@ def _has_dead_box(state: SokobanState) -> bool:
     return any(_number(state.size, cell) not in alive for cell in state.boxes)
 
 
-def _count_states(level: int) -> int | None:
-    ENV.check_level(level)
-    return _COUNTS.get(level)
-
-
 def _rows(state: SokobanState) -> list[str]:
     letters = {cell: "-" for cell in _inner_cells(state.size)}
     letters |= dict.fromkeys(state.walls, "#") | dict.fromkeys(state.targets, ".")
@@ -362,7 +357,7 @@ ENV: base.Env[SokobanState] = base.Env(
         answer="RU",
     ),
     generate=generate,
-    count_states=_count_states,
+    count=_COUNTS.get,
     key=_key,
     paths=_paths,
     refuse=_refuse,

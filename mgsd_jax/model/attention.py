@@ -3,9 +3,9 @@
 Axes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head width.
 
 The kernel follows from the devices that a program is compiled for (`kernel_for`), not from the
-host: the devices of a TPU topology say 'tpu' on a machine without one. `jax.lax.platform_dependent`
-would decide later, but its branches share their residuals, and so the [T, S] weights of the XLA
-form would be carried through the backward pass of the other ones.
+host: a program for a TPU topology gets splash on a machine without a TPU. The branches of
+`jax.lax.platform_dependent` would share their residuals, so that the [T, S] weights of plain
+attention would be carried through the backward pass of the kernels.
 """
 
 import dataclasses
@@ -84,13 +84,13 @@ def _dense_mask(valid: jax.Array, q: jax.Array, causal: bool) -> jax.Array:
 
 
 def _shard(kernel: Kernel, run: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`run(q, k, v, valid)` on every device's own rows and heads, which need no others."""
+    """`run(q, k, v, valid)` on each device for its own rows and heads."""
     mesh = kernel.mesh
     if mesh is None:
         return run(*arrays)
-    # As far as they divide: rows or heads that do not are computed everywhere.
+    # Rows or heads that the axes do not divide are computed on every device.
     spec = axes.fit(P(axes.BATCH, None, "tensor"), arrays[1].shape, mesh)
-    # The kernel's own loops say nothing of how their values vary over the mesh: not checked.
+    # Not checked: the loops of a kernel do not declare how their values vary over the mesh.
     sharded = jax.shard_map(
         run,
         mesh=mesh,
@@ -106,8 +106,8 @@ def _attend_splash(
 ) -> jax.Array:
     """The Pallas kernel for TPUs: no [T, S] array outside the chip's vector memory.
 
-    Padding is a segment of its own, so every query sees at least itself. T is padded to whole
-    blocks; any H will do, the compiler fills its lanes.
+    Padding is a segment of its own, so that every query attends at least to itself. T is padded to
+    whole blocks. H may be any width: the compiler pads it to the lanes of a vector.
     """
     length, heads, width = q.shape[1:]
     block, padded = _block(length)

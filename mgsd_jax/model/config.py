@@ -134,9 +134,9 @@ class ModelConfig:
     def from_hf(cls, config: Json, *, source: str = "config.json") -> "ModelConfig":
         """The configuration in `config`, a parsed `config.json` of transformers 4.57 or 5.
 
-        Keys that do not change the mathematics are ignored. Raises ValueError naming `source` and
-        key where one is missing or of the wrong kind, and for values that ask for mathematics not
-        written here (another activation, attention biases, scaled RoPE, quantised weights).
+        Keys that do not change the mathematics are ignored. Raises ValueError, naming `source` and
+        key, if one is missing or of the wrong kind, or asks for mathematics that this package does
+        not have (another activation, attention biases, scaled RoPE, quantised weights).
         """
         expect(config, "model_type", ["qwen3_vl"], source)
         text, vision = (
@@ -159,7 +159,7 @@ class ModelConfig:
         """A `config.json` that both transformers 4.57 and 5 read as this model.
 
         RoPE is written twice: `rope_theta` with `rope_scaling` for 4.57, vLLM and SGLang, and
-        `rope_parameters` for 5; a reader that finds neither falls back to another theta in silence.
+        `rope_parameters` for 5. A reader that finds neither uses another theta without a word.
         """
         text = dataclasses.asdict(self.text)
         section = list(text.pop("mrope_section"))
@@ -203,7 +203,7 @@ _MOST = {"num_hidden_layers": 1000, "depth": 1000}
 
 
 def _made(make: Callable[..., Config], source: str, **values: Any) -> Config:
-    """`make(**values)`, with the `source` in front of what it says of values that do not fit."""
+    """`make(**values)`; a ValueError about values that do not fit together names the `source`."""
     try:
         return make(**values)
     except ValueError as error:
@@ -264,11 +264,11 @@ def _sizes(
 
 
 def _rope(config: Json, kind: str, source: str) -> tuple[Json, str]:
-    """The RoPE settings as transformers reads them, and where they stand.
+    """The RoPE settings as transformers reads them, and the name of their section.
 
-    transformers 4.57 reads `rope_theta` and `rope_scaling`; 5 reads `rope_scaling`, or where that
-    is empty `rope_parameters`, and `rope_theta` where the one that it reads has none. Raises
-    ValueError where what is not read says something else: one of the versions would follow it.
+    transformers 4.57 reads `rope_theta` and `rope_scaling`. 5 reads `rope_scaling`, or
+    `rope_parameters` if that is empty, and `rope_theta` if the section that it reads has none.
+    Raises ValueError if the other section disagrees: one of the versions would follow it.
     """
     objects = {
         key: optional(config, key, dict, source) or {}

@@ -25,8 +25,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
-        # Rows as one axis: the kernel's gradient is then one plain matmul; over two axes XLA's
-        # CPU compiler transposes both of its operands in memory first.
+        # Rows as one axis, so that the kernel's gradient is one plain matmul. Over two axes XLA's
+        # CPU compiler would transpose both of its operands in memory first.
         rows = x.reshape(-1, x.shape[-1])
         y = (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
@@ -39,7 +39,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table [rows, features]; calling it gathers rows."""
+    """A table [rows, features]; a call looks rows up in it."""
 
     rows: int
     features: int
@@ -51,15 +51,15 @@ class Embedding(nn.Module):
         return table[index].astype(self.dtype)
 
     def by_width(self, index: jax.Array, mesh: Mesh | None) -> jax.Array:
-        """As a call, for index [B, T] and a table that training has split over its rows.
+        """As a call, for index [B, T] and a table that is sharded over its rows, as in training.
 
-        Every device looks all tokens up in its part of the columns: what moves is the table's
-        parts and the rows found, each once, where the compiler alone would gather the table.
+        Every device looks all tokens up in its own columns. The parts of the table and the rows
+        found move once each; left to itself the compiler would gather the whole table.
         """
         table: jax.Array = self.get_variable("params", "embedding")
         table = constrain(table, mesh, None, MODEL)
         found = table[constrain(index, mesh, "data")].astype(self.dtype)
-        # One axis at a time: asked for both at once, the compiler copies the whole array first.
+        # One axis at a time. For both at once the compiler would replicate the whole array first.
         for where in (("data", None, MODEL), ("data", None, "fsdp"), (BATCH,)):
             found = constrain(found, mesh, *where)
         return found

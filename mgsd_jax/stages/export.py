@@ -70,7 +70,7 @@ def _made_from(folder: Path) -> object:
     return read_json(folder / RECORD).get("source")
 
 
-def _write_model(config: Config, folder: Path) -> dict[str, Any]:
+def _write_model(config: Config, folder: Path) -> dict[str, object]:
     """Writes the whole model; returns its parity file's content."""
     settings = config.export
     loaded = loading.load(settings.source, config)
@@ -89,7 +89,7 @@ def _write_model(config: Config, folder: Path) -> dict[str, Any]:
     return parity.measure(loaded.model, {"params": params}, loaded.processor, config.data)
 
 
-def _write_adapters(config: Config, folder: Path) -> dict[str, Any]:
+def _write_adapters(config: Config, folder: Path) -> dict[str, object]:
     """Writes the adapters alone; returns the parity file's content of base and adapters."""
     adapters, size, base = loading.load_adapters(config.export.source, config)
     loaded = loading.load(base, config)

@@ -5,7 +5,7 @@ Axes: T tokens, R response tokens, V vocabulary.
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from mgsd_jax.data import batching
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import draw_picture
-from mgsd_jax.data.processor import Processor, encode, load_processor
+from mgsd_jax.data.processor import Message, Processor, encode, load_processor
 from mgsd_jax.envs import ENVS, find
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.attention import Kernel
-from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.model.qwen3vl import Params, Qwen3VL
 from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.weights import peft
 
@@ -39,8 +39,8 @@ _TOLERANCE = 1e-3
 
 
 def measure(
-    model: Qwen3VL, variables: Any, processor: Processor, data: DataConfig
-) -> dict[str, Any]:
+    model: Qwen3VL, variables: Params, processor: Processor, data: DataConfig
+) -> dict[str, object]:
     """The content of a parity file: prompts, their first greedy tokens and these tokens' logits.
 
     Computed in float32 with `variables` as they are. Boards have the levels of `data.boards`;
@@ -62,7 +62,7 @@ def measure(
     )
 
     @jax.jit
-    def score(variables: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def score(variables: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         whole = qwen3vl.append_response(inputs, tokens, mask)
         hidden = qwen3vl.apply_hidden(model, variables, whole, inputs.tokens.shape[1] - 1)[:, :-1]
         scores = qwen3vl.logits(hidden, qwen3vl.head(variables["params"]))
@@ -129,7 +129,7 @@ def check(folder: Path, data: DataConfig) -> None:
     logging.info("%s", line)
 
 
-def _ask(data: DataConfig) -> list[tuple[Board, list[dict[str, Any]]]]:
+def _ask(data: DataConfig) -> list[tuple[Board, list[Message]]]:
     """Boards and messages about them, without the pictures: first of pictures, then of texts."""
     levels = list(dict.fromkeys((s.task, level) for s in data.boards for level in s.levels))
     rng = np.random.default_rng(0)
@@ -147,16 +147,14 @@ def _ask(data: DataConfig) -> list[tuple[Board, list[dict[str, Any]]]]:
     return asked
 
 
-def _without_picture(message: Mapping[str, Any]) -> dict[str, Any]:
+def _without_picture(message: Message) -> Message:
     content = message["content"]
     if not isinstance(content, str):
         content = [{k: v for k, v in part.items() if k != "image"} for part in content]
     return {**message, "content": content}
 
 
-def _with_picture(
-    messages: Sequence[Mapping[str, Any]], data: DataConfig, board: Board
-) -> list[dict[str, Any]]:
+def _with_picture(messages: Sequence[Message], data: DataConfig, board: Board) -> list[Message]:
     """The messages with the board drawn wherever a picture belongs."""
 
     def filled(content: Any) -> Any:
@@ -187,7 +185,7 @@ def _base_folder(folder: Path) -> Path:
 
 
 def _their_logits(
-    model: Any, processor: Processor, messages: Sequence[Mapping[str, Any]], tokens: np.ndarray
+    model: Any, processor: Processor, messages: Sequence[Message], tokens: np.ndarray
 ) -> np.ndarray:
     """Logits [R, V] by transformers that predict each token of a response."""
     prompt = encode(processor, messages, add_generation_prompt=True)

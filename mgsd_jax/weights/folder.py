@@ -40,7 +40,7 @@ FOREIGN = (
 def open_checked(folder: Path, config: ModelConfig) -> Handles:
     """The open file of every tensor that the config wants, once all of them are right."""
     problems: list[str] = []
-    found: dict[str, Any] = {}
+    found: Handles = {}
     for file, named in _weight_files(folder, problems).items():
         try:
             handle = files.open_tensors(folder / file)
@@ -62,7 +62,7 @@ def open_checked(folder: Path, config: ModelConfig) -> Handles:
     return found
 
 
-def _refuse_foreign(folder: Path, found: dict[str, Any]) -> None:
+def _refuse_foreign(folder: Path, found: Handles) -> None:
     """Raises ValueError with one line for weights of another kind, not one for each tensor."""
     for pattern, kind in FOREIGN:
         name = next((name for name in sorted(found) if re.search(pattern, name)), None)
@@ -106,7 +106,7 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[str, set[str] | Non
     return placed
 
 
-def _tensor_problems(found: dict[str, Any], config: ModelConfig) -> Iterator[str]:
+def _tensor_problems(found: Handles, config: ModelConfig) -> Iterator[str]:
     """Yields what is wrong with the tensors: missing, of another shape or type, or unknown.
 
     A tensor found as None is unreadable, which has been reported already.

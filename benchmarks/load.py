@@ -9,8 +9,8 @@ the code; `cold` is after dropping the files from it, as a first load is, where 
 of the disk. Every kernel is transposed on the way, which reading plainly does not do. On a CPU the
 parameters themselves are in host memory; `beyond` is what comes on top, measured in a process of
 its own, `largest_tensor` what it is held against. Targets: loading at >= 0.7 times the speed of
-plain reading, no more beyond the parameters than the largest tensor. Saving ends in an fsync: it is
-about as fast as the disk.
+plain reading, no more beyond the parameters than the largest tensor. Saving holds a shard (0.5 GB
+here) and ends in an fsync: it is about as fast as the disk.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One command for every check: style, types, tests. With --quick the tests marked slow are left out;
-# other arguments go to pytest:
+# One command for every check: style, types, tests. With --quick the tests marked slow or compiles
+# are left out; other arguments go to pytest:
 #   bash launch/test.sh [--quick] [-k name] [tests/test_losses.py ...]
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_package test
 if [ "${1:-}" = --quick ]; then
   shift
-  set -- -m "not slow" "$@"
+  set -- -m "not slow and not compiles" "$@"
 fi
 
 export JAX_PLATFORMS=cpu

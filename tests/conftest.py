@@ -28,11 +28,23 @@ LONGEST = (
     *("preflight", "killed_anywhere", "compiled_once", "export", "sampler", "model", "wheel"),
     *("gpu_benchmark", "attention", "losses", "mesh_tpu", "mesh", "sharding", "nano"),
 )
+# What compiles for long or starts processes, besides the tests that are marked slow where they
+# stand: whole files, and whatever asks for one of these fixtures. `launch/test.sh --quick` leaves
+# both out.
+COMPILING = {
+    *("attention", "end_to_end", "killed_anywhere", "launch", "losses", "mesh", "model"),
+    *("model_parity", "nano", "preflight", "sampler", "sharding", "wheel"),
+}
+COMPILED = {"setup", "exported", "nano_folder", "trained"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # files stay whole
+    for item in items:
+        asked = set(getattr(item, "fixturenames", ()))
+        if item.path.stem.removeprefix("test_") in COMPILING or asked & COMPILED:
+            item.add_marker("compiles")
 
 
 @pytest.fixture

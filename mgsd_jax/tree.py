@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from flax import traverse_util
 
+PyTree = Any  # whatever jax.tree walks: containers of arrays, shapes or shardings
 Leaf = Any
 Tree = dict[str, Any]  # of trees and leaves
 Value = TypeVar("Value")

@@ -6,19 +6,20 @@ stays as it is. Axes: B batch, T tokens.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 
 from mgsd_jax.parallel import axes
 from mgsd_jax.parallel.axes import BATCH
+from mgsd_jax.tree import PyTree
 
 Batch = TypeVar("Batch")  # a pytree of arrays with a batch axis, and of scalars
-Path = tuple[Any, ...]  # of a leaf, as jax.tree_util has it
 
 # Batches have B first, except for these fields: M-RoPE positions are [3, B, T].
 BATCH_AXES = {"positions": 1}
@@ -34,10 +35,10 @@ def check_batch(mesh: Mesh | None, name: str, rows: int, microbatches: int = 1) 
         )
 
 
-def shardings(batch: Any, mesh: Mesh) -> Any:
+def shardings(batch: PyTree, mesh: Mesh) -> PyTree:
     """A NamedSharding for each leaf: rows over 'data' and 'fsdp', scalars replicated."""
 
-    def place(path: Path, leaf: Any) -> NamedSharding:
+    def place(path: KeyPath, leaf: jax.Array) -> NamedSharding:
         return NamedSharding(mesh, _batch_spec(path, leaf))
 
     return jax.tree_util.tree_map_with_path(place, batch)
@@ -48,7 +49,7 @@ def constrain(batch: Batch, mesh: Mesh | None) -> Batch:
     if mesh is None:
         return batch
 
-    def hold(path: Path, leaf: Any) -> Any:
+    def hold(path: KeyPath, leaf: jax.Array) -> PyTree:
         return axes.constrain(jnp.asarray(leaf), mesh, *_batch_spec(path, leaf))
 
     return jax.tree_util.tree_map_with_path(hold, batch)
@@ -64,7 +65,7 @@ def to_global(batch: Batch, mesh: Mesh | None, *, is_whole: bool = False) -> Bat
         return batch
     parts, (share, count) = axes.parts(mesh, BATCH), process_share(mesh)
 
-    def place(path: Path, leaf: Any) -> jax.Array:
+    def place(path: KeyPath, leaf: jax.Array) -> jax.Array:
         value = np.asarray(leaf)
         spec = _batch_spec(path, value)
         if value.ndim == 0:
@@ -84,10 +85,10 @@ def to_global(batch: Batch, mesh: Mesh | None, *, is_whole: bool = False) -> Bat
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def to_local(batch: Any) -> Any:
+def to_local(batch: PyTree) -> PyTree:
     """The rows of this process as numpy arrays, in their order: the inverse of `to_global`."""
 
-    def fetch(path: Path, leaf: Any) -> np.ndarray:
+    def fetch(path: KeyPath, leaf: jax.Array) -> np.ndarray:
         if leaf.is_fully_addressable or leaf.ndim == 0:
             return np.asarray(leaf)
         axis = _batch_axis(path)[1]
@@ -100,7 +101,7 @@ def to_local(batch: Any) -> Any:
     return jax.tree_util.tree_map_with_path(fetch, batch)
 
 
-def to_every(batch: Any, mesh: Mesh | None) -> Any:
+def to_every(batch: PyTree, mesh: Mesh | None) -> PyTree:
     """All rows as numpy arrays, in every process."""
     return jax.device_get(batch if mesh is None else _copied(mesh)(batch))
 
@@ -113,7 +114,7 @@ def make_key(seed: int, mesh: Mesh | None) -> jax.Array:
 
 
 @functools.cache
-def _copied(mesh: Mesh) -> Callable[[Any], Any]:
+def _copied(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda values: values, out_shardings=NamedSharding(mesh, P()))
 
 
@@ -141,10 +142,10 @@ def process_share(mesh: Mesh | None) -> tuple[int, int]:
     return (0 if mine is None else shares.index(tuple(sorted(mine)))), len(shares)
 
 
-def _batch_axis(path: Path) -> tuple[str, int]:
+def _batch_axis(path: KeyPath) -> tuple[str, int]:
     name = jax.tree_util.keystr(path[-1:], simple=True)
     return name, BATCH_AXES.get(name, 0)
 
 
-def _batch_spec(path: Path, leaf: Any) -> P:
+def _batch_spec(path: KeyPath, leaf: jax.Array | np.ndarray) -> P:
     return P() if np.ndim(leaf) == 0 else P(*[None] * _batch_axis(path)[1], BATCH)

@@ -8,20 +8,20 @@ Parameter axes: L layers of a stack, in and out of a kernel, V vocabulary, D wid
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from mgsd_jax import tree
 from mgsd_jax.config import MeshConfig
 from mgsd_jax.parallel import axes
 from mgsd_jax.parallel.axes import AXES
+from mgsd_jax.tree import PyTree
 
-PyTree = Any
 Rules = Sequence[tuple[str, P]]
 
 # First match wins. The first kernel of a pair splits its outputs over 'tensor', the second one its
@@ -64,7 +64,7 @@ _READ_IN_FLOAT32 = ((r"\bvisual/(.*norm\d?/(scale|bias)|pos_embed/embedding)$", 
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[object] | None = None
 ) -> Mesh:
     """The mesh ('data', 'fsdp', 'tensor') over `devices`, by default all of them.
 
@@ -90,7 +90,7 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def open_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+def open_mesh(config: MeshConfig, devices: Sequence[object] | None = None) -> Mesh | None:
     """The mesh of a run, or None where it has one device; raises as `make_mesh` does."""
     mesh = make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
     if config.tensor == -1:
@@ -112,7 +112,7 @@ def state_shardings(state: PyTree, mesh: Mesh, rules: Rules = TRAIN_RULES) -> Py
     """
     problems: list[str] = []
 
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+    def place(path: KeyPath, leaf: jax.Array) -> NamedSharding:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         name = "/".join(keys)
         rule = tree.match(rules, name) if keys else P()

@@ -5,8 +5,7 @@ Axes: B batch, T prompt tokens, R response tokens, S cache slots, D width, V voc
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from flax import struct
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Wrapped
 
 from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
@@ -23,9 +23,10 @@ from mgsd_jax.model.cpu import join_layers
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits, split_cache
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.axes import BATCH, constrain, dividing, fit, parts
+from mgsd_jax.tree import PyTree, Tree
 
-Variables = dict[str, Any]  # {'params': ..., optionally 'adapters': ...}
-Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a jitted function, and its arguments
+Variables = Tree  # {'params': ..., optionally 'adapters': ...}
+Program = tuple[Wrapped, tuple[PyTree, ...]]  # a jitted function, and its arguments
 _SUBLANES = 8  # rows of a TPU's tile; with fewer the default layout pads less
 
 
@@ -84,7 +85,7 @@ class Sampler:
         return decode(self._static, self._choice, variables, *rest)[0]
 
     def programs(
-        self, variables: Variables, inputs: Inputs, rng: Any, row_ids: Any
+        self, variables: Variables, inputs: Inputs, rng: PyTree, row_ids: PyTree
     ) -> dict[str, Program]:
         """'prefill' and 'decode' of `rollout`, to be lowered with their arguments; runs nothing.
 
@@ -144,7 +145,7 @@ class _Choice(NamedTuple):
 
 
 @functools.cache
-def _compiled(places: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _compiled(places: PyTree) -> tuple[Wrapped, Wrapped]:
     """(prefill, decode), jitted; the last hidden states and the cache lie as `places` say.
 
     The cache is returned, although nothing reads it: XLA refuses to reuse a donated buffer that has
@@ -161,7 +162,7 @@ def _compiled(places: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     )
 
 
-def _places(model: Qwen3VL, rows: int) -> Any:
+def _places(model: Qwen3VL, rows: int) -> PyTree:
     """Where the last hidden states and the cache lie between prefill and decode; None: anywhere.
 
     On a TPU the loop wants rows beside widths, [L, S, K, B, H] in memory: handed over in the
@@ -172,11 +173,11 @@ def _places(model: Qwen3VL, rows: int) -> Any:
         return None
     by_row = NamedSharding(mesh, P(dividing(mesh, BATCH, rows)))
     shape = (text.num_hidden_layers, rows, 1, text.num_key_value_heads, text.head_dim)
-    place: Any = NamedSharding(mesh, fit(P(None, BATCH, None, "tensor"), shape, mesh))
+    place: PyTree = NamedSharding(mesh, fit(P(None, BATCH, None, "tensor"), shape, mesh))
     if model.kernel.name == "splash" and rows // parts(mesh, by_row.spec[0]) >= _SUBLANES:
         place = Format(Layout((0, 2, 3, 1, 4)), place)
-    fields: dict[str, Any] = {"k": place, "v": place, "valid": by_row}
-    return by_row, KVCache(**fields, length=cast(Any, NamedSharding(mesh, P())))
+    fields: Tree = {"k": place, "v": place, "valid": by_row, "length": NamedSharding(mesh, P())}
+    return by_row, KVCache(**fields)
 
 
 def _prefill(static: _Static, variables: Variables, inputs: Inputs) -> tuple[jax.Array, KVCache]:

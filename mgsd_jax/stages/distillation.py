@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,17 @@ from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import batches, processes, sharding
+from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import answers
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import loading
 from mgsd_jax.training import divergences, guards, losses, monitor, optimizer, sessions
 from mgsd_jax.training.divergences import TokenStats
+from mgsd_jax.training.optimizer import TrainState
+from mgsd_jax.tree import PyTree, Tree
 from mgsd_jax.workdir import folders, stage_folder
+
+Metrics = dict[str, Mean | jax.Array | float]
 
 
 class DistillationBatch(NamedTuple):
@@ -49,7 +54,7 @@ class DistillationBatch(NamedTuple):
     weights: jax.Array | np.ndarray | None = None
 
 
-BATCH_AXES: Any = DistillationBatch(
+BATCH_AXES: PyTree = DistillationBatch(
     sessions.INPUT_AXES,
     sessions.INPUT_AXES,
     tokens=sessions.FIRST,
@@ -59,7 +64,7 @@ BATCH_AXES: Any = DistillationBatch(
 
 
 def response_hidden(
-    model: Qwen3VL, variables: Any, prompt: Inputs, tokens: jax.Array, mask: jax.Array
+    model: Qwen3VL, variables: Tree, prompt: Inputs, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Hidden states [B * R, D] that predict each response token after this prompt."""
     inputs = qwen3vl.append_response(prompt, tokens, mask > 0)
@@ -70,10 +75,10 @@ def response_hidden(
 
 
 def loss_fn(
-    trained: Any,
+    trained: Tree,
     batch: DistillationBatch,
-    frozen: Any,
-    teacher_variables: Any,
+    frozen: Tree,
+    teacher_variables: Tree,
     *,
     student: Qwen3VL,
     teacher: Qwen3VL,
@@ -114,7 +119,7 @@ def make_update(
     settings: DistillationConfig,
     tx: optax.GradientTransformation,
     banned_ids: tuple[int, ...],
-) -> Callable[..., tuple[optimizer.TrainState, dict[str, Any], TokenStats]]:
+) -> Callable[[TrainState, Tree, Tree, DistillationBatch], tuple[TrainState, Metrics, TokenStats]]:
     """One jitted program: teacher forward, student forward and backward, optimiser.
 
     update(state, frozen, teacher_params, batch) -> (state, metrics, statistics [B, R]); the state
@@ -128,8 +133,8 @@ def make_update(
     )
 
     def update(
-        state: optimizer.TrainState, frozen: Any, teacher_params: Any, batch: DistillationBatch
-    ) -> tuple[optimizer.TrainState, dict[str, Any], TokenStats]:
+        state: TrainState, frozen: Tree, teacher_params: Tree, batch: DistillationBatch
+    ) -> tuple[TrainState, Metrics, TokenStats]:
         if settings.teacher_decay:
             teacher_variables = tree.combine(state.average, frozen)
         else:

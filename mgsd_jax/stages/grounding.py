@@ -7,7 +7,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +27,18 @@ from mgsd_jax.parallel import batches, processes, sharding
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.stages import loading
 from mgsd_jax.training import losses, optimizer, sessions
+from mgsd_jax.training.optimizer import TrainState
+from mgsd_jax.tree import PyTree, Tree
 from mgsd_jax.workdir import folders, stage_folder
 
-BATCH_AXES: Any = GroundingBatch(
+Metrics = dict[str, Mean | jax.Array | float]
+BATCH_AXES: PyTree = GroundingBatch(
     sessions.INPUT_AXES, targets=sessions.FIRST, loss_mask=sessions.FIRST
 )
 
 
 def loss_fn(
-    trained: Any, batch: GroundingBatch, frozen: Any, *, model: Qwen3VL, token_chunk: int
+    trained: Tree, batch: GroundingBatch, frozen: Tree, *, model: Qwen3VL, token_chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]:
     """Summed cross-entropy of the answers' tokens in nats, (their number, summed metrics)."""
     batch = batches.constrain(batch, model.mesh)
@@ -57,7 +59,10 @@ def loss_fn(
 
 def make_update(
     model: Qwen3VL, settings: GroundingConfig, tx: optax.GradientTransformation
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+) -> tuple[
+    Callable[[TrainState, Tree, GroundingBatch], tuple[TrainState, Metrics]],
+    Callable[[Tree, GroundingBatch, Tree], tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]],
+]:
     """The jitted update, its state donated, and the jitted loss on held-out batches.
 
     update(state, frozen, batch) -> (state, metrics); validate(trained, batch, frozen) -> what
@@ -66,8 +71,8 @@ def make_update(
     loss_of = functools.partial(loss_fn, model=model, token_chunk=settings.token_chunk)
 
     def update(
-        state: optimizer.TrainState, frozen: Any, batch: GroundingBatch
-    ) -> tuple[optimizer.TrainState, dict[str, Any]]:
+        state: TrainState, frozen: Tree, batch: GroundingBatch
+    ) -> tuple[TrainState, Metrics]:
         grads, loss, sums = optimizer.accumulate(
             functools.partial(loss_of, frozen=frozen),
             state.params,

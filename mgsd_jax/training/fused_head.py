@@ -14,7 +14,6 @@ head's gradient, once. Left to itself the compiler gathers [V, D] in every turn 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from mgsd_jax.parallel import axes
 from mgsd_jax.training.divergences import Shard
+from mgsd_jax.tree import PyTree
 
 # (shard, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
-ChunkLoss = Callable[[Shard, jax.Array, Any, Any], tuple[jax.Array, Any, jax.Array]]
+ChunkLoss = Callable[[Shard, jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, jax.Array]]
 
 # On a CPU the head's gradient takes a chunk's product in parts that stay in the cache: a product of
 # [V, D] would be written and read again before it is added. Elsewhere matmuls want aligned, large
@@ -43,9 +43,9 @@ def fused_loss(
     head: jax.Array,
     weights: jax.Array,
     counted: jax.Array,
-    rows: Any,
-    shared: Any,
-) -> tuple[jax.Array, Any]:
+    rows: PyTree,
+    shared: PyTree,
+) -> tuple[jax.Array, PyTree]:
     """(sum_t w_t L_t float32, statistics [N] of every token, 0 where it is not counted).
 
     At most token_chunk tokens' logits are held at once. hidden [N, D], head [V, D], weights [N],
@@ -59,8 +59,8 @@ def fused_loss(
 
 
 def _forward(
-    chunk_loss: ChunkLoss, token_chunk: int, mesh: Mesh | None, *primals: Any
-) -> tuple[tuple[jax.Array, Any], tuple[jax.Array | None, jax.Array | None]]:
+    chunk_loss: ChunkLoss, token_chunk: int, mesh: Mesh | None, *primals: PyTree
+) -> tuple[tuple[jax.Array, PyTree], tuple[jax.Array | None, jax.Array | None]]:
     """((loss, statistics), (gradient of hidden, gradient of head)), None where not wanted."""
     wanted = (primals[0].perturbed, primals[1].perturbed)
     hidden, head, weights, counted, rows, shared = jax.tree.map(
@@ -89,8 +89,8 @@ def _forward(
 
 
 def _backward(
-    _: ChunkLoss, __: int, ___: Mesh | None, gradients: Any, cotangents: tuple[Any, Any]
-) -> tuple[Any, ...]:
+    _: ChunkLoss, __: int, ___: Mesh | None, gradients: PyTree, cotangents: tuple[PyTree, PyTree]
+) -> tuple[PyTree, ...]:
     scale = cotangents[0]  # the statistics carry no gradient
     if isinstance(scale, SymbolicZero):
         return (None,) * 6
@@ -129,10 +129,10 @@ def _run_part(
     token_chunk: int,
     wanted: tuple[bool, bool],
     split: _Split,
-    tokens: tuple[jax.Array, jax.Array, jax.Array, Any],
+    tokens: tuple[jax.Array, jax.Array, jax.Array, PyTree],
     head: jax.Array,
-    shared: Any,
-) -> tuple[jax.Array, Any, tuple[jax.Array | None, jax.Array | None]]:
+    shared: PyTree,
+) -> tuple[jax.Array, PyTree, tuple[jax.Array | None, jax.Array | None]]:
     """(loss, statistics, gradients) of the tokens and the part of the head on one device."""
     hidden, weights, counted, rows = tokens
     kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
@@ -140,7 +140,7 @@ def _run_part(
     is_cpu = not split.tokens and jax.default_backend() == "cpu"
     head_parts = _HEAD_PARTS if is_cpu and head.shape[0] % _HEAD_PARTS == 0 else 1
 
-    def body(i: jax.Array, state: Any) -> Any:
+    def body(i: jax.Array, state: PyTree) -> PyTree:
         d_hidden, d_head, packed = state
         index, (chunk_hidden, chunk_weights, chunk_rows) = packing.pick(i, (hidden, weights, rows))
         logits = head_logits(chunk_hidden, kernel)
@@ -200,25 +200,25 @@ class _Packing:
     rank_of_row: jax.Array  # [own] among the counted rows of this device; out of range elsewhere
     row_of_rank: jax.Array  # [chunk + own + chunk] its inverse; `own` where there is none
 
-    def pick(self, i: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+    def pick(self, i: jax.Array, rows: PyTree) -> tuple[jax.Array, PyTree]:
         """(this device's rows [C] of turn i, `own` where another has them; the chunk's values)."""
         index = jax.lax.dynamic_slice_in_dim(self.row_of_rank, self._start(i), self.chunk)
         mine = jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), rows)
         return index, jax.tree.map(lambda x: _sum_over(x, self.gathered), mine)
 
-    def zeros(self, outputs: Any) -> Any:
+    def zeros(self, outputs: PyTree) -> PyTree:
         """Room for outputs, which are [C, ...] for every chunk, by rank as `row_of_rank`."""
         size = self.row_of_rank.size
         return jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), outputs)
 
-    def put(self, i: jax.Array, packed: Any, outputs: Any) -> Any:
+    def put(self, i: jax.Array, packed: PyTree, outputs: PyTree) -> PyTree:
         """`packed` with the outputs of turn i; the outputs themselves where packed is None."""
         if packed is None:
             return outputs
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self._start(i), axis=0)
         return jax.tree.map(put, packed, outputs)
 
-    def unpack(self, packed: Any) -> Any:
+    def unpack(self, packed: PyTree) -> PyTree:
         """Outputs of this device's rows [own, ...], 0 where they are not counted."""
         index = jnp.where(self.counted, self.rank_of_row + self.chunk, self.row_of_rank.size)
         return jax.tree.map(lambda x: x.at[index].get(mode="fill", fill_value=0), packed)

@@ -7,7 +7,7 @@ gradients, norms and the moving average are float32 either way.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import flax.struct
 import jax
@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from mgsd_jax.config import OptimConfig
 from mgsd_jax.parallel import sharding
 from mgsd_jax.parallel.means import Mean
+from mgsd_jax.tree import PyTree
 
-Params = Any  # a pytree of arrays, nested dicts where paths matter
+Params = PyTree  # of arrays; nested dicts where paths matter
 Batch = TypeVar("Batch")  # a pytree of arrays
 # (params, microbatch) -> (summed loss, (its weight, auxiliaries))
-LossFn = Callable[[Params, Batch], tuple[jax.Array, tuple[jax.Array, Any]]]
+LossFn = Callable[[Params, Batch], tuple[jax.Array, tuple[jax.Array, PyTree]]]
 
 
 @flax.struct.dataclass
@@ -102,8 +103,8 @@ def accumulate(
     params: Params,
     batch: Batch,
     num_microbatches: int = 1,
-    batch_axes: Any = 0,
-) -> tuple[Params, Mean, Any]:
+    batch_axes: PyTree = 0,
+) -> tuple[Params, Mean, PyTree]:
     """(gradients of the batch's mean loss, the loss, auxiliaries); microbatches only save memory.
 
     loss_fn returns (summed loss, (its weight, auxiliaries)). Losses, weights and gradients are
@@ -119,7 +120,7 @@ def accumulate(
         loss, grads = Mean(loss, jnp.float32(weight)), _float32(grads)
     else:
 
-        def add(sums: tuple[Params, Mean], microbatch: Batch) -> tuple[tuple[Params, Mean], Any]:
+        def add(sums: tuple[Params, Mean], microbatch: Batch) -> tuple[tuple[Params, Mean], PyTree]:
             (loss, (weight, aux)), grads = value_and_grad(params, microbatch)
             one = _float32(grads), Mean(loss, jnp.float32(weight))
             return jax.tree.map(jnp.add, sums, one), aux
@@ -133,14 +134,14 @@ def accumulate(
     return jax.tree.map(lambda g: g * scale, grads), loss, aux
 
 
-def split_rows(batch: Batch, num_microbatches: int, batch_axes: Any = 0) -> Batch:
+def split_rows(batch: Batch, num_microbatches: int, batch_axes: PyTree = 0) -> Batch:
     """The batch with a leading axis of microbatches; microbatch j has the rows j, j + n, j + 2n...
 
     Neighbouring rows go to different microbatches so that rows sharded over devices stay where they
     are: a microbatch of neighbours would lie on a few devices only.
     """
 
-    def split(axis: int, leaves: Any) -> Any:
+    def split(axis: int, leaves: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _split(leaf, num_microbatches, axis), leaves)
 
     return jax.tree.map(split, batch_axes, batch)

@@ -1,7 +1,6 @@
 """Which part of a model is trained: adapters, or the parameters that a regex picks."""
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import jax.numpy as jnp
 from mgsd_jax import tree
 from mgsd_jax.config import LoraConfig, OptimConfig
 from mgsd_jax.model import lora
-
-Variables = dict[str, Any]
+from mgsd_jax.tree import Tree
 
 
 def _is_adapter(path: str) -> bool:
@@ -18,17 +16,17 @@ def _is_adapter(path: str) -> bool:
 
 
 def split(
-    params: dict[str, Any],
+    params: Tree,
     optim: OptimConfig,
     lora_config: LoraConfig,
     rng: jax.Array,
-    adapters: dict[str, Any] | None = None,
-) -> tuple[Variables, Variables]:
-    """(trainable, frozen) parts of the model's variables; `tree.combine` joins them again.
+    adapters: Tree | None = None,
+) -> tuple[Tree, Tree]:
+    """(trainable, frozen) parts of the model's variables, which `tree.combine` joins again.
 
-    With a LoRA rank the adapters, fresh ones where none are given, are trained and every parameter
-    is frozen; else the parameters
-    whose path `optim.trainable` matches are trained. Raises ValueError if nothing would be.
+    With a LoRA rank the adapters are trained, fresh ones where none are given, and every parameter
+    is frozen; otherwise the parameters whose path `optim.trainable` matches are trained. Raises
+    ValueError where that would be none.
     """
     if lora_config.rank:
         if adapters is None:

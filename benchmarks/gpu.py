@@ -118,8 +118,8 @@ def make_prompts(config: Config, model: ModelConfig) -> batching.PromptBatch:
     return batching.prompt_batch(
         [student() for _ in rows],
         [Encoded(text(data.teacher_buckets[-1]), ()) for _ in rows],
-        student_lengths=data.prompt_buckets,
-        teacher_lengths=data.teacher_buckets,
+        student_length=data.prompt_buckets[-1],
+        teacher_length=data.teacher_buckets[-1],
         pad_id=0,
         patch_buckets=data.patch_buckets,
         max_pictures=1,

@@ -72,7 +72,8 @@ def shape(layers: int) -> ModelConfig:
     """Widths of the 2B model, so that single tensors are of a real size."""
     text = TextConfig(32_768, 2048, 6144, layers, 16, 8, 128, 5e6)
     vision = VisionConfig(4, 1024, 4096, 16, 2048, (0, 1, 2))
-    return ModelConfig(text, vision, tie_word_embeddings=True)
+    ids = (text.vocab_size - 4, text.vocab_size - 3, text.vocab_size - 2, text.vocab_size - 1)
+    return ModelConfig(text, vision, True, *ids)
 
 
 def read_plainly(folder: pathlib.Path) -> int:

@@ -33,6 +33,13 @@ class Reached(Exception):
     """The formula is reached."""
 
 
+def test_build_lists_the_way() -> None:
+    listed = (pathlib.Path(__file__).parents[1] / "BUILD.md").read_text()
+    listed = " ".join(listed.split()).partition("**Hops.**")[2]
+    places = [listed.find(f"`{step}`") for step in TO_THE_FORMULA]
+    assert -1 not in places and places == sorted(places)
+
+
 def test_the_way_from_the_command_line_to_the_formula(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

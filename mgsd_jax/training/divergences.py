@@ -109,12 +109,11 @@ class Distribution(NamedTuple):
 
     @property
     def divisors(self) -> jax.Array:
-        """`probs`, large enough to divide by, except for masked tokens, which stay 0.
+        """`probs`, large enough to divide by.
 
         A slope u = -q / p would overflow where p has underflowed, although p u = -q is harmless.
         """
-        is_possible = self.logits > MASKED_LOGIT
-        return jnp.where(is_possible, jnp.maximum(self.probs, _LEAST_PROB), 0.0)
+        return jnp.maximum(self.probs, _LEAST_PROB)
 
     @property
     def target_logprob(self) -> jax.Array:
@@ -171,15 +170,20 @@ def kl_terms(probs: jax.Array, other: jax.Array, ratio: jax.Array) -> jax.Array:
 
 
 def reverse_kl(p: Distribution, q: Distribution) -> tuple[jax.Array, jax.Array]:
-    """KL(p || q): u = d."""
+    """KL(p || q): u = d.
+
+    Less its mean, the value itself, which is there without another pass over the vocabulary: what
+    `value_and_gradient` subtracts then is rounding alone.
+    """
     ratio = log_ratio(p, q)
-    return kl_terms(p.probs, q.probs, ratio), ratio
+    terms = kl_terms(p.probs, q.probs, ratio)
+    return terms, ratio - p.shard.sum(terms)
 
 
 def forward_kl(p: Distribution, q: Distribution) -> tuple[jax.Array, jax.Array]:
     """KL(q || p): u = -q / p, so that the gradient is p - q."""
     terms = kl_terms(q.probs, p.probs, -log_ratio(p, q))
-    return terms, -q.probs / jnp.maximum(p.divisors, _LEAST_PROB)
+    return terms, -q.probs / p.divisors
 
 
 def jsd(
@@ -212,7 +216,7 @@ def sampled_reverse_kl(p: Distribution, q: Distribution) -> tuple[jax.Array, jax
     `ray_trainer.py` (advantage) and `core_algos.py` compute_policy_loss at p = p_old.
     """
     sampled = p.target_one_hot * log_ratio(p, q)
-    return sampled, sampled / jnp.maximum(p.divisors, _LEAST_PROB)
+    return sampled, sampled / p.divisors
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -264,6 +268,7 @@ def value_and_gradient(
     terms, slopes = divergence(p, q)
     value, probs = p.shard.sum(terms)[:, 0], p.divisors
     gradient = probs * (slopes - p.shard.sum(probs * slopes))
+    gradient = jnp.where(p.logits > MASKED_LOGIT, gradient, 0.0)
     if not cap:
         return value, gradient, jnp.zeros_like(value)
     is_over = value > cap

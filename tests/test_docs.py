@@ -27,6 +27,7 @@ SOURCES = {stem: "" for stem in (path.stem for path in MODULES)}
 for path in MODULES:  # a few modules of different packages share a name
     SOURCES[path.stem] += path.read_text()
 MAIN = SOURCES["main"]
+ENDINGS = (".py", ".json", ".jsonl", ".md", ".txt", ".html", ".css")
 FLAGS = {*re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', MAIN), "help", "verbosity"}
 STAGES = {*re.findall(r'^    "(\w+)": \w+\.run,', MAIN, re.M), "score"}
 
@@ -115,7 +116,7 @@ def test_names_in_the_text_exist(page: Path) -> None:
     for word in (word for span in spans(page.read_text()) for word in words_of(span)):
         name, equals, value = word.strip(",").partition("=")
         first, _, rest = name.partition(".")
-        if not re.fullmatch(r"[a-z]\w*(\.\w+)+", name) or rest in ("py", "json", "jsonl", "md"):
+        if not re.fullmatch(r"[a-z]\w*(\.\w+)+", name) or name.endswith(ENDINGS):
             continue
         if equals and first in SECTIONS:
             config_lib.override(CONFIGS["nano"](), [f"{name}={value}"])
@@ -167,5 +168,32 @@ def test_the_map_names_every_module() -> None:
 
 def test_the_layers_are_those_of_the_layering_test() -> None:
     order = reversed(test_layering.ORDER)
-    said = " > ".join(", ".join(f"`{unit}`" for unit in units) for units in order)
+    said = "; ".join(", ".join(f"`{unit}`" for unit in units) for units in order)
     assert said in " ".join((ROOT / "BUILD.md").read_text().split())
+
+
+@every_page
+def test_python_imports_what_exists(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        for module, names in re.findall(r"^from mgsd_jax\.?([\w.]*) import (.+)$", block, re.M):
+            folder = PACKAGE.joinpath(*module.split("."))
+            for name in names.split(", "):
+                is_module = (folder / f"{name}.py").is_file() or (folder / name).is_dir()
+                assert is_module or is_defined(folder.name, name), name
+
+
+def test_the_readme_quotes_the_nano_run() -> None:
+    """The first row of numbers in README.md is that of docs/nano.md, and so are those around it."""
+    readme = (ROOT / "README.md").read_text().replace("**", "")
+    quoted = re.search(r"^\|((?: [\d.]+ % \([\d.–]+\) \|){4})$", readme, re.M)
+    assert quoted, "no row of four numbers with intervals"
+    nano = [line.split(" | ") for line in (ROOT / "docs" / "nano.md").read_text().splitlines()]
+    macro = {tuple(cells[:2]): cells[2] for cells in nano if len(cells) > 3}
+    models = ("| base", "| grounded", "| distilled")
+    wanted = [macro[model, "picture"] for model in models]
+    wanted.append(macro["| base", "text (upper bound)"])
+    assert [cell.strip() for cell in quoted[1].strip("|").split("|")] == wanted
+    said = " ".join((ROOT / "docs" / "nano.md").read_text().split())
+    for number in ("453 s on two CPU cores", "1.94 M parameters", "5.7 %", "600 held-out boards"):
+        assert number in said
+        assert number.removesuffix(" held-out boards") in " ".join(readme.split())

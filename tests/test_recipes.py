@@ -97,6 +97,23 @@ def test_the_readme_quotes_the_memory_of_one_gpu(capsys: pytest.CaptureFixture[s
     assert gb["4B", "adapters"] < 0.9 * 24 and gb["8B", "adapters"] < 0.9 * 80
 
 
+def test_the_readme_quotes_the_chip_hours_of_the_pages() -> None:
+    """Steps of both stages by the recipe, times the least seconds of a step, times chips."""
+    recipe = load_config(str(RECIPE), [])
+    steps = {"grounding": recipe.grounding.steps, "distillation": recipe.distillation.steps}
+    text = (ROOT / "README.md").read_text()
+    for slice_ in ("v5e-4x4", "v6e-2x4", "v5p-2x2x2"):
+        hours = []
+        for size in ("4b", "8b"):
+            page = PAGES / f"{size}_{slice_}.md"
+            chips = re.search(r"^(\d+) chips of ", page.read_text(), re.M)
+            assert chips
+            seconds = sum(n * float(least_seconds(page, stage)) for stage, n in steps.items())
+            hours.append(f"{seconds * int(chips[1]) / 3600:.0f}")
+        assert f"| {slice_.replace('-', ':', 1)} | {' | '.join(hours)} |" in text
+    assert f"{steps['grounding']} steps of grounding" in text
+
+
 @pytest.mark.parametrize("memory", ["80gb", "24gb"])
 def test_a_recipe_for_one_gpu_holds_the_base_once(memory: str) -> None:
     config = load_config(str(ROOT / "configs" / f"gpu_4b.py:{memory}"), [])

@@ -220,7 +220,7 @@ def test_a_stage_without_boards_says_so_and_leaves_nothing(
 ) -> None:
     done = call(f"--stage={stage}", f"--config={NANO}", f"--workdir={tmp_path}")
     assert done.returncode == 2
-    assert "manifest.json: got no such file, want one; run --stage=generate first" in done.stderr
+    assert "manifest.json: not found; run --stage=generate first" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -212,6 +212,11 @@ def rule_sets(rows: Sequence[PlanRow]) -> dict[str, RuleSet]:
     return {rules: _rule_set(rows, rules, keys) for rules, keys in _RULE_KEYS.items()}
 
 
+def task_means(rows: Sequence[PlanRow], get: Callable[[PlanRow], Any]) -> dict[str, float]:
+    """{task: mean over its rows}, as the public evaluator counts: levels weigh by their boards."""
+    return {task: statistics.fmean(float(get(row)) for row in part) for task, part in by_task(rows)}
+
+
 def _rule_set(rows: Sequence[PlanRow], rules: str, keys: Mapping[str, str]) -> RuleSet:
     scores: dict[int, Mapping[str, Any]] = {id(row): row["outcome"] for row in rows}
     if rules != "standard":
@@ -222,10 +227,7 @@ def _rule_set(rows: Sequence[PlanRow], rules: str, keys: Mapping[str, str]) -> R
         name: balanced(rows, lambda row, key=key: scores[id(row)][key])
         for name, key in keys.items()
     }
-    tasks = {
-        task: statistics.fmean(float(scores[id(row)]["success"]) for row in part)
-        for task, part in by_task(rows)
-    }
+    tasks = task_means(rows, lambda row: scores[id(row)]["success"])
     return RuleSet(
         **measured,
         macro_upstream=statistics.fmean(tasks.values()),

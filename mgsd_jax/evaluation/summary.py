@@ -28,6 +28,7 @@ from mgsd_jax.evaluation.measures import (
     rate,
     rule_sets,
     succeeds,
+    task_means,
 )
 from mgsd_jax.evaluation.rows import (
     BoardKey,
@@ -179,15 +180,14 @@ _RATES: dict[str, Getter[PlanRow]] = {
 
 def _planning(rows: Sequence[PlanRow]) -> Part:
     measures = {name: balanced(rows, get) for name, get in _RATES.items()}
-    rules = rule_sets(rows)
     return {
         "n": len(rows),
         "macro": measures.pop("success"),
-        "macro_upstream": rules["standard"]["macro_upstream"],
+        "macro_upstream": statistics.fmean(task_means(rows, succeeds).values()),
         **measures,
         **_counts(rows),
         "pass_at_k": pass_at_k(rows),
-        "rules": rules,
+        "rules": rule_sets(rows),
         "tasks": {
             task: _planning_counts(part)
             | {"level_mean": balanced(part, succeeds)}

@@ -160,6 +160,7 @@ class GuardConfig:
     repeated: Share = 0.7  # mean share of a response's 4-grams that stood in it before
     first_kl: Amount = 3.0  # nats, mean over the first four positions of the responses
     logprob_gap: Amount = 0.05  # nats, mean |sampler's - training's| of the sampled tokens
+    kept_a_pass: Amount = 1.3  # tokens of a drafted rollout kept a pass; below it drafts cost time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,9 @@ class SamplingConfig:
     temperature: Annotated[float, Between(0, 1000)] = 1.0  # 0: greedy
     top_p: Annotated[float, Between(0, 1, above=True)] = 1.0
     top_k: CountOrNone = 0  # 0: off
+    # Tokens of a draft (a right response of the board) that each pass of the model checks; 0: none.
+    # What is sampled is the same but for rounding.
+    draft_tokens: Annotated[int, Between(0, 64)] = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     tokens: Any = rng.integers(10, 200, (4, 98)).astype(np.int32)
     mask: Any = np.arange(98) < np.array([[3], [98], [40], [7]])
     zeros: Any = np.zeros((4, 98), np.float32)
-    sampled = sampler.Rollout(tokens, mask, zeros, zeros[:, 0] > 0)
+    sampled = sampler.Rollout(tokens, mask, zeros, zeros[:, 0] > 0, zeros > 0)
     return Setup(config, loaded, frozen, trained, prompts, sampled)
 
 
@@ -246,7 +246,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
         "teacher_noise": 0.2,
         "token_weights": (("plan", 2.0),),
         "reference_share": 0.5,
-        "sampling": c.SamplingConfig(max_new_tokens=98),
+        "sampling": c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
     }
     config = tiny_config(tmp_path, layers=1)
     config = dataclasses.replace(

@@ -283,3 +283,23 @@ def test_transformers_answers_the_same_with_the_export(
             out[0, tokens.shape[1] :], skip_special_tokens=True
         )
         assert text == answer.text
+
+
+def test_an_evaluation_with_drafts_writes_the_rows_of_one_without(
+    base: tuple[Config, pathlib.Path],
+) -> None:
+    config, workdir = base
+    written = []
+    for count in (0, 5):
+        folder = workdir / f"drafted-{count}"
+        changes = [
+            f"evaluate.sampling.draft_tokens={count}",
+            f"evaluate.folder={folder}",
+            'evaluate.models=[["base", "{model}"]]',
+        ]
+        evaluate.run(config_lib.override(config, changes), str(workdir))
+        written.append([(folder / name).read_bytes() for name in ("rows.jsonl", "summary.json")])
+    drafted, plain = (
+        rows.replace(b"drafted-5", b"drafted-0") for rows in (written[1][1], written[0][1])
+    )
+    assert written[0][0] == written[1][0] and drafted == plain

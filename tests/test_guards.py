@@ -73,3 +73,10 @@ def test_above_its_threshold_a_metric_is_named_with_both_numbers(metric: str, li
     assert guards.warnings({metric: limit, "loss": 1e9}, LIMITS) == {}
     (message,) = guards.warnings({metric: limit * 1.5}, LIMITS).values()
     assert f"{metric} is {limit * 1.5:.3g}, above {limit:g}" in message
+
+
+def test_drafts_that_do_not_pay_are_named_with_what_to_do() -> None:
+    name, limit = "rollout/kept_a_pass", LIMITS.kept_a_pass
+    assert guards.warnings({name: limit}, LIMITS) == {}
+    (message,) = guards.warnings({name: limit / 1.2}, LIMITS).values()
+    assert f"below {limit:g}" in message and "draft_tokens=0" in message

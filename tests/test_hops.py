@@ -59,7 +59,7 @@ def test_the_way_from_the_command_line_to_the_formula(
     def rollout(sampler: Sampler, _: Any, inputs: Any, *__: Any) -> Rollout:
         shape = (inputs.tokens.shape[0], sampler.sampling.max_new_tokens)
         zeros = jnp.zeros(shape, jnp.float32)
-        return Rollout(jnp.zeros(shape, jnp.int32), zeros == 0, zeros, zeros[:, 0] > 0)
+        return Rollout(jnp.zeros(shape, jnp.int32), zeros == 0, zeros, zeros[:, 0] > 0, zeros > 0)
 
     monkeypatch.setitem(divergences.DIVERGENCES, "reverse_kl", formula)
     monkeypatch.setattr(Sampler, "rollout", rollout)

@@ -19,7 +19,8 @@ from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.parallel import batches, sharding
-from mgsd_jax.sampling.sampler import Sampler
+from mgsd_jax.sampling import sampler as sampler_lib
+from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation, grounding
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import table
@@ -57,21 +58,28 @@ def mesh_of(sizes: tuple[int, int, int] | None) -> Mesh | None:
     return sharding.make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
 
 
+def sample(
+    model: Qwen3VL, params: Any, prompts: Inputs, row_ids: Any, draft: Any = None
+) -> Rollout:
+    """Greedy rollouts of six tokens at most; with a draft, three of its tokens are tried a pass."""
+    sampler = Sampler(
+        model,
+        c.SamplingConfig(6, temperature=0.0, draft_tokens=3),
+        eos_ids=(5,),
+        banned_ids=BANNED,
+        pad_id=0,
+    )
+    laid = sharding.make_layout(model.mesh, jnp.float32)({"params": params})
+    return sampler.rollout(laid, prompts, batches.make_key(0, model.mesh), row_ids, draft)
+
+
 def distil(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
     """(greedy rollout, parameters minus their gradient, metrics, statistics) of one step."""
     mesh = mesh_of(sizes)
     model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
     params, teacher = parameters(mesh, 0), parameters(mesh, 1)
-    sampler = Sampler(
-        model,
-        c.SamplingConfig(6, temperature=0.0),
-        eos_ids=(5,),
-        banned_ids=BANNED,
-        pad_id=0,
-    )
     prompts, row_ids = batches.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
-    laid = sharding.make_layout(mesh, jnp.float32)({"params": params})
-    sampled = sampler.rollout(laid, prompts, batches.make_key(0, mesh), row_ids)
+    sampled = sample(model, params, prompts, row_ids)
     batch = distillation.DistillationBatch(
         prompts, batches.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
     )
@@ -124,6 +132,24 @@ def test_a_distillation_step(sizes: tuple[int, int, int], one_device: Any) -> No
     np.testing.assert_array_equal(got[0].tokens, one_device[0].tokens)
     assert one_device[0].mask.sum() > 8  # rollouts of more than a token each
     assert_same(got, one_device)
+
+
+@eight
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (1, 2, 4)])
+def test_drafted_rollouts(
+    sizes: tuple[int, int, int], one_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other row has a right draft, the rest a wrong one; the cache is compacted."""
+    want = one_device[0]
+    monkeypatch.setattr(sampler_lib, "_SPARE_PASSES", 1)
+    draft = np.where(want.mask & (np.arange(8)[:, None] % 2 == 0), want.tokens, 7).astype(np.int32)
+    mesh = mesh_of(sizes)
+    asked = batches.to_global((STUDENT, np.arange(8, dtype=np.int32), draft), mesh)
+    model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
+    got = batches.to_every(sample(model, parameters(mesh, 0), *asked), mesh)
+    assert got.guessed[::2].any() and not want.guessed.any()
+    for name in ("tokens", "mask", "truncated"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
 
 
 @eight

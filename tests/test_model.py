@@ -1,5 +1,6 @@
 """Properties of the model that need no reference implementation, and golden numbers from one."""
 
+import dataclasses
 from typing import cast
 
 import chex
@@ -188,12 +189,38 @@ def test_prefill_and_decode_equal_the_full_forward() -> None:
     out, cache = prefill(prompts)
     steps = [out]
     for r in range(4):
-        out, cache = decode(response[:, r], prompts.next_position + r, cache)
-        steps.append(out)
+        out, cache = decode(response[:, r, None], prompts.next_position[:, None] + r, cache)
+        steps.append(out[:, 0])
     assert int(cache.length) == prompts.tokens.shape[1] + 4
     whole = append_response(prompts, jnp.asarray(response), jnp.ones((3, 4), bool))
     want = apply_hidden(PARAMS, whole)[:, -5:]
     np.testing.assert_allclose(jnp.stack(steps, axis=1), want, atol=2e-5)
+
+
+def test_decoding_several_tokens_at_once_equals_one_at_a_time() -> None:
+    """Also over slots that a row has given up, and after the rest moved to the front."""
+    prompts = to_inputs(CONFIG, ROWS, side="left")
+    response = np.random.default_rng(2).integers(0, 250, (3, 6)).astype(np.int32)
+    model, variables = Qwen3VL(CONFIG), {"params": PARAMS}
+    _, cache = model.apply(variables, prompts, prompts.tokens.shape[1] + 9, method="prefill")
+    decode = jax.jit(lambda *a: model.apply(variables, *a, method="decode"))
+    length = prompts.tokens.shape[1]
+    positions = prompts.next_position[:, None] + np.arange(6)
+    # Of three tokens the rows keep 2, 1 and 2.
+    wrong = np.where(np.arange(3) < [[2], [1], [2]], response[:, :3], 5)
+    _, cache = decode(wrong, positions[:, :3], cache)
+    lost = (np.arange(length + 9) - length) >= np.array([[2], [1], [2]])
+    cache = dataclasses.replace(cache, valid=cache.valid & ~lost)
+    keep = np.array([True, True, True])
+    small = jax.jit(lambda c: c.compact(keep))(cache)
+    assert int(small.length) == int(np.asarray(cache.valid).sum(1).max()) < int(cache.length)
+    rest = np.stack([row[n : n + 3] for row, n in zip(response, (2, 1, 2), strict=True)])
+    places = np.stack([row[n : n + 3] for row, n in zip(positions, (2, 1, 2), strict=True)])
+    whole = append_response(prompts, jnp.asarray(response), jnp.ones((3, 6), bool))
+    want = apply_hidden(PARAMS, whole)[:, -6:]
+    want = np.stack([row[n : n + 3] for row, n in zip(want, (2, 1, 2), strict=True)])
+    for which in (cache, small):
+        np.testing.assert_allclose(decode(rest, places, which)[0], want, atol=2e-5)
 
 
 def test_append_response_continues_each_row() -> None:

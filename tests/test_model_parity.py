@@ -156,8 +156,10 @@ def decoded_logits(
 
     def step(carry: tuple, token: jax.Array) -> tuple:
         positions, cache = carry
-        hidden, cache = model.apply(variables, token, positions, cache, method="decode")
-        return (positions + 1, cache), hidden
+        hidden, cache = model.apply(
+            variables, token[:, None], positions[:, None], cache, method="decode"
+        )
+        return (positions + 1, cache), hidden[:, 0]
 
     _, rest = jax.lax.scan(step, (prompts.next_position, cache), responses.T)
     hidden = jnp.concatenate([hidden[None], rest]).swapaxes(0, 1)

@@ -244,13 +244,15 @@ def test_arithmetic_is_that_of_the_stage(config: Config) -> None:
 
 
 @pytest.mark.slow
-def test_the_decode_loop_of_4b_copies_nothing() -> None:
+@pytest.mark.parametrize("draft_tokens", [0, 7])
+def test_the_decode_loop_of_4b_copies_nothing(draft_tokens: int) -> None:
     """Batch 64, cache 2,048, 16 v5e: no second cache, and no table gathered for every token."""
     changes = [
         "preflight.stages=('evaluate',)",
         "evaluate.batch_size=64",
         "data.prompt_buckets=(512,)",
         "evaluate.sampling.max_new_tokens=1536",
+        f"evaluate.sampling.draft_tokens={draft_tokens}",
     ]
     config = load_config(str(ROOT / "configs" / "qwen3vl.py:4b"), changes)
     mesh = tpu_mesh("v5e:4x4", **dataclasses.asdict(config.mesh))

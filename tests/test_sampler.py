@@ -14,7 +14,8 @@ from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL, append_response, apply_hidden, head, logits
 from mgsd_jax.sampling import sampler
-from mgsd_jax.sampling.sampler import Rollout, Sampler, invert_cdf, keep_nucleus
+from mgsd_jax.sampling.choice import invert_cdf, keep_nucleus
+from mgsd_jax.sampling.sampler import Rollout, Sampler
 
 CONFIG = tiny()
 MODEL = Qwen3VL(CONFIG)

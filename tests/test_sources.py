@@ -288,3 +288,17 @@ def test_a_prompt_longer_than_the_limit_names_both() -> None:
     loader = loaders.prompt_loader(BOARDS, short, context="state", batch_size=2, rollouts=1, seed=0)
     with pytest.raises(ValueError, match=r"got \d+, want at most 8"):
         next(loader)
+
+
+def test_drafts_are_right_responses_and_change_nothing_else() -> None:
+    plain = next(prompts(batch_size=6))
+    drafted = next(prompts(batch_size=6, has_drafts=True, response_length=62))
+    assert same(drafted.batch._replace(draft=None), plain.batch) and plain.batch.draft is None
+    assert drafted.batch.draft.shape == (6, 62)
+    for board, draft in zip(drafted.boards, drafted.batch.draft, strict=True):
+        text = decode(PROCESSOR, draft[draft >= 0])
+        outcome = rules.judge(board.state, board.task, text)
+        assert outcome.success and outcome.optimal
+        assert draft[draft >= 0][-1] in PROCESSOR.eos_ids
+    short = next(prompts(batch_size=6, has_drafts=True, response_length=5))
+    np.testing.assert_array_equal(short.batch.draft, drafted.batch.draft[:, :5])

@@ -32,6 +32,9 @@ class References(NamedTuple):
     mask: np.ndarray  # [B, R] bool, True up to the end token; all False in a row without one
 
 
+NO_TOKEN = -1  # equal to no token
+
+
 class PromptBatch(NamedTuple):
     """Prompts of the student and of the teacher about the same states, row by row."""
 
@@ -39,6 +42,7 @@ class PromptBatch(NamedTuple):
     teacher: Inputs  # left-padded
     row_ids: np.ndarray  # [B] int32, the row's number in the batch of all processes
     references: References | None = None  # responses that stand in for the student's own
+    draft: np.ndarray | None = None  # [B, R] int32 guesses of the student's own; NO_TOKEN: none
 
 
 def bucket(n: int, buckets: Sequence[int], *, name: str = "length") -> int:
@@ -209,6 +213,14 @@ def references(responses: Sequence[np.ndarray | None], *, length: int, pad_id: i
         tokens[b, : len(response)] = response
         mask[b, : len(response)] = True
     return References(tokens, mask)
+
+
+def pad_drafts(responses: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Guesses of responses, cut or padded to R = `length` with NO_TOKEN: [B, R] int32."""
+    drafts = np.full((len(responses), length), NO_TOKEN, np.int32)
+    for draft, response in zip(drafts, responses, strict=True):
+        draft[: len(response)] = response[:length]
+    return drafts
 
 
 def _positions(row: Encoded) -> tuple[np.ndarray, int]:

@@ -10,7 +10,7 @@ from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Encoded, Processor, encode, encode_answer, encode_example
 from mgsd_jax.data.prompts import Prompts
-from mgsd_jax.data.records import RECORDS, right_response
+from mgsd_jax.data.records import RECORDS, expected, right_response
 from mgsd_jax.envs import ENVS
 
 
@@ -46,6 +46,10 @@ class Encoder:
     def reference(self, board: Board, rng: np.random.Generator) -> np.ndarray:
         """Tokens [R] of a right response, its plan any of the shortest."""
         return encode_answer(self.processor, right_response(board, rng))
+
+    def draft(self, board: Board, *, is_perception: bool = False) -> np.ndarray:
+        """Tokens of the response that a drafted rollout guesses; see `sampling/drafts.py`."""
+        return encode_answer(self.processor, expected(board, is_perception=is_perception))
 
     def record(self, board: Board, kind: str, rng: np.random.Generator) -> tuple[Encoded, int]:
         """A supervised record of a kind in RECORDS, and the length of its prompt."""

@@ -144,6 +144,7 @@ class PromptExample(NamedTuple):
     teacher: Encoded
     board: Board
     reference: np.ndarray | None  # [R] tokens of a right response
+    draft: np.ndarray | None  # [R] tokens that the response is guessed to be
 
 
 class PromptRows(NamedTuple):
@@ -165,6 +166,7 @@ def prompt_loader(
     teacher_board: Literal["same", "other"] = "same",
     reference_share: float = 0.0,
     response_length: int = 0,
+    has_drafts: bool = False,
     process: tuple[int, int] = (0, 1),
     agree: Agree = tuple,
 ) -> Loader[PromptExample, PromptRows]:
@@ -172,7 +174,8 @@ def prompt_loader(
 
     The teacher reads the board with a share `noise` of its facts wrong, or another board of the
     same task and level. A share of the prompts comes with a right response, padded to
-    `response_length`. Row ids are those of the batch of all processes.
+    `response_length`, and with `has_drafts` each with a guess of its response. Row ids are those of
+    the batch of all processes.
     """
     data, pad_id = encoder.data, encoder.processor.pad_id
 
@@ -181,7 +184,11 @@ def prompt_loader(
         read = read._replace(state=disturb(read.task, read.state, rng, noise))
         reference = encoder.reference(board, rng) if rng.random() < reference_share else None
         return PromptExample(
-            encoder.student(board), encoder.teacher(read, context), board, reference
+            encoder.student(board),
+            encoder.teacher(read, context),
+            board,
+            reference,
+            encoder.draft(board) if has_drafts else None,
         )
 
     def measure(examples: Sequence[PromptExample]) -> Sizes:
@@ -210,6 +217,9 @@ def prompt_loader(
             responses = [row.reference for row in rows]
             held = batching.references(responses, length=response_length, pad_id=pad_id)
             batch = batch._replace(references=held)
+        drafts = [row.draft for row in rows if row.draft is not None]
+        if drafts:
+            batch = batch._replace(draft=batching.pad_drafts(drafts, response_length))
         return PromptRows(batch, tuple(row.board for row in rows))
 
     examples = _examples(boards, example, encoder, batch_size, seed, process)

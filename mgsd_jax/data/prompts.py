@@ -135,9 +135,14 @@ def grounding(
     """Messages that ask every question about the picture, and the numbered answers."""
     questions = ENVS[task].questions(state)
     asked = "\n".join(ask(i, question) for i, question in enumerate(questions, 1))
-    answer = "\n".join(_numbered(i, q.answer) for i, q in enumerate(questions, 1))
     text = prompts.template(task, "grounding").replace("<questions>", asked)
-    return [{"role": "user", "content": _with_picture(text, picture)}], answer
+    return [{"role": "user", "content": _with_picture(text, picture)}], right_answers(task, state)
+
+
+def right_answers(task: str, state: Any) -> str:
+    """The numbered answers to all questions about a picture."""
+    questions = enumerate(ENVS[task].questions(state), 1)
+    return "\n".join(_numbered(i, question.answer) for i, question in questions)
 
 
 def ask(number: int, question: Question) -> str:

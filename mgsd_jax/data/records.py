@@ -56,6 +56,14 @@ def right_response(board: Board, rng: np.random.Generator) -> str:
     return prompts_lib.response(board.task, board.state, plan)
 
 
+def expected(board: Board, *, is_perception: bool) -> str:
+    """The response to guess when a model is asked about a board: all right, by the first plan."""
+    if is_perception:
+        return prompts_lib.right_answers(board.task, board.state)
+    plan = ENVS[board.task].shortest_plan(board.state)
+    return prompts_lib.response(board.task, board.state, plan)
+
+
 RECORDS: dict[str, Record] = {
     "questions": Record(_questions, has_picture=True),
     "cells": Record(_cells, has_picture=True),

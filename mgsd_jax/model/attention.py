@@ -57,7 +57,7 @@ def attend(
     k: jax.Array,  # [B, S, K, H]
     v: jax.Array,  # [B, S, K, H]
     *,
-    valid: jax.Array,  # [B, S] bool, keys that may be attended to
+    valid: jax.Array,  # [B, S] bool, keys that may be attended to; where T != S also [B, T, S]
     causal: bool,  # True: the queries are the last T of S tokens, and see no later one
     kernel: Kernel = XLA,
 ) -> jax.Array:
@@ -68,7 +68,7 @@ def attend(
     every device, as it reads the cache once whatever computes it. So do GPUs where the conditions
     of cuDNN (16-bit floats, H a multiple of 8 up to 128, even T) do not hold.
     """
-    name = kernel.name if q.shape[1] == k.shape[1] else "xla"
+    name = kernel.name if valid.ndim == 2 and q.shape[1] == k.shape[1] else "xla"
     if name == "splash":
         run = functools.partial(_attend_splash, causal=causal, interpret=kernel.interpret)
         return _shard(kernel, run, q, k, v, valid)

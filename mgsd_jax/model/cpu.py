@@ -25,7 +25,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from mgsd_jax.model.cache import KVCache
+from mgsd_jax.model.cache import KVCache, compacted
 from mgsd_jax.model.remat import Remat
 from mgsd_jax.model.rope import Tables, turn
 from mgsd_jax.tree import Tree
@@ -153,6 +153,16 @@ class SplitCache:
         assert isinstance(layer, int)
         return self.k[layer].swapaxes(1, 2), self.v[layer].swapaxes(1, 2)
 
+    def compact(self, keep: jax.Array) -> "SplitCache":
+        """As `KVCache.compact`."""
+        order, valid, length = compacted(self.valid, keep)
+        index = order[:, None, :, None]
+        k, v = (
+            tuple(jnp.take_along_axis(layer, index, axis=2) for layer in stack)
+            for stack in (self.k, self.v)
+        )
+        return SplitCache(k=k, v=v, valid=valid, length=length)
+
 
 Cache = KVCache | SplitCache
 
@@ -187,7 +197,7 @@ def join_layers(cache: Cache) -> KVCache:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, *, causal: bool
 ) -> jax.Array:
-    """As `attention.attend`, in plain matmuls and a softmax.
+    """As `attention.attend`, in plain matmuls and a softmax; `valid` may be [B, T, S] as well.
 
     Under a causal mask queries go a block at a time, and a block looks at no key after its last
     query. With four blocks that is 1/4 + 2/4 + 3/4 + 4/4 of 4/4 each, five eighths of the work:
@@ -202,7 +212,7 @@ def attend(
     groups, before = k.shape[2], k.shape[1] - q.shape[1]
     grouped = (q * width**-0.5).reshape(batch, length, groups, heads // groups, width)
     grouped = grouped.transpose(0, 2, 3, 1, 4)  # all queries of a key head side by side
-    hidden = jnp.where(valid, 0.0, _MASKED)[:, None, None]
+    hidden = jnp.where(valid if valid.ndim == 3 else valid[:, None], 0.0, _MASKED)[:, None]
 
     def block(first: int, last: int, seen: int, mask: jax.Array) -> jax.Array:
         queries = grouped[:, :, :, first:last]

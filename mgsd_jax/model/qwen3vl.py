@@ -100,19 +100,29 @@ class Qwen3VL(nn.Module):
         cache: Cache,
         layers: Layers | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """The hidden state [B, D] of one more token a row, at M-RoPE `positions` [B].
+        """The hidden states [B, W, D] of W more tokens a row, at M-RoPE `positions` [B, W].
 
-        A loop may take `cache` and `layers` from `split_cache`.
+        Each sees the valid slots of the cache, and the new tokens up to itself; their slots are
+        valid then. A loop may take `cache` and `layers` from `split_cache`.
         """
-        cache = dataclasses.replace(cache, valid=cache.valid.at[:, cache.length].set(True))
-        x = self.language.embed(tokens[:, None], is_rollout=True)
-        positions = jnp.broadcast_to(positions[None, :, None], (3, *x.shape[:2]))
+        slots = jnp.arange(cache.valid.shape[1]) - cache.length
+        seen = (slots >= 0) & (slots <= jnp.arange(tokens.shape[1])[:, None])  # [W, S]
+        x = self.language.embed(tokens, is_rollout=True)
         decoder = self.language
         if layers is not None:
             decoder = functools.partial(decoder.one_by_one, layers=layers)
-        x, after = decoder(x, positions, cache.valid, None, cache, decoding=True)
+        x, after = decoder(
+            x,
+            jnp.broadcast_to(positions, (3, *positions.shape)),
+            cache.valid[:, None] | seen,
+            None,
+            cache,
+            decoding=True,
+        )
         assert after is not None
-        return x[:, 0], dataclasses.replace(after, length=after.length + 1)
+        return x, dataclasses.replace(
+            after, valid=cache.valid | seen[-1], length=after.length + tokens.shape[1]
+        )
 
     def see(self, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
         """Visual features [B, M * Q, D] and deepstack features [n_ds, B, M * Q, D]."""

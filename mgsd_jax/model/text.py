@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         self,
         x: jax.Array,  # [B, T, D] embeddings, visual features in place
         positions: jax.Array,  # [3, B, T]
-        valid: jax.Array,  # [B, T], or [B, S] where decoding
+        valid: jax.Array,  # [B, T], or [B, T, S] where decoding
         deep: jax.Array | None,  # [n_ds, B, T, D], zero at text
         cache: Cache | None,
         *,

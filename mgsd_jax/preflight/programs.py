@@ -182,7 +182,10 @@ def _rollout(
     banned = (model.config.image_token_id, model.config.video_token_id)
     sampler = Sampler(model, sampling, eos_ids=(0, 1), banned_ids=banned, pad_id=0)
     row_ids = _placed(_array((rows,), jnp.int32), mesh)
-    programs = sampler.programs(laid_out, inputs, _key(mesh), row_ids)
+    draft = None
+    if sampling.draft_tokens:
+        draft = _placed(_array((rows, sampling.max_new_tokens), jnp.int32), mesh)
+    programs = sampler.programs(laid_out, inputs, _key(mesh), row_ids, draft)
     works = roofline.rollout_works(model, laid_out, rows, length, slots, _patches(config))
     for name, (jitted, arguments) in programs.items():
         yield Program(name, jitted, arguments, kept, works[name])

@@ -73,8 +73,13 @@ def make_answerer(
             # Rows that only fill the batch are thrown away: any id will do for them.
             ids = np.zeros(size, np.int32)
             ids[: len(row_ids[chosen])] = row_ids[chosen]
-            asked = batches.to_global((inputs, ids), mesh, is_whole=True)
-            sampled = batches.to_every(sampler.rollout(variables, asked[0], rng, asked[1]), mesh)
+            draft = None
+            if settings.sampling.draft_tokens:
+                guesses = [encoder.draft(b, is_perception=mode == "perception") for b in padded]
+                draft = batching.pad_drafts(guesses, settings.sampling.max_new_tokens)
+            asked = batches.to_global((inputs, ids, draft), mesh, is_whole=True)
+            sampled = sampler.rollout(variables, asked[0], rng, asked[1], asked[2])
+            sampled = batches.to_every(sampled, mesh)
             texts = decode_rows(processor, sampled.tokens, sampled.mask)
             answers += [
                 Answer(texts[i], bool(sampled.truncated[i]), int(sampled.mask[i].sum()))

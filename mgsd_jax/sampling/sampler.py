@@ -19,14 +19,18 @@ from jax.stages import Wrapped
 from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.cache import KVCache
-from mgsd_jax.model.cpu import join_layers
+from mgsd_jax.model.cpu import Cache, join_layers
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits, split_cache
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.axes import BATCH, constrain, dividing, fit, parts
+from mgsd_jax.sampling import choice as choices
+from mgsd_jax.sampling import drafts
 from mgsd_jax.tree import PyTree, Tree
 
 Variables = Tree  # {'params': ..., optionally 'adapters': ...}
 Program = tuple[Wrapped, tuple[PyTree, ...]]  # a jitted function, and its arguments
+_STAGES = (256, 512, 1024)  # slots behind the prompt; then all of them
+_SPARE_PASSES = 8  # passes between two compactions of a full cache, at least
 _SUBLANES = 8  # rows of a TPU's tile; with fewer the default layout pads less
 
 
@@ -38,6 +42,7 @@ class Rollout:
     mask: jax.Array  # [B, R] bool, True through the first end token
     logprobs: jax.Array  # [B, R] float32, of the distribution sampled from; 0 where mask is False
     truncated: jax.Array  # [B] bool, True where R tokens went by without an end token
+    guessed: jax.Array  # [B, R] bool, tokens that a draft held: they cost no pass of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,44 +75,69 @@ class Sampler:
             raise ValueError(f"banned_ids: got {self.banned_ids}, want none of {self.eos_ids}")
 
     def rollout(
-        self, variables: Variables, inputs: Inputs, rng: jax.Array, row_ids: jax.typing.ArrayLike
+        self,
+        variables: Variables,
+        inputs: Inputs,
+        rng: jax.Array,
+        row_ids: jax.typing.ArrayLike,
+        draft: jax.Array | None = None,
     ) -> Rollout:
-        """One response a row, without reading anything back to the host.
+        """One response a row. Between stages of the cache the host looks whether all have ended.
 
         Prompts are left-padded. A row's response depends on `rng`, its own `row_ids` [B] entry and
-        its own prompt, not on its neighbours or its place in the batch. `logprobs` are float32,
-        after bans, temperature, top-k and top-p; those of greedy rollouts are the model's at
-        temperature 1.
+        its own prompt, not on its neighbours or its place in the batch, nor (but for rounding) on
+        its `draft` [B, F], a guess of the response, padded with NO_TOKEN, of which
+        `sampling.draft_tokens` are tried a pass. `logprobs` are float32, after bans, temperature,
+        top-k and top-p; those of greedy rollouts are the model's at temperature 1.
         """
-        prefill, decode = _compiled(_places(self.model, inputs.tokens.shape[0]))
-        hidden, cache = prefill(self._static, variables, inputs)
-        rest = (hidden, cache, inputs.next_position, rng, row_ids)
-        return decode(self._static, self._choice, variables, *rest)[0]
+        static = self._static(draft is not None)
+        prefill, decode, grow = _compiled(
+            _places(self.model, inputs.tokens.shape[0], static.window)
+        )
+        first, *later = static.stages(inputs.tokens.shape[1])
+        hidden, cache = prefill(static, first, variables, inputs)
+        rest = (inputs.next_position, rng, row_ids, draft)
+        state, cache = decode(static, not later, self._choice, variables, hidden, cache, *rest)
+        for i, slots in enumerate(later, 1):
+            if state.is_over:  # a look from the host
+                break
+            cache = grow(cache, slots)
+            is_last = i == len(later)
+            state, cache = decode(static, is_last, self._choice, variables, state, cache, *rest)
+        return state.out
 
     def programs(
-        self, variables: Variables, inputs: Inputs, rng: PyTree, row_ids: PyTree
+        self,
+        variables: Variables,
+        inputs: Inputs,
+        rng: PyTree,
+        row_ids: PyTree,
+        draft: PyTree = None,
     ) -> dict[str, Program]:
         """'prefill' and 'decode' of `rollout`, to be lowered with their arguments; runs nothing.
 
-        The arguments are ShapeDtypeStructs that lie on the model's mesh.
+        They are those of the last, largest stage of the cache. The arguments are
+        ShapeDtypeStructs that lie on the model's mesh.
         """
-        places = _places(self.model, inputs.tokens.shape[0])
-        prefill, decode = _compiled(places)
-        prefilled = jax.eval_shape(functools.partial(_prefill, self._static), variables, inputs)
+        static = self._static(draft is not None)
+        places = _places(self.model, inputs.tokens.shape[0], static.window)
+        prefill, decode, _ = _compiled(places)
+        slots = static.stages(inputs.tokens.shape[1])[-1]
+        prefilled = jax.eval_shape(functools.partial(_prefill, static, slots), variables, inputs)
         if places is not None:
             prefilled = sharding.abstract(prefilled, places)
-        rest = (*prefilled, inputs.next_position, rng, row_ids)
+        rest = (*prefilled, inputs.next_position, rng, row_ids, draft)
         return {
-            "prefill": (prefill, (self._static, variables, inputs)),
-            "decode": (decode, (self._static, self._choice, variables, *rest)),
+            "prefill": (prefill, (static, slots, variables, inputs)),
+            "decode": (decode, (static, True, self._choice, variables, *rest)),
         }
 
-    @property
-    def _static(self) -> "_Static":
+    def _static(self, has_draft: bool) -> "_Static":
         sampling = self.sampling
         return _Static(
             self.model,
             max_new_tokens=sampling.max_new_tokens,
+            window=1 + (sampling.draft_tokens if has_draft else 0),
             greedy=sampling.temperature == 0,
             top_k=min(sampling.top_k, self.model.config.text.vocab_size),
             use_top_p=sampling.top_p < 1,
@@ -129,9 +159,20 @@ class _Static(NamedTuple):
 
     model: Qwen3VL
     max_new_tokens: int
+    window: int  # tokens of a pass, W: one, and the guesses
     greedy: bool
     top_k: int
     use_top_p: bool
+
+    def stages(self, prompt: int) -> tuple[int, ...]:
+        """Slots of the cache in each stage, after a prompt of T tokens; attention reads them all.
+
+        Without drafts the last stage holds every token. With them it has room for some passes
+        more, as a pass leaves holes behind guesses that were wrong.
+        """
+        holes = 0 if self.window == 1 else _SPARE_PASSES * self.window
+        last = self.max_new_tokens + holes
+        return tuple(prompt + new for new in (*(s for s in _STAGES if s < last), last))
 
 
 class _Choice(NamedTuple):
@@ -145,28 +186,30 @@ class _Choice(NamedTuple):
 
 
 @functools.cache
-def _compiled(places: PyTree) -> tuple[Wrapped, Wrapped]:
-    """(prefill, decode), jitted; the last hidden states and the cache lie as `places` say.
+def _compiled(places: PyTree) -> tuple[Wrapped, Wrapped, Wrapped]:
+    """(prefill, decode, grow), jitted; the last hidden states and the cache lie as `places` say.
 
-    The cache is returned, although nothing reads it: XLA refuses to reuse a donated buffer that has
-    no output to go to, and would hold the cache twice.
+    The cache is returned, although nothing may read it: XLA refuses to reuse a donated buffer that
+    has no output to go to, and would hold the cache twice.
     """
     return (
-        jax.jit(_prefill, static_argnums=0, out_shardings=places),
+        jax.jit(_prefill, static_argnums=(0, 1), out_shardings=places),
         jax.jit(
             _decode,
-            static_argnums=0,
+            static_argnums=(0, 1),
             donate_argnames="cache",
             out_shardings=None if places is None else (None, places[1]),
         ),
+        jax.jit(_grow, static_argnums=1, out_shardings=None if places is None else places[1]),
     )
 
 
-def _places(model: Qwen3VL, rows: int) -> PyTree:
+def _places(model: Qwen3VL, rows: int, window: int) -> PyTree:
     """Where the last hidden states and the cache lie between prefill and decode; None: anywhere.
 
-    On a TPU the loop wants rows beside widths, [L, S, K, B, H] in memory: handed over in the
-    default layout, the cache would be copied on the way in and on the way out, and be there twice.
+    On a TPU the loop wants rows beside widths, [L, S, K, B, H] in memory, and with several queries
+    a row slots beside them, [L, B, K, S, H]: handed over in another layout, the cache would be
+    copied on the way in and on the way out, and be there twice.
     """
     mesh, text = model.mesh, model.config.text
     if mesh is None:
@@ -174,41 +217,70 @@ def _places(model: Qwen3VL, rows: int) -> PyTree:
     by_row = NamedSharding(mesh, P(dividing(mesh, BATCH, rows)))
     shape = (text.num_hidden_layers, rows, 1, text.num_key_value_heads, text.head_dim)
     place: PyTree = NamedSharding(mesh, fit(P(None, BATCH, None, "tensor"), shape, mesh))
-    if model.kernel.name == "splash" and rows // parts(mesh, by_row.spec[0]) >= _SUBLANES:
+    if model.kernel.name == "splash" and window > 1:
+        place = Format(Layout((0, 1, 3, 2, 4)), place)
+    elif model.kernel.name == "splash" and rows // parts(mesh, by_row.spec[0]) >= _SUBLANES:
         place = Format(Layout((0, 2, 3, 1, 4)), place)
     fields: Tree = {"k": place, "v": place, "valid": by_row, "length": NamedSharding(mesh, P())}
     return by_row, KVCache(**fields)
 
 
-def _prefill(static: _Static, variables: Variables, inputs: Inputs) -> tuple[jax.Array, KVCache]:
-    slots = inputs.tokens.shape[1] + static.max_new_tokens
+def _prefill(
+    static: _Static, slots: int, variables: Variables, inputs: Inputs
+) -> tuple[jax.Array, KVCache]:
     prefilled = static.model.apply(variables, inputs, slots, method="prefill")
     return cast(tuple[jax.Array, KVCache], prefilled)
 
 
+def _grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with empty slots behind its own."""
+    more = ((0, 0), (0, slots - cache.valid.shape[1]))
+    k, v = (jnp.pad(x, ((0, 0), *more, (0, 0), (0, 0))) for x in (cache.k, cache.v))
+    return dataclasses.replace(cache, k=k, v=v, valid=jnp.pad(cache.valid, more))
+
+
+@struct.dataclass
+class _State:
+    """How far the rows have got."""
+
+    out: Rollout
+    count: jax.Array  # [B] int32, tokens of the response so far
+    last: jax.Array  # [B] int32, the last of them, whose keys are not in the cache yet
+    pointer: jax.Array  # [B] int32, where in its draft a row goes on
+    is_over: jax.Array  # [] bool, every row has ended
+
+    @property
+    def speaks(self) -> jax.Array:
+        """[B] bool, rows that have not ended."""
+        return self.out.truncated & (self.count < self.out.tokens.shape[1])
+
+
 def _decode(
     static: _Static,
+    is_last: bool,
     choice: _Choice,
     variables: Variables,
-    hidden: jax.Array,
+    begun: jax.Array | _State,
     cache: KVCache,
     next_position: jax.Array,
     rng: jax.Array,
     row_ids: jax.Array,
-) -> tuple[Rollout, KVCache]:
-    """Samples from the prompts' last hidden states [B, D], then decodes until all rows end."""
-    width = static.max_new_tokens
+    draft: jax.Array | None,
+) -> tuple[_State, KVCache]:
+    """Decodes until all rows have ended, or the slots are full and more are to come.
+
+    `begun` are the prompts' last hidden states [B, D], or the state that the stage before left.
+    """
+    width, window = static.max_new_tokens, static.window
     # Cast once, outside the loop, or every token would read the weights in their wider type.
     variables = jax.tree.map(lambda leaf: leaf.astype(static.model.dtype), variables)
     layers, split = split_cache(static.model, variables, cache)
     table = head(variables["params"])
     banned = jnp.zeros(table.shape[0], bool).at[choice.banned_ids].set(True)
-    uniforms = _uniforms(rng, row_ids, width)
+    uniforms = choices.uniforms(rng, row_ids, width)
 
-    def choose(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Each row's logits meet on its device: from there on sampling is one device's. First where
-        # they are made, or the compiler gathers the table instead, 0.7 GiB a token for 4B.
-        scores = constrain(logits(hidden, table), static.model.mesh, BATCH, "tensor")
+    def draw(scores: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Each row's logits meet on its device: from there on sampling is one device's.
         scores = constrain(scores, static.model.mesh, BATCH)
         scores = _restrict(jnp.where(banned, -jnp.inf, scores), static, choice)
         if static.greedy:
@@ -216,55 +288,113 @@ def _decode(
             # The likeliest token's logit is the largest: its logprob needs no [B, V] of logprobs.
             return tokens, scores.max(axis=-1) - jax.nn.logsumexp(scores, axis=-1)
         logprobs = jax.nn.log_softmax(scores, axis=-1)
-        tokens = invert_cdf(logprobs, uniforms[:, step])
+        drawn = jnp.take_along_axis(uniforms, places[:, None], axis=1)[:, 0]
+        tokens = choices.invert_cdf(logprobs, drawn)
         return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
-    def write(
-        out: Rollout, done: jax.Array, step: jax.Array, hidden: jax.Array
-    ) -> tuple[Rollout, jax.Array, jax.Array]:
-        tokens, logprobs = choose(hidden, step)
-        tokens = jnp.where(done, choice.pad_id, tokens)
-        out = dataclasses.replace(
-            out,
-            tokens=out.tokens.at[:, step].set(tokens),
-            mask=out.mask.at[:, step].set(~done),
-            logprobs=out.logprobs.at[:, step].set(jnp.where(done, 0.0, logprobs)),
-        )
-        return out, done | (tokens[:, None] == choice.eos_ids).any(axis=-1), tokens
+    def choose(hidden: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens and logprobs [B, W] drawn from hidden states [B, W, D], at places from `count`."""
+        places = jnp.minimum(count + jnp.arange(hidden.shape[1])[:, None], width - 1)
+        # Split where they are made, or the compiler gathers the table instead, 0.7 GiB a token for
+        # 4B. It is read once for all of a pass; one place at a time has whole rows of logits.
+        if hidden.shape[1] == 1:
+            scores = constrain(logits(hidden[:, 0], table), static.model.mesh, BATCH, "tensor")
+            tokens, chances = draw(scores, places[0])
+            return tokens[:, None], chances[:, None]
+        scores = logits(hidden.swapaxes(0, 1), table)
+        scores = constrain(scores, static.model.mesh, None, BATCH, "tensor")
+        tokens, chances = jax.lax.map(lambda one: draw(*one), (scores, places))
+        return tokens.T, chances.T
 
-    def body(state: tuple) -> tuple:
-        step, out, done, tokens, cache = state
+    def extend(state: _State, hidden: jax.Array, guessed: jax.Array) -> tuple[_State, jax.Array]:
+        """The state with the tokens of a pass, and how many [B] they are."""
+        tokens, logprobs = choose(hidden, state.count)
+        ends = (tokens[..., None] == choice.eos_ids).any(axis=-1)
+        room = jnp.where(state.speaks, width - state.count, 0)
+        keep = drafts.kept(tokens, guessed, ends, room)
+        taken = keep.sum(axis=1, dtype=jnp.int32)
+        own = jnp.arange(tokens.shape[1]) == taken[:, None] - 1  # the last one is no guess
+        put = functools.partial(drafts.put, count=state.count, taken=taken)
+        last = jnp.take_along_axis(tokens, jnp.maximum(taken - 1, 0)[:, None], axis=1)[:, 0]
+        out = Rollout(
+            tokens=put(state.out.tokens, tokens),
+            mask=put(state.out.mask, keep),
+            logprobs=put(state.out.logprobs, logprobs),
+            truncated=state.out.truncated & ~(keep & ends).any(axis=1),
+            guessed=put(state.out.guessed, ~own),
+        )
+        state = _State(
+            out=out,
+            count=state.count + taken,
+            last=jnp.where(taken > 0, last, choice.pad_id),
+            pointer=state.pointer + taken,
+            is_over=state.is_over,
+        )
+        if draft is not None:
+            recent = drafts.last_tokens(out.tokens, state.count)
+            state = dataclasses.replace(state, pointer=drafts.follow(draft, state.pointer, recent))
+        return state, taken
+
+    def decode_window(carried: tuple[_State, Cache]) -> tuple[_State, Cache]:
+        state, cache = carried
+        guessed = jnp.zeros((state.last.shape[0], 0), jnp.int32)
+        if draft is not None:
+            guessed = drafts.guess(draft, state.pointer, window - 1)
+        tokens = jnp.concatenate([state.last[:, None], jnp.maximum(guessed, 0)], axis=1)
+        positions = (next_position + state.count - 1)[:, None] + jnp.arange(window)
         hidden, cache = static.model.apply(
-            variables, tokens, next_position + step - 1, cache, layers, method="decode"
+            variables, tokens, positions, cache, layers, method="decode"
         )
-        out, done, tokens = write(out, done, step, hidden)
-        return step + 1, out, done, tokens, cache
+        state, taken = extend(state, hidden, guessed)
+        # Of a pass's slots those of the last token and of right guesses stay.
+        slots = jnp.arange(cache.valid.shape[1]) - (cache.length - window)
+        return state, dataclasses.replace(
+            cache, valid=cache.valid & (slots < jnp.maximum(taken, 1)[:, None])
+        )
 
-    batch = hidden.shape[0]
-    empty = Rollout(
-        tokens=jnp.full((batch, width), choice.pad_id, jnp.int32),
-        mask=jnp.zeros((batch, width), bool),
-        logprobs=jnp.zeros((batch, width), jnp.float32),
-        truncated=jnp.zeros(batch, bool),
+    def has_room(carried: tuple[_State, Cache], slots: int) -> jax.Array:
+        state, cache = carried
+        return state.speaks.any() & (cache.length + slots <= cache.valid.shape[1])
+
+    def fill(carried: tuple[_State, Cache]) -> tuple[_State, Cache]:
+        return jax.lax.while_loop(lambda c: has_room(c, window), decode_window, carried)
+
+    def fill_and_compact(carried: tuple[_State, Cache]) -> tuple[_State, Cache]:
+        state, cache = fill(carried)
+        compact = functools.partial(type(cache).compact, keep=state.speaks)
+        # Not at the end: whoever has ended needs no room.
+        return state, jax.lax.cond(state.speaks.any(), compact, lambda cache: cache, cache)
+
+    if isinstance(begun, _State):
+        state = begun
+    else:
+        state = _begin(begun.shape[0], width, choice)
+        state, _ = extend(state, begun[:, None], jnp.zeros((begun.shape[0], 0), jnp.int32))
+    if window == 1:
+        state, split = fill((state, split))
+    else:
+        # Compacted, the cache is good for some passes more, or for a larger stage.
+        least = window if is_last else max(window, (cache.valid.shape[1]) // 4)
+        state, split = jax.lax.while_loop(
+            lambda c: has_room(c, least), fill_and_compact, (state, split)
+        )
+    state = dataclasses.replace(state, is_over=~state.speaks.any())
+    state = dataclasses.replace(state, out=batches.constrain(state.out, static.model.mesh))
+    return state, join_layers(split)
+
+
+def _begin(rows: int, width: int, choice: _Choice) -> _State:
+    """The state before the first token."""
+    none = jnp.zeros((rows, width), bool)
+    zero = jnp.zeros(rows, jnp.int32)
+    out = Rollout(
+        tokens=jnp.full((rows, width), choice.pad_id, jnp.int32),
+        mask=none,
+        logprobs=jnp.zeros((rows, width), jnp.float32),
+        truncated=jnp.ones(rows, bool),
+        guessed=none,
     )
-    out, done, tokens = write(empty, empty.truncated, jnp.int32(0), hidden)
-    state = (jnp.int32(1), out, done, tokens, split)
-    state = jax.lax.while_loop(lambda state: (state[0] < width) & ~state[2].all(), body, state)
-    _, out, done, _, split = state
-    out = dataclasses.replace(out, truncated=~done)
-    return batches.constrain(out, static.model.mesh), join_layers(split)
-
-
-def _uniforms(rng: jax.Array, row_ids: jax.Array, width: int) -> jax.Array:
-    """[B, R] in [0, 1): one key a row, folded with the position in the response."""
-
-    def draw(row_id: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(rng, row_id)
-        return jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step)))(
-            jnp.arange(width)
-        )
-
-    return jax.vmap(draw)(row_ids)
+    return _State(out, count=zero, last=zero, pointer=zero, is_over=jnp.bool_(False))
 
 
 def _restrict(scores: jax.Array, static: _Static, choice: _Choice) -> jax.Array:
@@ -276,56 +406,5 @@ def _restrict(scores: jax.Array, static: _Static, choice: _Choice) -> jax.Array:
         least = jax.lax.top_k(scores, static.top_k)[0][:, -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     if static.use_top_p:
-        scores = keep_nucleus(scores, choice.top_p)
+        scores = choices.keep_nucleus(scores, choice.top_p)
     return scores
-
-
-def keep_nucleus(scores: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
-    """Logits [B, V] with -inf outside the smallest set of tokens whose mass reaches `top_p`.
-
-    Tokens as probable as the least of the set are in it too. The least probability is found by
-    bisection over the bit patterns of the floats in [0, 1], which order as the floats do: 30
-    passes of compare-and-add instead of a sort of the vocabulary, and exact.
-    """
-    probabilities = jax.nn.softmax(scores, axis=-1)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # the mass at or above `low` reaches top_p, that above `high` does not
-        middle = low + (high - low) // 2
-        least = jax.lax.bitcast_convert_type(middle, jnp.float32)
-        mass = jnp.sum(jnp.where(probabilities >= least, probabilities, 0.0), -1, keepdims=True)
-        enough = mass >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    rows = (*scores.shape[:-1], 1)
-    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
-    bounds = (jnp.zeros(rows, jnp.int32), jnp.full(rows, above_one))
-    low, _ = jax.lax.fori_loop(0, 30, halve, bounds)
-    least = jax.lax.bitcast_convert_type(low, jnp.float32)
-    return jnp.where(probabilities >= least, scores, -jnp.inf)
-
-
-def invert_cdf(logprobs: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Tokens [B] int32 drawn from normalised `logprobs` [B, V] with one uniform [B] a row.
-
-    In two levels, blocks and tokens of a block: a cumulative sum over the whole vocabulary, or a
-    Gumbel number for every token of it, costs several times as much.
-    """
-    block = 128
-    batch, vocabulary = logprobs.shape
-    probabilities = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, -vocabulary % block)))
-    probabilities = probabilities.reshape(batch, -1, block)
-    blocks = jnp.cumsum(probabilities.sum(axis=-1), axis=-1)
-    target = uniforms * blocks[:, -1]
-    chosen = jnp.sum(blocks <= target[:, None], axis=-1)
-    chosen = jnp.minimum(chosen, blocks.shape[1] - 1)[:, None]
-    before = jnp.where(chosen > 0, jnp.take_along_axis(blocks, chosen - 1, axis=1), 0.0)
-    inside = jnp.take_along_axis(probabilities, chosen[..., None], axis=1)[:, 0]
-    offset = jnp.sum(jnp.cumsum(inside, axis=-1) <= target[:, None] - before, axis=-1)
-    tokens = (chosen[:, 0] * block + offset).astype(jnp.int32)
-    # Rounding may step past a block's end, or onto a token of probability 0 (once in some 10^6):
-    # take the likeliest token then, never a banned one.
-    tokens = jnp.minimum(tokens, vocabulary - 1)
-    landed = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    fine = (offset < block) & (landed > -jnp.inf)
-    return jnp.where(fine, tokens, jnp.argmax(logprobs, axis=-1).astype(jnp.int32))

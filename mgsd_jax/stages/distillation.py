@@ -210,6 +210,7 @@ def _prompts(
         teacher_board=settings.teacher_board,
         reference_share=settings.reference_share,
         response_length=settings.sampling.max_new_tokens,
+        has_drafts=settings.sampling.draft_tokens > 0,
         process=share,
         agree=processes.largest,
     )
@@ -280,6 +281,7 @@ def run(config: Config, workdir: str) -> None:
                     asked.student,
                     jax.random.fold_in(rng, step),
                     asked.row_ids,
+                    asked.draft,
                 )
                 learned = choose(sampled, asked.references)
                 # The rows of this process: what it sampled, and what it learns from.
@@ -296,6 +298,10 @@ def run(config: Config, workdir: str) -> None:
             # The host scores the rollouts while the device works on the update.
             responses = segments.decode_rows(processor, own.tokens, own.mask)
             measured |= monitor.rollout_metrics(prompts.boards, responses, own.truncated, own.mask)
+            if asked.draft is not None:
+                measured |= monitor.draft_metrics(
+                    groups, _is_sampled(own.mask, prompts), own.guessed
+                )
             stats = batches.to_local(stats)
             spent["update"] = time.perf_counter() - started
             measured |= monitor.token_metrics(groups, stats)

@@ -7,6 +7,7 @@ distillation: length inflation and repetition (arXiv 2604.08527), prompts whose 
 Axes: B rollouts, R response tokens.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -57,15 +58,22 @@ def rollout_measures(
 
 
 def warnings(values: Mapping[str, float], limits: GuardConfig) -> dict[str, str]:
-    """{metric: what to say} of the metrics of a step that are above their thresholds."""
+    """{metric: what to say} of the metrics of a step that passed their thresholds."""
     watched = {
         "rollout/truncated": (limits.truncated, "responses grow too long or no longer end"),
         "rollout/repeated": (limits.repeated, "responses run in circles"),
         "kl_pos/0-3": (limits.first_kl, "do the two prompts end in the same way?"),
         "logprob_gap": (limits.logprob_gap, "sampler and loss compute different models"),
     }
-    return {
+    found = {
         metric: f"{metric} is {values[metric]:.3g}, above {limit:g}: {meaning}"
         for metric, (limit, meaning) in watched.items()
         if values.get(metric, 0.0) > limit
     }
+    kept, least = values.get("rollout/kept_a_pass", math.inf), limits.kept_a_pass
+    if kept < least:
+        found["rollout/kept_a_pass"] = (
+            f"rollout/kept_a_pass is {kept:.3g}, below {least:g}: drafts do not pay, "
+            "set distillation.sampling.draft_tokens=0 or fewer"
+        )
+    return found

@@ -67,6 +67,23 @@ def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
     return measured
 
 
+def draft_metrics(groups: np.ndarray, mask: np.ndarray, guessed: np.ndarray) -> dict[str, Mean]:
+    """Tokens kept a pass of the model, in all and by token group, where rollouts are drafted.
+
+    The first token of a response comes from the prompt, and counts neither as one kept nor as a
+    pass. A group in which every token was guessed shares the passes of others: it is left out.
+    """
+    later = (mask > 0) & (np.arange(mask.shape[1]) > 0)
+    passes = later & ~(guessed > 0)
+    inside = {"": later} | {f"/{g}": groups == i for i, g in enumerate(prompts_lib.SEGMENTS)}
+    counts = {name: ((later & here).sum(), (passes & here).sum()) for name, here in inside.items()}
+    return {
+        f"rollout/kept_a_pass{name}": Mean(float(tokens), float(own))
+        for name, (tokens, own) in counts.items()
+        if own
+    }
+
+
 def validation_metrics(
     boards: Sequence[Board], answers: Sequence[scoring.Answer]
 ) -> dict[str, Mean]:

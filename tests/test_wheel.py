@@ -18,11 +18,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
 # The quickstart's stages with a step each, on a few boards of one task.
 FEW = (
-    'data.boards=(("frozenlake",(3,),8,4,2),)',
+    "data.boards=({'task':'frozenlake','levels':(3,),'train':8,'val':4,'test':2},)",
     *("grounding.steps=1", "grounding.batch_size=2", "grounding.microbatches=1"),
     *("distillation.steps=1", "distillation.batch_size=2", "distillation.microbatches=1"),
     *("distillation.eval_boards=1", "distillation.sampling.max_new_tokens=4"),
-    *("evaluate.batch_size=2", "evaluate.sampling.max_new_tokens=4", "evaluate.modes=picture"),
+    *("evaluate.batch_size=2", "evaluate.sampling.max_new_tokens=4", "evaluate.modes=('picture',)"),
 )
 
 

@@ -34,6 +34,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from mgsd_jax.config import DistillationConfig, OptimConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL
+from mgsd_jax.parallel.means import Mean
 from mgsd_jax.stages import distillation
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import hf
@@ -74,7 +75,9 @@ def our_step(
 
     def step() -> float:
         held[0], measured, _ = update(held[0], {}, teacher_params, batch)
-        return float(measured["loss"].value)
+        loss = measured["loss"]
+        assert isinstance(loss, Mean)
+        return float(loss.value)
 
     def dispatch() -> float:
         jax.block_until_ready(held[0])

@@ -92,9 +92,9 @@ def combine(a: Tree, b: Tree) -> Tree:
     return nest(sorted({**first, **second}.items()))
 
 
-def get(tree: Tree, path: str) -> Leaf | Tree:
+def get(tree: Tree, path: str) -> PyTree:
     """Return the leaf or subtree at `path`; raises ValueError with the keys that are there."""
-    node: Leaf | Tree = tree
+    node: PyTree = tree
     for name in path.split("/"):
         if not isinstance(node, dict) or name not in node:
             there = sorted(node) if isinstance(node, dict) else f"a leaf ({_summary(node)})"

@@ -105,7 +105,7 @@ def test_boards_are_paired_by_what_they_are_and_not_by_their_number(
     solved = {
         name: {
             (r["task"], r["level"], r["index"])
-            for r in comparison.rows
+            for r in rows.plans(comparison.rows, "picture")
             if r["model"] == name and r["outcome"]["success"]
         }
         for name in comparison.results
@@ -183,13 +183,17 @@ def test_a_board_that_stands_twice_in_a_benchmark_stays_one_under_its_new_number
         folder.mkdir(parents=True)
         boards = [board._replace(index=order[board.index]) for board in twice]
         rows.write_boards(folder, boards, ["0", "1", "2"])
-        given = [scoring.Answer(answer(board, True), False, 3) for board in boards]
-        scored = [(board, "picture", one) for board, one in zip(boards, given, strict=True)]
-        rows.append(folder, [scoring.score_row(*one, model="distilled") for one in scored])
+        scored = [
+            scoring.score_row(
+                board, "picture", scoring.Answer(answer(board, True), False, 3), model="distilled"
+            )
+            for board in boards
+        ]
+        rows.append(folder, scored)
         (folder / "summary.json").write_text(json.dumps(summarize(rows.read_rows(folder))))
         folders.append(str(tmp_path / name))
     comparison = compare.compare(folders)
-    same = {(row["model"], row["index"]): row["same_as"] for row in comparison.rows}
+    same = {(row["model"], row["index"]): row.get("same_as") for row in comparison.rows}
     assert same == {(name, index): index % 2 for name in "ab" for index in (0, 1, 2)}
     ((_, _, whole, _),) = compare.pair_differences(comparison)
     assert whole is not None and whole["n"] == 2
@@ -200,7 +204,7 @@ def test_failures_are_counted_whole(comparison: compare.Comparison) -> None:
     for name in comparison.results:
         failed = [
             row
-            for row in comparison.rows
+            for row in rows.plans(comparison.rows, "picture")
             if row["model"] == name and error_of(row) not in ("success", "not_optimal")
         ]
         assert sum(counts[name] for counts in found.values()) == len(failed)

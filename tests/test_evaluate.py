@@ -10,6 +10,7 @@ import pytest
 
 import mgsd_jax
 from mgsd_jax.checks import fields
+from mgsd_jax.config import Mode
 from mgsd_jax.data import prompts, segments
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import encode_answer, load_processor
@@ -57,12 +58,13 @@ def test_another_boards_answer_is_wrong_but_true_to_itself() -> None:
 def test_a_row_has_the_keys_of_its_type_and_the_answer_in_them() -> None:
     """What is written is what is read: the types of rows.py are checked against it."""
     board = make_boards(1)[0]
+    kinds: dict[Mode, type] = {"picture": rows.PlanRow, "perception": rows.PerceptionRow}
     common = {"model": "base", "attempt": 2, "task": board.task, "level": 4, "index": 0}
     for answer in (
         scoring.Answer("<answer>U</answer>", True, None),
         scoring.Answer("", False, 3, "timeout"),
     ):
-        for mode, kind in (("picture", rows.PlanRow), ("perception", rows.PerceptionRow)):
+        for mode, kind in kinds.items():
             row = scoring.score_row(board, mode, answer, model="base", attempt=2)
             assert json.loads(json.dumps(row)) == row
             assert row.items() >= (common | {"mode": mode, "response": answer.text}).items()

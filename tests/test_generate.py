@@ -199,7 +199,9 @@ def test_too_many_boards_are_refused_before_anything_is_written(tmp_path: pathli
 def test_benchmark_boards_are_excluded(tmp_path: pathlib.Path) -> None:
     folders = [BENCHMARKS / "vsp", BENCHMARKS / "visualplanning"]
     keys = benchmark_keys(folders)
-    ours = [key for key in splits._every_board("frozenlake", 3) if splits.split_of(key) == "test"]
+    every = splits._every_board("frozenlake", 3)
+    assert every is not None
+    ours = [key for key in every if splits.split_of(key) == "test"]
     assert set(ours) & keys
     count = len(set(ours) - keys)
     boards = (config_lib.LevelSet("frozenlake", (3,), 0, 0, count),)

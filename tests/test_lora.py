@@ -49,7 +49,7 @@ def inputs(rows: list[Row]) -> Inputs:
 
 def model_logits(config: ModelConfig, params: dict, adapters: dict | None, inputs: Inputs) -> Any:
     variables = {"params": params} if adapters is None else {"params": params, "adapters": adapters}
-    hidden = Qwen3VL(config).apply(variables, inputs, method="hidden")
+    hidden: Any = Qwen3VL(config).apply(variables, inputs, method="hidden")
     return logits(hidden, head(params))
 
 

@@ -144,7 +144,10 @@ def test_prompts_from_a_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "maze.student.txt").write_text("Solve it: <picture>\n")
     loaded = prompts.load(str(tmp_path))
     assert loaded.template("maze", "student") == "Solve it: <picture>"
-    for task, kind in (("maze", "teacher"), ("frozenlake", "student"), ("maze", "grounding")):
+    built_in: tuple[tuple[str, prompts.Kind], ...] = (
+        *(("maze", "teacher"), ("frozenlake", "student"), ("maze", "grounding")),
+    )
+    for task, kind in built_in:
         assert loaded.template(task, kind) == prompts.BUILT_IN.template(task, kind)
     (tmp_path / "maze.teacher.txt").write_text("no mark")
     with pytest.raises(ValueError, match=r"maze.teacher.txt: got 0 marks <state>"):

@@ -12,7 +12,8 @@ import pathlib
 import re
 import shutil
 import tomllib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from PIL import Image
 
 from mgsd_jax.envs import ENVS, frozenlake
 from mgsd_jax.envs.base import REASONS
+from mgsd_jax.evaluation.measures import Measure
+from mgsd_jax.evaluation.rows import PlanRow, Row
 from mgsd_jax.evaluation.rules import judge
 from mgsd_jax.evaluation.summary import ERRORS, summarize
 from mgsd_jax.report import boards, curves, evaluation_page, inputs, markup, tables, words
@@ -39,7 +42,7 @@ SOLVED = {
 LETTERS = {"up": "U", "down": "D", "left": "L", "right": "R", "pick": "PICK", "drop": "DROP"}
 
 
-def make_rows() -> list[dict[str, Any]]:
+def make_rows() -> list[Any]:
     """Rows with real boards: the first plans are shortest ones, the rest stop one action short."""
     rng = np.random.default_rng(0)
     rows = []
@@ -73,7 +76,7 @@ def make_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def write_folder(folder: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+def write_folder(folder: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
     """Write an evaluation folder and the curves of a grounding run in it."""
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -301,7 +304,7 @@ def test_what_came_of_a_plan_in_words(task: str, text: str, plan: str, want: str
     response = f"<answer>{plan}</answer>"
     outcome = dataclasses.asdict(judge(state, task, response))
     row = {"outcome": outcome, "plan": plan.split(), "truncated": False}
-    assert boards.outcome_words(row).startswith(want)
+    assert boards.outcome_words(cast(PlanRow, row)).startswith(want)
 
 
 def test_every_reason_and_error_has_words() -> None:
@@ -438,12 +441,15 @@ def test_names_that_read_alike_keep_a_column_each() -> None:
     assert [cell.text for cell in table.head] == ["question", "a b", "a b"]
 
 
+def measure_of(low: float | None, high: float | None) -> Measure:
+    return {"value": 0.4, "low": low, "high": high, "n": 9}
+
+
 def test_numbers_read_well() -> None:
-    measure = {"value": 0.4, "low": 0.25, "high": 0.551, "n": 9}
-    assert words.spelled(measure) == "40.0 % (25.0–55.1)"
-    assert words.interval(measure | {"low": -0.1}) == "−10.0 to 55.1"
-    assert words.signed(measure | {"low": -0.1}) == "−10.0 to +55.1"
-    assert words.spelled(measure | {"low": None, "high": None}) == "40.0 %"
+    assert words.spelled(measure_of(0.25, 0.551)) == "40.0 % (25.0–55.1)"
+    assert words.interval(measure_of(-0.1, 0.551)) == "−10.0 to 55.1"
+    assert words.signed(measure_of(-0.1, 0.551)) == "−10.0 to +55.1"
+    assert words.spelled(measure_of(None, None)) == "40.0 %"
     assert words.spelled(None) == words.DASH
     assert [curves.short(x) for x in (0.41234, 1.4e-6, 12345.0, 999.9, 0.0)] == [
         *("0.412", "1.4e-6", "12.3k", "1000", "0"),

@@ -261,7 +261,7 @@ def test_a_row_without_a_response_failed_and_is_asked_again(
     text = json.dumps(first | {"response": None}) + "\n" + json.dumps(second) + "\n"
     (folder / "rows.jsonl").write_text(text)
     found = rows.read_rows(folder)
-    assert found[0]["response"] == "" and found[0]["error"] == "no response"
+    assert found[0]["response"] == "" and found[0].get("error") == "no response"
     assert summary.summarize(found)["models"]["base"]["picture"]["errors"]["request_failed"] == 1
     model.asked.clear()
     evaluate.run(config, str(tmp_path))
@@ -351,13 +351,13 @@ def test_boards_of_equal_content_are_one_board_of_a_measure(tmp_path: pathlib.Pa
     """Two maps of VSP that are the same: two rows, one piece of evidence."""
     boards = [BOARDS[0], BOARDS[1], BOARDS[0]._replace(index=7)]
     rows.write_boards(tmp_path, boards, ["a", "b", "c"])
-    for board, success in zip(boards, (1.0, 0.0, 0.0), strict=True):
-        rows.append(tmp_path, [make_row(board) | {"value": success}])
+    for board, value in zip(boards, ("1", "0", "0"), strict=True):
+        rows.append(tmp_path, [make_row(board) | {"response": value}])
     found = rows.read_rows(tmp_path)
     assert [row.get("same_as") for row in found] == [None, None, BOARDS[0].index]
-    rate = measures.rate(found, lambda row: row["value"])
+    rate = measures.rate(found, lambda row: float(row["response"]))
     assert (rate["value"], rate["n"]) == (0.25, 2)
-    assert measures.balanced(found, lambda row: row["value"])["n"] == 2
+    assert measures.balanced(found, lambda row: float(row["response"]))["n"] == 2
     rows.compact(tmp_path, found)
     assert "same_as" not in (tmp_path / rows.ROWS_FILE).read_text()
     assert rows.read_rows(tmp_path) == found

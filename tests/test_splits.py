@@ -16,6 +16,13 @@ from mgsd_jax.envs import ENVS
 SMALL = [("frozenlake", 4), ("maze", 3), ("minibehaviour", 5)]
 
 
+def every_board(task: str, level: int) -> dict[str, Any]:
+    """The boards of a level that is small enough to list, by key."""
+    found = splits._every_board(task, level)
+    assert found is not None
+    return found
+
+
 def keys(task: str, boards: list[Any]) -> list[str]:
     return [ENVS[task].key(board) for board in boards]
 
@@ -73,7 +80,7 @@ def test_draws_fall_in_their_split_and_obey_exclusions(task: str, level: int) ->
 
 
 def test_draw_gives_up_where_everything_is_excluded() -> None:
-    every = splits._every_board("frozenlake", 2)
+    every = every_board("frozenlake", 2)
     with pytest.raises(ValueError, match=r"frozenlake level 2 val: got no board in .* draws"):
         splits.draw("frozenlake", 2, "val", seed=0, index=0, exclude=frozenset(every))
 
@@ -105,7 +112,7 @@ def test_unique_boards_leave_out_exclusions() -> None:
 def test_the_last_board_of_a_level_is_found() -> None:
     """FrozenLake level 3 has boards of nearly all holes, one in a million draws."""
     total = ENVS["frozenlake"].count_states(3)
-    every = splits._every_board("frozenlake", 3)
+    every = every_board("frozenlake", 3)
     assert len(every) == total
     counts = Counter(map(splits.split_of, every))
     assert sum(counts.values()) == total
@@ -114,7 +121,7 @@ def test_the_last_board_of_a_level_is_found() -> None:
 
 
 def test_a_level_with_too_few_boards_says_exactly_how_many() -> None:
-    every = splits._every_board("minibehaviour", 4)
+    every = every_board("minibehaviour", 4)
     ours = [key for key in every if splits.split_of(key) == "val"]
     message = rf"minibehaviour level 4 val: got exactly {len(ours)} boards .*want {len(ours) + 1}"
     with pytest.raises(ValueError, match=message):
@@ -141,7 +148,7 @@ def test_a_level_of_unknown_size_says_how_many_were_found(monkeypatch: pytest.Mo
         (("maze", 1, "train"), "maze level: got 1, want"),
     ],
 )
-def test_what_is_out_of_range_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_what_is_out_of_range_is_refused(arguments: tuple[str, int, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         splits.draw(*arguments, seed=0, index=0)
     with pytest.raises(ValueError, match=message):

@@ -2,12 +2,14 @@
 
 import itertools
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from mgsd_jax.evaluation import summary, upstream, upstream_scores
+from mgsd_jax.evaluation.measures import Measure
+from mgsd_jax.evaluation.rows import PerceptionRow, PlanRow
 
 # As much of a board file as the public scorers read.
 TEXTS = {
@@ -26,9 +28,9 @@ def make_row(
     index: int = 0,
     success: bool = False,
     **changes: Any,
-) -> dict[str, Any]:
+) -> PlanRow:
     """One fabricated row; `changes` go to the outcome where it has the key, else to the row."""
-    outcome = {
+    outcome: dict[str, Any] = {
         "success": success,
         "optimal": success,
         "parsed": True,
@@ -37,7 +39,7 @@ def make_row(
         "steps": 3,
         "progress": float(success),
     }
-    row = {
+    row: dict[str, Any] = {
         "id": f"{model}/{mode}/{task}/{level}/{index}",
         "model": model,
         "mode": mode,
@@ -57,12 +59,31 @@ def make_row(
     }
     for key, value in changes.items():
         (outcome if key in outcome else row)[key] = value
-    return row
+    return cast(PlanRow, row)
 
 
-def series(model: str, mode: str, successes: list[bool], **where: Any) -> list[dict[str, Any]]:
+def series(model: str, mode: str, successes: list[bool], **where: Any) -> list[PlanRow]:
     """Rows of one model, mode, task and level, one a board."""
     return [make_row(model, mode, index=i, success=s, **where) for i, s in enumerate(successes)]
+
+
+def asked(index: int, answers: dict[str, bool], **changes: Any) -> PerceptionRow:
+    """The row of answers to the questions about a picture."""
+    row = dict(make_row("base", "perception", index=index), perception=answers, **changes)
+    del row["outcome"]
+    return cast(PerceptionRow, row)
+
+
+def known(measure: Measure | None) -> Measure:
+    """A measure that a summary must have."""
+    assert measure is not None
+    return measure
+
+
+def p_of(measure: Measure | None) -> float:
+    """The p-value that a difference must have."""
+    assert measure is not None and "p_value" in measure
+    return measure["p_value"]
 
 
 def test_macro_balances_levels_and_tasks_and_upstream_does_not() -> None:
@@ -142,7 +163,8 @@ def test_diagnostics_come_from_their_modes() -> None:
     rows[0]["state_f1"], rows[1]["state_f1"] = 0.5, None
     rows[3]["plan_given_own_state"] = None
     rows += series("base", "text", [True, True, True, False])
-    found = summary.summarize(rows)["diagnostics"]["base"]
+    measures = summary.summarize(rows)["diagnostics"]["base"]
+    found = {name: known(measure) for name, measure in measures.items() if name != "contradicted"}
     assert found["e2e"]["value"] == pytest.approx(0.25)
     assert found["plan_on_gt"]["value"] == pytest.approx(0.75)
     assert (found["state_f1"]["value"], found["state_f1"]["n"]) == (pytest.approx(2.5 / 3), 3)
@@ -152,12 +174,10 @@ def test_diagnostics_come_from_their_modes() -> None:
 def test_contradictions_and_the_asked_form_are_measured_where_rows_say_so() -> None:
     rows = series("base", "picture", [True] * 4)
     rows[0]["contradicted"], rows[1]["contradicted"] = ["player"], []
-    asked = [make_row("base", "perception", index=i) for i in range(2)]
-    for row in asked:
-        row["perception"] = {"player": True, "goal": True}
-    asked[0]["perception_strict"] = {"player": True, "goal": False}
-    found = summary.summarize(rows + asked)
-    contradicted = found["diagnostics"]["base"]["contradicted"]
+    right = {"player": True, "goal": True}
+    answers = [asked(0, right, perception_strict=right | {"goal": False}), asked(1, right)]
+    found = summary.summarize([*rows, *answers])
+    contradicted = known(found["diagnostics"]["base"]["contradicted"])
     assert (contradicted["value"], contradicted["n"]) == (0.5, 2)
     strict = found["models"]["base"]["perception"]["strict"]
     assert (strict["value"], strict["n"]) == (0.5, 1)
@@ -169,11 +189,12 @@ def test_gap_and_how_much_of_it_is_closed() -> None:
     rows += series("base", "picture", [True] * 20 + [False] * 80)
     rows += series("distilled", "picture", [True] * 50 + [False] * 50)
     found = summary.summarize(rows)
-    assert found["modality_gap"]["base"]["value"] == pytest.approx(0.6)
+    assert known(found["modality_gap"]["base"])["value"] == pytest.approx(0.6)
     assert found["modality_gap"]["distilled"] is None
-    assert found["gap_closed"]["value"] == pytest.approx(0.5)
-    assert 0.3 < found["gap_closed"]["low"] < 0.5 < found["gap_closed"]["high"] < 0.7
-    difference = found["differences"]["distilled - base"]
+    closed = known(found["gap_closed"])
+    assert closed["value"] == pytest.approx(0.5)
+    assert 0.3 < closed["low"] < 0.5 < closed["high"] < 0.7
+    difference = known(found["differences"]["distilled - base"])
     assert difference["value"] == pytest.approx(0.3) and difference["low"] > 0
 
 
@@ -184,7 +205,7 @@ def test_a_paired_difference_is_tighter_than_an_unpaired_one() -> None:
     widths = []
     for successes in (better, worse_pairing):
         rows = series("base", "picture", base) + series("distilled", "picture", successes)
-        found = summary.summarize(rows)["differences"]["distilled - base"]
+        found = known(summary.summarize(rows)["differences"]["distilled - base"])
         assert found["value"] == pytest.approx(0.1)
         widths.append(found["high"] - found["low"])
     assert widths[0] < widths[1] / 2
@@ -195,15 +216,12 @@ def test_no_gap_has_no_share_closed() -> None:
         "base", "picture", [True, False] * 10
     )
     rows += series("distilled", "picture", [True] * 20)
-    assert summary.summarize(rows)["gap_closed"]["value"] is None
+    assert known(summary.summarize(rows)["gap_closed"])["value"] is None
 
 
 def test_perception_by_question() -> None:
-    rows = []
-    for index, (size, player) in enumerate([(True, True), (True, False), (False, False)]):
-        row = make_row("base", "perception", index=index)
-        del row["outcome"]
-        rows.append(row | {"perception": {"size": size, "player": player}})
+    given = [(True, True), (True, False), (False, False)]
+    rows = [asked(i, {"size": size, "player": player}) for i, (size, player) in enumerate(given)]
     part = summary.summarize(rows)["models"]["base"]["perception"]
     questions = part["tasks"]["maze"]["questions"]
     assert questions["size"]["value"] == pytest.approx(2 / 3)
@@ -339,11 +357,12 @@ def test_the_modality_gap_has_an_interval_a_p_value_and_parts() -> None:
         rows += series("base", "text", [True] * 14 + [False] * 6, task=task)
         rows += series("base", "picture", [True] * seen + [False] * (20 - seen), task=task)
     found = summary.summarize(rows)
-    gap, parts = found["modality_gap"]["base"], found["modality_gap_by_task"]["base"]
+    gap = known(found["modality_gap"]["base"])
+    parts = {task: known(part) for task, part in found["modality_gap_by_task"]["base"].items()}
     assert gap["value"] == pytest.approx(np.mean([part["value"] for part in parts.values()]))
     assert (parts["maze"]["value"], parts["frozenlake"]["value"]) == pytest.approx((0.5, 0.2))
-    assert gap["low"] < gap["value"] < gap["high"] and gap["p_value"] < 0.01
-    assert 0.02 < parts["frozenlake"]["p_value"] < 0.3
+    assert gap["low"] < gap["value"] < gap["high"] and p_of(gap) < 0.01
+    assert 0.02 < p_of(parts["frozenlake"]) < 0.3
 
 
 def test_a_gap_of_no_size_is_covered_as_often_as_it_says() -> None:
@@ -360,7 +379,7 @@ def test_a_gap_of_no_size_is_covered_as_often_as_it_says() -> None:
         )
         assert gap is not None
         covered += gap["low"] <= 0 <= gap["high"]
-        significant += gap["p_value"] < 0.05
+        significant += p_of(gap) < 0.05
     assert covered >= 0.92 * 150
     assert significant <= 0.08 * 150
 

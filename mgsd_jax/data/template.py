@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
@@ -56,13 +57,14 @@ def render(
     Raises ValueError naming the checkpoint's folder for any failure of the template.
     """
     source = f"{tokenizer.name_or_path}: chat template"
+    conversation: list[dict[str, Any]] = [dict(message) for message in messages]
     if len(template) > MOST_CHARACTERS:
         raise ValueError(
             f"{source}: got {len(template)} characters, want at most {MOST_CHARACTERS}"
         )
     try:
         text = tokenizer.apply_chat_template(
-            list(map(dict, messages)),
+            conversation,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=is_prompt,

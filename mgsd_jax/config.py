@@ -217,6 +217,9 @@ class DistillationConfig:
         0.0  # of the rows that get a right response in place of the student's own
     )
     sampling: SamplingConfig = SamplingConfig()
+    # Lengths that the responses of a step are cut to before the update, the smallest that holds all
+    # of them; (): sampling.max_new_tokens. Each length is a program of its own.
+    response_buckets: Annotated[tuple[Count, ...], Items(), FREE] = ()
     steps: Steps = 1400
     batch_size: Count = 32  # prompts a step
     rollouts: Count = 1  # per prompt

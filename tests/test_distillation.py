@@ -171,6 +171,30 @@ def test_weights_of_one_change_nothing_and_others_weigh(setup: Setup) -> None:
     close(alone[2].kl, plain[2].kl)  # tokens without weight are still measured
 
 
+def test_an_update_of_cut_responses_is_the_same(setup: Setup) -> None:
+    """Loss, gradients and statistics, where the padding behind the longest response is left out."""
+    sampled, short = setup.sampled, np.arange(98) < np.array([[7], [20], [3], [12]])
+    sampled = dataclasses.replace(sampled, mask=sampled.mask & short)
+    length = 24
+    assert 1 < sampled.mask.sum(axis=1).max() <= length
+    cut = distillation.first_tokens(sampled, length)
+    assert cut.tokens.shape == (4, length) and cut.truncated.shape == (4,)
+    whole, part = (one_update(dataclasses.replace(setup, sampled=one)) for one in (sampled, cut))
+    close(part[:2], whole[:2])
+    assert not any(np.asarray(stat)[:, length:].any() for stat in whole[2])
+    close(part[2], jax.tree.map(lambda stat: stat[:, :length], whole[2]))
+
+
+@pytest.mark.parametrize(("longest", "want"), [(1, 16), (16, 16), (17, 64), (65, 98), (98, 98)])
+def test_a_response_bucket_holds_the_longest(longest: int, want: int) -> None:
+    settings = c.DistillationConfig(
+        c.OptimConfig(lr=0.0),
+        sampling=c.SamplingConfig(max_new_tokens=98),
+        response_buckets=(16, 64, 128),
+    )
+    assert distillation.response_bucket(longest, settings) == want
+
+
 def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
     processor = setup.loaded.processor
     references = setup.prompts.batch.references
@@ -246,6 +270,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
         "teacher_noise": 0.2,
         "token_weights": (("plan", 2.0),),
         "reference_share": 0.5,
+        "response_buckets": (32, 64),
         "sampling": c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
     }
     config = tiny_config(tmp_path, layers=1)

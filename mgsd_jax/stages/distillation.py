@@ -257,7 +257,7 @@ def run(config: Config, workdir: str) -> None:
         update = make_update(student.model, teacher.model, settings, tx, processor.banned_ids)
         answer = answers.make_answerer(student.model, encoder, config.evaluate)
         rng = batches.make_key(config.seed, mesh)
-        choose = jax.jit(with_references)
+        choose, cut = jax.jit(with_references), jax.jit(first_tokens, static_argnums=1)
 
         state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
         opened = sessions.open_session(
@@ -288,6 +288,11 @@ def run(config: Config, workdir: str) -> None:
                 own = own_learned = batches.to_local(sampled)
                 if asked.references is not None:
                     own_learned = batches.to_local(learned)
+                if settings.response_buckets:
+                    longest = max(int(one.mask.sum(1).max()) for one in (own, own_learned))
+                    length = response_bucket(processes.largest([longest])[0], settings)
+                    learned = cut(learned, length)
+                    own, own_learned = (first_tokens(one, length) for one in (own, own_learned))
             groups = segments.segments(processor, own_learned.tokens, own_learned.mask)
             weights = batches.to_global(token_weights(groups, settings), mesh)
             batch = DistillationBatch(
@@ -320,6 +325,17 @@ def run(config: Config, workdir: str) -> None:
                     given = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
                     measured |= monitor.validation_metrics(held_out, given)
             session.finish_step(step + 1, state, measured)
+
+
+def response_bucket(longest: int, settings: DistillationConfig) -> int:
+    """The smallest of `response_buckets` that holds responses of so many tokens, else R."""
+    fitting = [size for size in settings.response_buckets if size >= longest]
+    return min([*fitting, settings.sampling.max_new_tokens])
+
+
+def first_tokens(rollout: Rollout, length: int) -> Rollout:
+    """The rollout cut to its first `length` places, which hold all of its tokens."""
+    return jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim == 2 else leaf, rollout)
 
 
 def _is_sampled(mask: np.ndarray, prompts: loaders.PromptRows) -> np.ndarray:

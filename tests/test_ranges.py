@@ -30,6 +30,7 @@ ZERO_IS_FINE = {
     *("grounding.eval_every", "distillation.eval_every"),
     *("grounding.lora.rank", "distillation.lora.rank"),
     *("distillation.sampling.top_k", "evaluate.sampling.top_k"),
+    *("distillation.sampling.draft_tokens", "evaluate.sampling.draft_tokens", "guards.kept_a_pass"),
     *("grounding.optim." + name for name in ("lr", "warmup", "b1", "b2", "weight_decay", "clip")),
     *("distillation.optim." + n for n in ("lr", "warmup", "b1", "b2", "weight_decay", "clip")),
     *("distillation.sampling.temperature", "evaluate.sampling.temperature"),
@@ -41,6 +42,7 @@ ZERO_IS_FINE = {
 NOTHING_IS_FINE = {
     *("data.prompts", "data.exclude", "report.runs", "report.model", "preflight.only"),
     *("preflight.stages", "nano.deepstack", "distillation.token_weights"),
+    "distillation.response_buckets",
     *("evaluate.reference", "evaluate.reference_only", "evaluate.benchmarks"),
     *("evaluate.endpoint", "evaluate.endpoint_models", "evaluate.endpoint_parameters"),
     *("grounding.lora.targets", "distillation.lora.targets"),

@@ -165,11 +165,11 @@ def update(
     """
     params = _float32(train_state.params)
     grads = _float32(grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, train_state.opt_state, params)
     rng = jax.random.fold_in(jax.random.key(0), train_state.step)
     moved = round_like(optax.apply_updates(params, updates), train_state.params, rng)
-    update_norm = optax.global_norm(updates)
+    update_norm = optax.tree.norm(updates)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss).all()
     if in_place:
         is_finite &= jnp.isfinite(update_norm)
@@ -183,7 +183,7 @@ def update(
     metrics = {
         "grad_norm": grad_norm,
         "update_norm": jnp.where(skipped, 0.0, update_norm),
-        "param_norm": optax.global_norm(_float32(moved)),
+        "param_norm": optax.tree.norm(_float32(moved)),
         "skipped_update": skipped.astype(jnp.float32),
     }
     state = TrainState(train_state.step + 1, moved, opt_state, train_state.average)

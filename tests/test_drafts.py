@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 from test_sampler import BANNED, EOS, MODEL, PAD, ROW_IDS, VARIABLES, prompts
 
 from mgsd_jax.config import SamplingConfig
@@ -87,13 +88,12 @@ def run(sampling: SamplingConfig, eos: tuple[int, ...] = EOS, seed: int = 0) -> 
 
 def rollout(
     sampling: SamplingConfig,
-    draft: np.ndarray | None,
+    draft: ArrayLike | None,
     *,
     eos: tuple[int, ...] = EOS,
     seed: int = 0,
 ) -> Rollout:
     sampler = Sampler(MODEL, sampling, eos_ids=eos, banned_ids=BANNED, pad_id=PAD)
-    draft = None if draft is None else jnp.asarray(draft)
     return jax.device_get(
         sampler.rollout(VARIABLES, prompts(), jax.random.key(seed), ROW_IDS, draft)
     )
@@ -106,9 +106,9 @@ def assert_same(got: Rollout, want: Rollout) -> None:
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
 
 
-def draft_like(kind: str, right: np.ndarray) -> np.ndarray:
+def draft_like(kind: str, tokens: ArrayLike) -> np.ndarray:
     """Drafts [B, F] by what they have to do with the tokens [B, R] that are sampled."""
-    rng = np.random.default_rng(0)
+    rng, right = np.random.default_rng(0), np.asarray(tokens)
     vocabulary = MODEL.config.text.vocab_size
     spoilt = np.where(
         rng.random(right.shape) < 0.3, rng.integers(0, vocabulary, right.shape), right

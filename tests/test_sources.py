@@ -294,11 +294,12 @@ def test_drafts_are_right_responses_and_change_nothing_else() -> None:
     plain = next(prompts(batch_size=6))
     drafted = next(prompts(batch_size=6, has_drafts=True, response_length=62))
     assert same(drafted.batch._replace(draft=None), plain.batch) and plain.batch.draft is None
-    assert drafted.batch.draft.shape == (6, 62)
+    assert drafted.batch.draft is not None and drafted.batch.draft.shape == (6, 62)
     for board, draft in zip(drafted.boards, drafted.batch.draft, strict=True):
         text = decode(PROCESSOR, draft[draft >= 0])
         outcome = rules.judge(board.state, board.task, text)
         assert outcome.success and outcome.optimal
         assert draft[draft >= 0][-1] in PROCESSOR.eos_ids
     short = next(prompts(batch_size=6, has_drafts=True, response_length=5))
+    assert short.batch.draft is not None
     np.testing.assert_array_equal(short.batch.draft, drafted.batch.draft[:, :5])

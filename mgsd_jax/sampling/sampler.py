@@ -80,7 +80,7 @@ class Sampler:
         inputs: Inputs,
         rng: jax.Array,
         row_ids: jax.typing.ArrayLike,
-        draft: jax.Array | None = None,
+        draft: jax.typing.ArrayLike | None = None,
     ) -> Rollout:
         """One response a row. Between stages of the cache the host looks whether all have ended.
 
@@ -342,9 +342,8 @@ def _decode(
             guessed = drafts.guess(draft, state.pointer, window - 1)
         tokens = jnp.concatenate([state.last[:, None], jnp.maximum(guessed, 0)], axis=1)
         positions = (next_position + state.count - 1)[:, None] + jnp.arange(window)
-        hidden, cache = static.model.apply(
-            variables, tokens, positions, cache, layers, method="decode"
-        )
+        passed = static.model.apply(variables, tokens, positions, cache, layers, method="decode")
+        hidden, cache = cast(tuple[jax.Array, Cache], passed)
         state, taken = extend(state, hidden, guessed)
         # Of a pass's slots those of the last token and of right guesses stay.
         slots = jnp.arange(cache.valid.shape[1]) - (cache.length - window)

@@ -333,8 +333,8 @@ def response_bucket(longest: int, settings: DistillationConfig) -> int:
     return min([*fitting, settings.sampling.max_new_tokens])
 
 
-def first_tokens(rollout: Rollout, length: int) -> Rollout:
-    """The rollout cut to its first `length` places, which hold all of its tokens."""
+def first_tokens(rollout: PyTree, length: int) -> PyTree:
+    """The Rollout cut to its first `length` places, which hold all of its tokens."""
     return jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim == 2 else leaf, rollout)
 
 

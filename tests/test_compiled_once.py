@@ -126,7 +126,7 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     assert compiled.count("jit(update)") == len(updates)
     # Validation has a rollout of its own, greedy, of one board.
     assert compiled.count("jit(_prefill)") == len(prefills) + 1 == 3
-    assert compiled.count("jit(_decode)") == len(decodes) + 1 == 3
+    assert compiled.count("jit(decode)") == len(decodes) + 1 == 3
 
 
 def test_grounding_compiles_once_a_bucket(

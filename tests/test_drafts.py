@@ -14,7 +14,7 @@ from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batching import NO_TOKEN
 from mgsd_jax.parallel.means import Mean
-from mgsd_jax.sampling import drafts, sampler
+from mgsd_jax.sampling import decoding, drafts, sampler
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.training import monitor
 
@@ -174,15 +174,15 @@ def test_stages_of_the_cache_change_nothing(
     want = run(SAMPLINGS["plain"])
     sampling = dataclasses.replace(SAMPLINGS["plain"], draft_tokens=draft_tokens)
     draft = draft_like("spoilt", want.tokens)
-    monkeypatch.setattr(sampler, "_STAGES", (4, 9))
-    monkeypatch.setattr(sampler, "_SPARE_PASSES", 1)
+    monkeypatch.setattr(decoding, "STAGES", (4, 9))
+    monkeypatch.setattr(decoding, "SPARE_PASSES", 1)
     assert_same(rollout(sampling, draft), want)
 
 
 def test_a_short_rollout_never_has_the_large_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     want = run(SAMPLINGS["plain"], eos=())
     eos = tuple(int(i) for i in want.tokens[:, 3])
-    monkeypatch.setattr(sampler, "_STAGES", (6,))
+    monkeypatch.setattr(decoding, "STAGES", (6,))
 
     def refuse(*_: object) -> None:
         raise AssertionError("the cache grew")

@@ -19,7 +19,7 @@ from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.parallel import batches, sharding
-from mgsd_jax.sampling import sampler as sampler_lib
+from mgsd_jax.sampling import decoding
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation, grounding
 from mgsd_jax.training import optimizer
@@ -141,7 +141,7 @@ def test_drafted_rollouts(
 ) -> None:
     """Every other row has a right draft, the rest a wrong one; the cache is compacted."""
     want = one_device[0]
-    monkeypatch.setattr(sampler_lib, "_SPARE_PASSES", 1)
+    monkeypatch.setattr(decoding, "SPARE_PASSES", 1)
     draft = np.where(want.mask & (np.arange(8)[:, None] % 2 == 0), want.tokens, 7).astype(np.int32)
     mesh = mesh_of(sizes)
     asked = batches.to_global((STUDENT, np.arange(8, dtype=np.int32), draft), mesh)

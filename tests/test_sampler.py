@@ -171,9 +171,9 @@ def decode(
     programs = run.programs(VARIABLES, inputs, jax.random.key(0), row_ids)
     prefill, arguments = programs["prefill"]
     prefilled = prefill(*arguments)
-    decode, (static, choice, variables, _, _, *rest) = programs["decode"]
+    decode, (static, is_last, choice, variables, _, _, *rest) = programs["decode"]
     call = decode.lower if lower else decode
-    return call(static, choice, variables, *prefilled, *rest)
+    return call(static, is_last, choice, variables, *prefilled, *rest)
 
 
 def test_temperature_and_top_p_share_a_program() -> None:

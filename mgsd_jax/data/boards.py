@@ -15,7 +15,7 @@ from etils import epath
 from mgsd_jax.checks import fields
 from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.data.splits import SPLITS, Split
-from mgsd_jax.envs import ENVS, find
+from mgsd_jax.envs import ENVS, AnyState, find
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
@@ -29,7 +29,7 @@ class Board(NamedTuple):
     task: str
     level: int
     index: int  # unique within its split or benchmark, task and level
-    state: Any  # of the task's env
+    state: AnyState  # of the task's env
     picture_path: str | None  # a benchmark's own picture; None where we draw the board
 
 

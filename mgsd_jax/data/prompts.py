@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mgsd_jax.config import TeacherContext
-from mgsd_jax.envs import ENVS, responses
+from mgsd_jax.envs import ENVS, AnyState, responses
 from mgsd_jax.envs.base import ANSWER_FORMS, CELLS_RULE, ROUTE_START, Question
 from mgsd_jax.envs.search import Plan, grid_cells
 
@@ -109,7 +109,7 @@ def student(prompts: Prompts, task: str, picture: np.ndarray) -> list[Message]:
 
 
 def teacher(
-    prompts: Prompts, task: str, state: Any, context: TeacherContext = "state"
+    prompts: Prompts, task: str, state: AnyState, context: TeacherContext = "state"
 ) -> list[Message]:
     """The teacher's messages: the same instructions and the board as text, no picture.
 
@@ -130,7 +130,7 @@ def teacher(
 
 
 def grounding(
-    prompts: Prompts, task: str, state: Any, picture: np.ndarray
+    prompts: Prompts, task: str, state: AnyState, picture: np.ndarray
 ) -> tuple[list[Message], str]:
     """Messages that ask every question about the picture, and the numbered answers."""
     questions = ENVS[task].questions(state)
@@ -139,7 +139,7 @@ def grounding(
     return [{"role": "user", "content": _with_picture(text, picture)}], right_answers(task, state)
 
 
-def right_answers(task: str, state: Any) -> str:
+def right_answers(task: str, state: AnyState) -> str:
     """The numbered answers to all questions about a picture."""
     questions = enumerate(ENVS[task].questions(state), 1)
     return "\n".join(_numbered(i, question.answer) for i, question in questions)
@@ -155,7 +155,7 @@ def ask_cells(task: str) -> str:
     return f"{_ASK_CELLS}\n{CELLS_RULE}\n{ENVS[task].wording.legend}\n"
 
 
-def cells(task: str, state: Any, picture: np.ndarray) -> tuple[list[Message], str]:
+def cells(task: str, state: AnyState, picture: np.ndarray) -> tuple[list[Message], str]:
     """Messages that ask what each cell of the picture shows, and the answer, a line a cell.
 
     The first thing to learn about pictures: every line is about one place.
@@ -170,7 +170,7 @@ def cells(task: str, state: Any, picture: np.ndarray) -> tuple[list[Message], st
     return [{"role": "user", "content": content}], answer
 
 
-def response(task: str, state: Any, plan: Plan) -> str:
+def response(task: str, state: AnyState, plan: Plan) -> str:
     """A right response: the board, the route of `plan`, the answer block."""
     env = ENVS[task]
     route = env.route(plan, env.trace(state, plan))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mgsd_jax.checks.fields import field, read_json, read_line
 from mgsd_jax.data.boards import Board
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, AnyState
 from mgsd_jax.envs.frozenlake import FrozenLakeState
 from mgsd_jax.envs.maze import MazeState
 from mgsd_jax.envs.minibehaviour import MiniBehaviourState
@@ -22,7 +22,7 @@ _TILES = {"@": "S", "*": "G", "#": "H", "_": "F"}
 _LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 _WALLS = {"north": 1, "south": 2, "west": 4, "east": 8}
 Row = Mapping[str, object]  # a JSON object
-Check = Callable[[pathlib.Path, str, Any], None]
+Check = Callable[[pathlib.Path, str, AnyState], None]
 
 
 class Case(NamedTuple):
@@ -49,7 +49,7 @@ def read_text(path: pathlib.Path) -> str:
         raise ValueError(f"{path}: got {error.reason} at byte {error.start}, want UTF-8") from None
 
 
-def shortest_plan(where: object, task: str, state: Any) -> tuple[str, ...]:
+def shortest_plan(where: object, task: str, state: AnyState) -> tuple[str, ...]:
     """A shortest plan. Raises ValueError where the board has none."""
     try:
         return ENVS[task].shortest_plan(state)
@@ -66,7 +66,7 @@ class _Maps(NamedTuple):
     files: str  # pattern
     plans: str  # a file of reference plans, which may be absent
     key: str  # of a board's plan, with the stem of its file filled in
-    read: Callable[[pathlib.Path, int], Any]
+    read: Callable[[pathlib.Path, int], AnyState]
 
 
 def read_vsp(table: pathlib.Path) -> list[Case]:
@@ -122,7 +122,7 @@ def _read_plans(folder: pathlib.Path, maps: _Maps) -> Check:
     path = folder / maps.plans
     plans = read_json(path) if path.is_file() else None
 
-    def check(file: pathlib.Path, task: str, state: Any) -> None:
+    def check(file: pathlib.Path, task: str, state: AnyState) -> None:
         shortest_plan(file, task, state)
         if plans is None:
             return
@@ -295,7 +295,7 @@ def _read_minibehaviour(where: str, meta: Row, level: int) -> MiniBehaviourState
 class _Rows(NamedTuple):
     """How the rows of a task are read."""
 
-    read: Callable[[str, Row, int], Any]
+    read: Callable[[str, Row, int], AnyState]
     has_ids: bool = False  # a row carries its own number, as rows were dropped from the file
 
 

@@ -6,11 +6,11 @@ whatever the seeds, counts or options of the draws were; benchmark boards are le
 
 import functools
 import hashlib
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from mgsd_jax.envs import ENVS, find
+from mgsd_jax.envs import ENVS, AnyState, find
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -59,7 +59,7 @@ def draw(
     seed: int,
     index: int,
     exclude: frozenset[str] = frozenset(),
-) -> Any:
+) -> AnyState:
     """The board number `index` of an endless stream: the same arguments give the same board.
 
     Boards of other splits and boards whose key is in `exclude` are drawn again. Boards repeat
@@ -88,7 +88,7 @@ def unique_boards(
     *,
     seed: int,
     exclude: frozenset[str] = frozenset(),
-) -> list[Any]:
+) -> list[AnyState]:
     """`count` distinct boards of one split, none of them in `exclude`, deterministic in `seed`.
 
     A smaller count gives a prefix of a larger one. Raises ValueError where the level has fewer
@@ -100,7 +100,7 @@ def unique_boards(
     env = ENVS[task]
     rng = _rng(seed, split, task, level, 0)
     seen: set[str] = set()  # keys of every split
-    found: list[Any] = []
+    found: list[AnyState] = []
     repeats = 0
     while len(found) < count:
         if repeats > max(_MIN_REPEATS, 3 * len(seen)):
@@ -128,7 +128,7 @@ def unique_boards(
 
 def _unseen(
     task: str, level: int, split: Split, seen: set[str], exclude: frozenset[str]
-) -> tuple[list[Any], int | None]:
+) -> tuple[list[AnyState], int | None]:
     """The boards of a split that drawing has not met, and the number of boards of the level.
 
     [] and None where a level has no list of all boards.
@@ -141,14 +141,14 @@ def _unseen(
 
 
 @functools.cache
-def _every_board(task: str, level: int) -> dict[str, Any] | None:
+def _every_board(task: str, level: int) -> dict[str, AnyState] | None:
     """All boards of a level by key; None where they are too many, or cannot be counted."""
     env = ENVS[task]
     total = env.count_states(level)
     if total is None or total > _LISTABLE:
         return None
     rng = np.random.default_rng(0)
-    boards: dict[str, Any] = {}
+    boards: dict[str, AnyState] = {}
     # Equally likely boards take about total * log(total) draws, ten times total here.
     for _ in range(200 * total):
         state = env.generate(rng, level, **env.even_options)

@@ -5,8 +5,9 @@ from typing import Any
 from mgsd_jax.envs import frozenlake, maze, minibehaviour, sokoban
 from mgsd_jax.envs.base import Env
 
-# Any: each env has a state of its own type, which only its own functions look into.
-ENVS: dict[str, Env[Any]] = {
+# Each env has a state of its own type, which only its own functions look into.
+AnyState = Any
+ENVS: dict[str, Env[AnyState]] = {
     env.name: env
     for env in (
         frozenlake.ENV,
@@ -17,7 +18,7 @@ ENVS: dict[str, Env[Any]] = {
 }
 
 
-def find(task: str) -> Env[Any]:
+def find(task: str) -> Env[AnyState]:
     """The env of a task; raises ValueError for a task that is not known."""
     if task not in ENVS:
         raise ValueError(f"task: got {task!r}, want one of {sorted(ENVS)}")

@@ -199,4 +199,4 @@ def _their_logits(
         inputs["pixel_values"] = np.concatenate([p.patches for p in prompt.pictures])
         inputs["image_grid_thw"] = np.array([p.grid for p in prompt.pictures], np.int64)
     tensors = transformers.BatchFeature(inputs, tensor_type="pt")
-    return np.array(model(**tensors).logits[0, len(prompt.tokens) - 1 :])
+    return model(**tensors).logits[0, len(prompt.tokens) - 1 :].numpy(force=True)

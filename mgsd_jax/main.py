@@ -43,7 +43,7 @@ from mgsd_jax.checks import ranges
 from mgsd_jax.parallel import processes
 from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, report, score
 from mgsd_jax.training import sessions
-from mgsd_jax.workdir import paths
+from mgsd_jax.workdir import compiled, paths
 
 STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
     "init": init.run,
@@ -70,6 +70,12 @@ _SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value
 _PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as data.prompts.")
 _INPUT = flags.DEFINE_string("input", None, "score: the JSON lines file to read.")
 _OUTPUT = flags.DEFINE_string("output", None, "score: where to write the scored rows.")
+_COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Folder (or gs://) of compiled programs, or off; else JAX_COMPILATION_CACHE_DIR, "
+    "~/.cache/mgsd_jax/compiled, or the folder compiled of a workdir that is remote.",
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, of several.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.")
@@ -180,9 +186,12 @@ def main(argv: Sequence[str]) -> int:
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
         config = load_config(path, [*_SET.value, *prompts])
         ranges.coerce(workdir, config_lib.Path, "--workdir")
+        if _COMPILE_CACHE.value is not None:
+            ranges.coerce(_COMPILE_CACHE.value, config_lib.Path, "--compile_cache")
         if _STAGE.value in JOINT:
             given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             are_several = processes.join(*processes.settings(given, os.environ))
+        compiled.keep(_COMPILE_CACHE.value, workdir, os.environ)
         STAGES[_STAGE.value](config, str(paths.absolute(workdir)))
         return 0
     except sessions.Stopped as stopped:  # all processes together

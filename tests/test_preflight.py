@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 from helpers_model import tiny
 from helpers_tiny import ROOT, tiny_config
 from helpers_tpu import tpu_mesh
@@ -18,7 +19,7 @@ from mgsd_jax.config import Config
 from mgsd_jax.main import load_config
 from mgsd_jax.model import flops
 from mgsd_jax.parallel.chips import CHIPS, Chip
-from mgsd_jax.preflight import roofline
+from mgsd_jax.preflight import kept, roofline
 from mgsd_jax.preflight.programs import Program, make_model, programs_of
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.preflight.table import Result, render
@@ -118,7 +119,7 @@ def test_too_large_for_the_compiler_is_a_number() -> None:
     whole = jax.sharding.NamedSharding(mesh, jax.P())
     array = jax.ShapeDtypeStruct((100, 2**30), jnp.float32, sharding=whole)
     program = Program("a/b", jax.jit(lambda x: x + 1), (array,), 0, NO_WORK)
-    got = preflight.compile_program(program, V5E)
+    got = preflight.compile_program(program, V5E, "v5e:2x2")
     assert got.error is None and got.peak is not None and got.peak >= 400
     assert not got.fits(V5E)
 
@@ -261,3 +262,37 @@ def test_the_decode_loop_of_4b_copies_nothing(draft_tokens: int) -> None:
     memory = program.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes <= 0.5 * 2**30
     assert "[151936,2560]" not in (program.as_text() or "")
+
+
+def test_a_second_preflight_compiles_nothing(
+    config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in another workdir, nor what does not fit; a compiler fault is tried again."""
+    monkeypatch.setattr(kept, "folder", lambda: epath.Path(tmp_path / "kept"))
+    compiler = preflight._compile
+    calls: list[int] = []
+
+    def counting(lowered: jax.stages.Lowered) -> dict[str, float]:
+        calls.append(1)
+        return compiler(lowered)
+
+    monkeypatch.setattr(preflight, "_compile", counting)
+    only = config_lib.override(config, ["preflight.only=('distillation/layout',)"])
+    tables = []
+    for workdir in ("a", "b"):
+        preflight.run(only, str(tmp_path / workdir))
+        tables.append(json.loads((tmp_path / workdir / "preflight.json").read_text())["results"])
+        assert len(calls) == 1
+    assert tables[0] == tables[1]
+    preflight.run(config_lib.override(only, ["preflight.topology=v6e:2x2"]), str(tmp_path / "c"))
+    assert len(calls) == 2
+
+    def failing(lowered: jax.stages.Lowered) -> dict[str, float]:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
+
+    mesh = tpu_mesh("v5e:2x2", fsdp=4)
+    array = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+    program = Program("a/b", jax.jit(lambda x: x + 1), (array,), 0, NO_WORK)
+    for asked, error in ((failing, "INTERNAL: a fault"), (compiler, None)):
+        monkeypatch.setattr(preflight, "_compile", asked)
+        assert preflight.compile_program(program, V5E, "v5e:2x2").error == error

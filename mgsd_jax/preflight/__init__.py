@@ -28,6 +28,7 @@ from mgsd_jax.checks import fields
 from mgsd_jax.config import Config
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.chips import CHIPS, Chip
+from mgsd_jax.preflight import kept
 from mgsd_jax.preflight.programs import Program, programs_of
 from mgsd_jax.preflight.table import Result, render
 
@@ -60,7 +61,7 @@ def run(config: Config, workdir: str) -> None:
         if config.preflight.only and program.name not in config.preflight.only:
             continue
         logging.info("preflight: compiles %s", program.name)
-        results[program.name] = result = compile_program(program, chip)
+        results[program.name] = result = compile_program(program, chip, config.preflight.topology)
         logging.info("preflight: %s: %s", program.name, result.verdict(chip))
         results = {p.name: results[p.name] for p in programs if p.name in results}
         content = {
@@ -138,13 +139,34 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         batches.check_batch(mesh, f"{stage}.batch_size", rows, parts)
 
 
-def compile_program(program: Program, chip: Chip) -> Result:
-    """What the compiler reports about a program; its failure is a result too."""
+def compile_program(program: Program, chip: Chip, devices: str) -> Result:
+    """What the compiler reports about a program; its failure is a result too.
+
+    `devices` names the chips that it is compiled for, which the program itself does not.
+    """
     started, worked = time.perf_counter(), time.process_time()
-    sizes: dict[str, float] = {}
     error = None
     try:
-        memory = program.lower().compile().memory_analysis()
+        said = kept.ask(program.lower(), program.name, devices, _compile)
+    except jax.errors.JaxRuntimeError as problem:
+        error = str(problem).splitlines()[0]
+        said = _seconds_since(started, worked)
+    return Result(
+        name=program.name,
+        resident=program.resident / GIB,
+        flops=program.work.flops,
+        seconds=program.work.seconds(chip),
+        tokens=program.work.tokens,
+        error=error,
+        **said,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered) -> dict[str, float]:
+    """Sizes in GiB, and seconds of compilation; of a program that is too large, its peak."""
+    started, worked = time.perf_counter(), time.process_time()
+    try:
+        memory = lowered.compile().memory_analysis()
         assert memory is not None
         sizes = {
             "arguments": memory.argument_size_in_bytes / GIB,
@@ -155,18 +177,14 @@ def compile_program(program: Program, chip: Chip) -> Result:
     except jax.errors.JaxRuntimeError as problem:
         found = _TOO_LARGE.search(str(problem))
         if found is None:
-            error = str(problem).splitlines()[0]
-        else:
-            number, unit = [group for group in found.groups() if group is not None]
-            sizes = {"peak": float(number) * _UNITS[unit]}
-    return Result(
-        name=program.name,
-        compile_seconds=time.perf_counter() - started,
-        compile_cpu_seconds=time.process_time() - worked,
-        resident=program.resident / GIB,
-        flops=program.work.flops,
-        seconds=program.work.seconds(chip),
-        tokens=program.work.tokens,
-        error=error,
-        **sizes,
-    )
+            raise
+        number, unit = [group for group in found.groups() if group is not None]
+        sizes = {"peak": float(number) * _UNITS[unit]}
+    return sizes | _seconds_since(started, worked)
+
+
+def _seconds_since(started: float, worked: float) -> dict[str, float]:
+    return {
+        "compile_seconds": time.perf_counter() - started,
+        "compile_cpu_seconds": time.process_time() - worked,
+    }

@@ -16,6 +16,7 @@ from mgsd_jax.data import splits
 from mgsd_jax.data.benchmarks import benchmark_keys
 from mgsd_jax.envs import ENVS
 from mgsd_jax.stages import generate
+from mgsd_jax.workdir import folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "tests" / "data" / "benchmarks"
@@ -39,7 +40,9 @@ def make_config(**data: Any) -> config_lib.Config:
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every file but those that say when they were written, and by what command."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if path.name not in (folders.RUNS_FILE, folders.ENDS_FILE)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -20,6 +20,7 @@ from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import scoring
 from mgsd_jax.stages import evaluate, generate, init, report, score
+from mgsd_jax.workdir import folders
 
 TIMED = ("run.json", "runs.jsonl", "config.json")  # hold when a folder was begun
 
@@ -30,11 +31,14 @@ def killer() -> Killer:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its path, but for those that hold times."""
+    """Every file below a folder by its path, those that hold times without their content.
+
+    A start that was killed has no account of its end.
+    """
     return {
         str(file.relative_to(folder)): b"" if file.name in TIMED else file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and not file.name.startswith(folders.ENDS_FILE)
     }
 
 

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -22,7 +23,7 @@ from helpers_tiny import tiny_config
 from mgsd_jax.config import Config, override
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training import optimizer, sessions
-from mgsd_jax.workdir import checkpoint, folders, metrics, signals
+from mgsd_jax.workdir import checkpoint, folders, metrics, paths, signals
 
 
 class Counter:
@@ -241,7 +242,48 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_folder_to_any_other(
         raise ValueError("/absent: got no config.json")
     assert not list(tmp_path.iterdir())
     claim(tmp_path, config)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["config.json", "runs.jsonl"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        *("config.json", "ends.jsonl", "runs.jsonl"),
+    ]
+
+
+def test_a_start_tells_its_command_devices_and_what_it_spent(
+    tmp_path: pathlib.Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert folders.read_starts(tmp_path) == []
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "mgsd_jax.main", "--set", "a=b c"])
+    claim(tmp_path, config)
+    with pytest.raises(RuntimeError), folders.claimed(tmp_path, config, SECTIONS) as second:
+        second.record()
+        raise RuntimeError("an error")
+    with folders.claimed(tmp_path, config, SECTIONS):
+        pass  # nothing was left to do
+    folders.write_start(tmp_path, {"count": jax.device_count()})  # one that was killed
+    claim(tmp_path, config)
+    starts = folders.read_starts(tmp_path)
+    assert [start["seconds"] is None for start in starts] == [False, False, True, False]
+    for start in starts:
+        assert start["command"] == ["python", "-m", "mgsd_jax.main", "--set", "a=b c"]
+        assert start["devices"]["count"] == jax.device_count() and start["cores"] >= 1
+    assert 0 <= starts[0]["seconds"] < 60 and starts[0]["core_seconds"] >= 0
+    (tmp_path / folders.ENDS_FILE).write_text('{"seconds": 1}\n')
+    with pytest.raises(ValueError, match=r"ends\.jsonl, line 1: time: not found"):
+        folders.read_starts(tmp_path)
+
+
+def test_no_account_is_worth_an_error(
+    tmp_path: pathlib.Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = paths.write_whole
+
+    def full(path: Any, content: str) -> None:
+        if str(path).endswith(folders.ENDS_FILE):
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(paths, "write_whole", full)
+    claim(tmp_path, config)
+    assert [start["seconds"] for start in folders.read_starts(tmp_path)] == [None]
 
 
 def test_a_folder_is_claimed_by_what_changes_results_alone(

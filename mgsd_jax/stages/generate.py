@@ -35,7 +35,7 @@ from mgsd_jax.data.boards import (
 )
 from mgsd_jax.data.splits import SHARES, SPLITS, Split, unique_boards
 from mgsd_jax.envs import ENVS
-from mgsd_jax.workdir import paths
+from mgsd_jax.workdir import folders, paths
 
 Settings = dict[str, object]  # what the boards of a folder depend on, as JSON values
 States = Sequence[Any]  # of one task's env
@@ -50,10 +50,11 @@ def run(config: Config, workdir: str) -> None:
     config = config_lib.resolve(config, workdir)
     data = config.data
     root = epath.Path(data.folder)
-    folders = config_lib.excluded_folders(config)
-    keys = {folder: benchmark_keys([folder]) for folder in folders}
+    keys = {folder: benchmark_keys([folder]) for folder in config_lib.excluded_folders(config)}
     exclude = frozenset[str]().union(*keys.values())
-    named = [{"name": epath.Path(folder).name, "boards": len(keys[folder])} for folder in folders]
+    named = [
+        {"name": epath.Path(folder).name, "boards": len(found)} for folder, found in keys.items()
+    ]
     settings = make_settings(data, config.seed, named, exclude)
     if is_complete(root, settings):
         check_pictures(root)
@@ -71,10 +72,14 @@ def run(config: Config, workdir: str) -> None:
     }
     root.mkdir(parents=True, exist_ok=True)
     paths.write_whole(root / SETTINGS, _to_json(settings))
+    folders.write_start(root)
     total = sum(map(len, boards.values()))
-    with tqdm.tqdm(
-        total=total, unit="board", file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as progress:
+    with (
+        folders.spending(root),
+        tqdm.tqdm(
+            total=total, unit="board", file=sys.stderr, disable=not sys.stderr.isatty()
+        ) as progress,
+    ):
         groups = [
             write_group(
                 root,

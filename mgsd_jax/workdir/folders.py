@@ -1,7 +1,8 @@
 """The folder of a run: locked by one run at a time, bound to one config, with a record of starts.
 
 `config.json` holds the part of the config that the run depends on, `runs.jsonl` a line for each
-start that took a step: commit and versions.
+start that took a step: command, commit, versions, devices. `ends.jsonl` has a line for each of them
+that was not killed: what it spent. Nothing is decided by what the two say; the report shows it.
 """
 
 import contextlib
@@ -9,9 +10,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -27,11 +30,22 @@ from mgsd_jax.workdir import locks, paths
 
 CONFIG_FILE = "config.json"
 RUNS_FILE = "runs.jsonl"
-PACKAGES = ("mgsd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+ENDS_FILE = "ends.jsonl"
+PACKAGES = (
+    "mgsd_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "transformers",
+)
 
 
 def write_run_info(workdir: epath.PathLike, config: Mapping[str, object]) -> None:
-    """Write `config.json`, and add this start's commit and versions to `runs.jsonl`.
+    """Write `config.json`, and this start with the devices that it runs on into `runs.jsonl`.
 
     `config` holds JSON values. A resumed run adds a line, so that a change of code or versions in
     between can be seen.
@@ -40,18 +54,87 @@ def write_run_info(workdir: epath.PathLike, config: Mapping[str, object]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     paths.write_whole(folder / CONFIG_FILE, text + "\n")
+    devices = {
+        "platform": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "count": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+    write_start(folder, devices)
+
+
+def write_start(folder: epath.PathLike, devices: Mapping[str, object] | None = None) -> None:
+    """Add the command, commit and versions of this start to `runs.jsonl` of an existing folder."""
     commit, is_dirty = _git_commit()
     info = {
         "time": time.time(),
+        "command": sys.orig_argv,
         "commit": commit,
         "is_dirty": is_dirty,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": devices,
         "versions": {package: _version(package) for package in PACKAGES},
     }
-    runs = folder / RUNS_FILE
-    before = runs.read_text(encoding="utf-8") if runs.exists() else ""
-    paths.write_whole(runs, before + json.dumps(info) + "\n")
+    _append(epath.Path(folder) / RUNS_FILE, info)
+
+
+@contextlib.contextmanager
+def spending(
+    folder: epath.PathLike, is_recorded: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Adds what the block took to `ends.jsonl`, if its start `is_recorded` by then.
+
+    Seconds by the clock, and seconds that all cores of this process worked.
+    """
+    began, worked = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        if is_recorded():
+            seconds = round(time.monotonic() - began, 3)
+            cores = round(time.process_time() - worked, 3)
+            end = {"time": time.time(), "seconds": seconds, "core_seconds": cores}
+            # A full disk has its error already: the account of it is not worth another.
+            with contextlib.suppress(OSError):
+                _append(epath.Path(folder) / ENDS_FILE, end)
+
+
+def read_starts(folder: epath.PathLike) -> list[fields.Json]:
+    """The starts of `runs.jsonl`, oldest first, each with the "seconds" and "core_seconds" it took.
+
+    These are None for one that was killed, or is still at work. Raises ValueError naming the file
+    where a line of it is no record.
+    """
+    starts, ends = (_read(epath.Path(folder) / name) for name in (RUNS_FILE, ENDS_FILE))
+    begun = [start["time"] for start in starts]
+    spent: dict[int, fields.Json] = {}
+    for end in ends:
+        before = [i for i, time_ in enumerate(begun) if time_ <= end["time"]]
+        if before:
+            spent[before[-1]] = end
+    return [
+        {**start, **{key: spent.get(i, {}).get(key) for key in ("seconds", "core_seconds")}}
+        for i, start in enumerate(starts)
+    ]
+
+
+def _append(path: epath.Path, record: Mapping[str, object]) -> None:
+    """Adds a line to a file, which is replaced as a whole: there is never half a line."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    paths.write_whole(path, before + json.dumps(record) + "\n")
+
+
+def _read(path: epath.Path) -> list[fields.Json]:
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        source = f"{path}, line {number}"
+        records.append(fields.read_line(line, source))
+        fields.field(records[-1], "time", (int, float), source)
+    return records
 
 
 def _git_commit() -> tuple[str | None, bool | None]:
@@ -148,11 +231,12 @@ def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -
     that the folder is bound to differs. Fields that change no result may differ.
     """
     values = {name: value for name, value in config_lib.to_dict(config).items() if name in sections}
-    notes: list[Callable[[], None]] = []
+    is_main = jax.process_index() == 0
+    start = functools.partial(write_run_info, folder, values)
+    notes: list[Callable[[], None]] = [start] if is_main else []
     with contextlib.ExitStack() as lock:
         problem = ""
-        if jax.process_index() == 0:
-            notes.append(functools.partial(write_run_info, folder, values))
+        if is_main:
             try:
                 lock.enter_context(locks.held(folder))
                 ignore, defaults = tuple(ranges.free(Config)), config_lib.defaults(Config)
@@ -162,4 +246,5 @@ def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -
         problem = processes.gather(problem)[0]
         if problem:
             raise ValueError(problem)
+        lock.enter_context(spending(folder, lambda: is_main and start not in notes))
         yield Claim(epath.Path(folder), notes)

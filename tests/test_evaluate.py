@@ -4,6 +4,7 @@ import json
 import pathlib
 import typing
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import encode_answer, load_processor
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rows, scoring
+from mgsd_jax.evaluation.summary import summarize
 from mgsd_jax.sampling import answers
 from mgsd_jax.training import monitor
 
@@ -108,13 +110,25 @@ def test_token_groups_of_a_response() -> None:
     assert order[:2] == ["state", "sentence"]
 
 
-def test_validation_weighs_levels_alike() -> None:
-    (lake, maze, _), others = make_boards(1), make_boards(9)[1:9]
-    right = prompts.response(maze.task, maze.state, ENVS[maze.task].shortest_plan(maze.state))
-    answers = [scoring.Answer(text, False, 1) for text in ["", *[""] * 8, right]]
-    measured = monitor.validation_metrics([lake, *others, maze], answers)
-    assert measured["val/success"].value == pytest.approx(0.5)
-    assert measured["val/state_exact"].value == pytest.approx(0.5)
+def test_validation_is_the_measure_of_an_evaluation_in_all_and_by_task() -> None:
+    """Two levels of a lake with unlike numbers of boards, and a maze."""
+    small = ENVS["frozenlake"].generate(np.random.default_rng(1), 3)
+    boards = [*make_boards(3)[:5], Board("frozenlake", 3, 0, small, None)]
+    texts = [prompts.response(b.task, b.state, ENVS[b.task].shortest_plan(b.state)) for b in boards]
+    given = [scoring.Answer(text, False, 1) for text in ["", *texts[1:4], "", ""]]
+    asked = [
+        scoring.score_row(board, "picture", answer, model="m")
+        | {"task_text": rows.board_text(board)}
+        for board, answer in zip(boards, given, strict=True)
+    ]
+    part = summarize(typing.cast(Any, asked))["models"]["m"]["picture"]
+    measured = monitor.validation_metrics(boards, given)
+    assert measured["val/success"].value == pytest.approx(part["macro"]["value"]) == 5 / 12
+    assert measured["val/state_exact"].value == pytest.approx(part["state_exact"]["value"])
+    for task in ("frozenlake", "maze"):
+        mean = part["tasks"][task]["level_mean"]["value"]
+        assert measured[f"val/success/{task}"].value == pytest.approx(mean)
+    assert len(measured) == 6
 
 
 def test_token_metrics_add_up_over_groups_and_over_positions() -> None:

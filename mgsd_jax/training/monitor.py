@@ -87,16 +87,23 @@ def draft_metrics(groups: np.ndarray, mask: np.ndarray, guessed: np.ndarray) -> 
 def validation_metrics(
     boards: Sequence[Board], answers: Sequence[scoring.Answer]
 ) -> dict[str, Mean]:
-    """Success and exact states over the validation boards, each task and level weighing alike."""
-    cells: dict[tuple[str, int], list[tuple[bool, bool]]] = collections.defaultdict(list)
+    """Success and exact states over the validation boards, also by task, as an evaluation has them.
+
+    A task is the mean over its levels, the whole the mean over tasks.
+    """
+    cells: dict[str, dict[int, list[tuple[bool, bool]]]] = {}
     for board, answer in zip(boards, answers, strict=True):
         score = scoring.score_plan(board, answer.text)
         result = (score["outcome"]["success"], bool(score["state_exact"]))
-        cells[board.task, board.level].append(result)
-    success, exact = np.mean([np.mean(cell, axis=0) for cell in cells.values()], axis=0)
+        cells.setdefault(board.task, {}).setdefault(board.level, []).append(result)
+    tasks = {
+        f"/{task}": np.mean([np.mean(cell, axis=0) for cell in levels.values()], axis=0)
+        for task, levels in cells.items()
+    }
     return {
-        "val/success": Mean(float(success), 1.0),
-        "val/state_exact": Mean(float(exact), 1.0),
+        f"val/{name}{task}": Mean(float(mean[i]), 1.0)
+        for task, mean in {"": np.mean(list(tasks.values()), axis=0), **tasks}.items()
+        for i, name in enumerate(("success", "state_exact"))
     }
 
 

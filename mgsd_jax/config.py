@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from mgsd_jax.checks.fields import Json
-from mgsd_jax.checks.ranges import FREE, Between, Items, Place, Regex, coerce, replace_field
+from mgsd_jax.checks.ranges import (
+    FREE,
+    Between,
+    Items,
+    Place,
+    Regex,
+    Span,
+    coerce,
+    replace_field,
+)
 
 Section = TypeVar("Section")  # a dataclass of this file
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
@@ -22,6 +31,7 @@ Mode = Literal["picture", "text", "blind", "perception"]
 # Sampling parameters that a request to an endpoint may have; servers differ in what they accept.
 Parameter = Literal["max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed"]
 SENT: tuple[Parameter, ...] = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+Sink = Literal["tensorboard", "wandb", "trackio"]
 Benchmark = Literal[
     "frozenlake_vsp",
     "frozenlake_visualplanning",
@@ -161,6 +171,18 @@ class GuardConfig:
     first_kl: Amount = 3.0  # nats, mean over the first four positions of the responses
     logprob_gap: Amount = 0.05  # nats, mean |sampler's - training's| of the sampled tokens
     kept_a_pass: Amount = 1.3  # tokens of a drafted rollout kept a pass; below it drafts cost time
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    """Where the metrics of a run are shown. `metrics.jsonl` holds them in any case."""
+
+    # wandb and trackio are extras of the package.
+    sinks: Annotated[tuple[Sink, ...], Items(), FREE] = ("tensorboard",)
+    project: Annotated[str, Items(1), FREE] = "mgsd_jax"  # of wandb and trackio
+    name: Annotated[str, Items(), FREE] = ""  # of the run there; '': folder/stage
+    # Steps (of evaluate: batches) to trace, the last one included; '': none. docs/profiling.md
+    profile: Annotated[str, Span(), FREE] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +345,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     preflight: PreflightConfig = PreflightConfig()
     guards: GuardConfig = GuardConfig()
+    metrics: MetricsConfig = MetricsConfig()
     nano: NanoConfig | None = None
     seed: Annotated[int, Between(0, 2**32 - 2)] = 0  # loaders take 32 bits, and one more
 

@@ -68,6 +68,9 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything that it writes.")
 _SET = flags.DEFINE_multi_string("set", [], "Override one field: --set a.b=value. Repeatable.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as data.prompts.")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "Steps to trace, such as 5:8 (docs/profiling.md); same as metrics.profile."
+)
 _INPUT = flags.DEFINE_string("input", None, "score: the JSON lines file to read.")
 _OUTPUT = flags.DEFINE_string("output", None, "score: where to write the scored rows.")
 _COMPILE_CACHE = flags.DEFINE_string(
@@ -184,7 +187,10 @@ def main(argv: Sequence[str]) -> int:
             return score.run(_required(_INPUT), _OUTPUT.value)
         path, workdir = _required(_CONFIG), _required(_WORKDIR)
         prompts = [] if _PROMPTS.value is None else [f"data.prompts={_PROMPTS.value}"]
-        config = load_config(path, [*_SET.value, *prompts])
+        profile = [] if _PROFILE.value is None else [f"metrics.profile={_PROFILE.value}"]
+        config = load_config(path, [*_SET.value, *prompts, *profile])
+        if profile and _STAGE.value not in JOINT:
+            raise ValueError(f"--profile: got --stage={_STAGE.value}, want one of {[*JOINT]}")
         ranges.coerce(workdir, config_lib.Path, "--workdir")
         if _COMPILE_CACHE.value is not None:
             ranges.coerce(_COMPILE_CACHE.value, config_lib.Path, "--compile_cache")

@@ -43,6 +43,7 @@ NOTHING_IS_FINE = {
     *("data.prompts", "data.exclude", "report.runs", "report.model", "preflight.only"),
     *("preflight.stages", "nano.deepstack", "distillation.token_weights"),
     "distillation.response_buckets",
+    *("metrics.sinks", "metrics.name", "metrics.profile"),
     *("evaluate.reference", "evaluate.reference_only", "evaluate.benchmarks"),
     *("evaluate.endpoint", "evaluate.endpoint_models", "evaluate.endpoint_parameters"),
     *("grounding.lora.targets", "distillation.lora.targets"),

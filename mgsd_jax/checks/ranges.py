@@ -86,6 +86,18 @@ class Regex:
         return ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A run of steps as `first:last`, both included and counted from 1; '' is none."""
+
+    def wanted(self, value: str) -> str:
+        """As `Between.wanted`."""
+        found = re.fullmatch(r"([1-9]\d{0,8}):([1-9]\d{0,8})", value, re.ASCII)
+        if not value or (found and int(found[1]) <= int(found[2])):
+            return ""
+        return "the first step and the last, such as 5:8"
+
+
 def shown(value: object) -> str:
     """The value as an error message shows it, on one line and of bounded length."""
     try:
@@ -195,9 +207,13 @@ def _parse(text: str, kind: Hint) -> object:
     with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = ast.literal_eval(text)
     items = get_args(kind)
-    if isinstance(value, str) and items[1:] == (Ellipsis,) and plain(items[0]) is str:
+    if isinstance(value, str) and items[1:] == (Ellipsis,) and _is_text(plain(items[0])):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def _is_text(kind: Hint) -> bool:
+    return kind is str or get_origin(kind) is Literal
 
 
 def _spell(kind: Hint) -> str:

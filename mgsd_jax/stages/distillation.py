@@ -38,7 +38,7 @@ from mgsd_jax.training import divergences, guards, losses, monitor, optimizer, s
 from mgsd_jax.training.divergences import TokenStats
 from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.tree import PyTree, Tree
-from mgsd_jax.workdir import folders, stage_folder
+from mgsd_jax.workdir import folders, sinks, stage_folder
 
 Metrics = dict[str, Mean | jax.Array | float]
 
@@ -221,6 +221,7 @@ def run(config: Config, workdir: str) -> None:
     given, config = config, config_lib.resolve(config, workdir)
     settings = config.distillation
     divergences.named(settings)  # a wrong name ends the run here
+    sinks.check(config.metrics)  # and so does a package that is not there
     share = (jax.process_index(), jax.process_count())
     training = loaders.load_boards(config, "train", share)
     held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)

@@ -28,7 +28,7 @@ from mgsd_jax.parallel import processes, sharding
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.sampling.answers import BenchmarkEncoder, ask, make_answerer, show, shown_boards
 from mgsd_jax.stages import loading
-from mgsd_jax.workdir import folders, metrics, paths, stage_folder
+from mgsd_jax.workdir import folders, metrics, paths, stage_folder, traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,11 @@ def run(config: Config, workdir: str) -> None:
     boards, cases = _test_boards(config)
     models = _models(config, boards)
     sections = ("data", "evaluate", "checkpoint", "seed")
-    with folders.claimed(config.evaluate.folder, given, sections) as claim:
-        _answer(config.evaluate, claim, boards, cases, models)
+    with (
+        folders.claimed(config.evaluate.folder, given, sections) as claim,
+        traces.open_tracer(claim.folder, config.metrics.profile) as tracer,
+    ):
+        _answer(config.evaluate, claim, boards, cases, models, tracer)
 
 
 def _answer(
@@ -75,6 +78,7 @@ def _answer(
     boards: Sequence[Board],
     cases: Sequence[str],
     models: Sequence[Model],
+    tracer: traces.Tracer,
 ) -> None:
     """Asks for the answers that are missing, and writes the summary."""
     folder = claim.folder
@@ -107,7 +111,7 @@ def _answer(
             )
         for job in todo:
             started = time.perf_counter()
-            for answers in asker(job):
+            for answers in tracer.each(asker(job)):
                 if is_main:
                     new += [
                         score_row(boards[i], job.mode, a, model=model.name, attempt=job.attempt)

@@ -29,7 +29,7 @@ from mgsd_jax.stages import loading
 from mgsd_jax.training import losses, optimizer, sessions
 from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.tree import PyTree, Tree
-from mgsd_jax.workdir import folders, stage_folder
+from mgsd_jax.workdir import folders, sinks, stage_folder
 
 Metrics = dict[str, Mean | jax.Array | float]
 BATCH_AXES: PyTree = GroundingBatch(
@@ -104,6 +104,7 @@ def run(config: Config, workdir: str) -> None:
     given, config = config, config_lib.resolve(config, workdir)
     settings = config.grounding
     check_kinds(settings.mixture)
+    sinks.check(config.metrics)
     share = (jax.process_index(), jax.process_count())
     training = loaders.load_boards(config, "train", share)
     validation = loaders.load_boards(config, "val")

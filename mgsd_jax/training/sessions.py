@@ -18,7 +18,7 @@ from mgsd_jax.parallel import means, processes
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training import guards
 from mgsd_jax.training.optimizer import TrainState
-from mgsd_jax.workdir import checkpoint, metrics, signals
+from mgsd_jax.workdir import checkpoint, metrics, signals, traces
 from mgsd_jax.workdir.folders import Claim
 
 AnyLoader = Loader[Any, Any]  # of either stage
@@ -67,6 +67,7 @@ class Session:
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer | None  # on process 0
     progress: metrics.Progress
+    tracer: traces.Tracer
     stop: threading.Event  # set by SIGTERM and Ctrl-C
     good_step: int  # the last step whose update was finite, or the one before `start`
     saved_step: int  # of the newest checkpoint, 0 without one
@@ -82,6 +83,7 @@ class Session:
         asked to stop, and where `guards.skipped_in_a_row` updates in a row were not finite.
         """
         values, is_asked = self._gather_metrics(measured)
+        self.tracer.end(step, state)
         is_last = step == self.steps
         is_good = values["skipped_update"] == 0
         if is_good or is_last:
@@ -102,6 +104,7 @@ class Session:
                 f"{self.saved_step}",
                 EXIT_STOPPED,
             )
+        self.tracer.begin(step + 1)
 
     def _gather_metrics(self, measured: Measured) -> tuple[dict[str, float], bool]:
         """The metrics as floats, and whether any process was asked to stop: the same everywhere.
@@ -187,9 +190,11 @@ def open_session(
             logging.info("%s: continues after step %d of %d", folder, start, steps)
         writer = None
         if is_main:
-            writer = resources.enter_context(metrics.open_writer(folder, step=start))
+            opened = metrics.open_writer(folder, step=start, config=config)
+            writer = resources.enter_context(opened)
         progress = metrics.open_progress(steps, start=start, is_main=is_main)
         resources.callback(progress.close)
+        tracer = traces.open_tracer(folder, config.metrics.profile, steps=steps, start=start)
         session = Session(
             claim=claim,
             state=state,
@@ -201,11 +206,13 @@ def open_session(
             checkpointer=checkpointer,
             writer=writer,
             progress=progress,
+            tracer=resources.enter_context(tracer),
             stop=stop,
             good_step=start,
             saved_step=start,
             step_ended=time.perf_counter(),
         )
+        session.tracer.begin(start + 1)
         try:
             yield session
         except BaseException as error:

@@ -1,8 +1,8 @@
-"""Metrics of a run: phase timers, the writer of metrics.jsonl and TensorBoard, the progress bar.
+"""Metrics of a run: phase timers, the writer of metrics.jsonl and of the sinks, the progress bar.
 
-A run directory holds `metrics.jsonl` (one line for each write) and `tensorboard/` (event files).
-Where it is remote (gs://), both are kept on this machine and copied there by `Writer.flush`.
-Needs the packages `tensorboardX` (event files without TensorFlow) and `tqdm`.
+A run directory holds `metrics.jsonl` (one line for each write) and the files of its sinks
+(sinks.py), such as `tensorboard/`. Where it is remote (gs://), they are kept on this machine and
+copied there by `Writer.flush`.
 """
 
 import collections
@@ -14,20 +14,23 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
-import tensorboardX
+import jax
 import tqdm
 from absl import logging
 from etils import epath
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.checks.fields import Json
+from mgsd_jax.config import Config, MetricsConfig
 from mgsd_jax.parallel.means import Array, Mean, means_to_floats
 from mgsd_jax.workdir import paths
+from mgsd_jax.workdir import sinks as sinks_lib
+from mgsd_jax.workdir.sinks import Picture, Sink
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 _RECENT_STEPS = 20  # the ETA is averaged over this many steps
 
 
@@ -46,7 +49,8 @@ class Timers:
         """Add the wall seconds of the `with` block to `name`, also where the block raises."""
         start = time.perf_counter()
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):  # its name in a trace (traces.py)
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -59,12 +63,12 @@ class Timers:
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Writes the metrics of a step as a JSON line and as TensorBoard events; see `open_writer`."""
+    """Writes the metrics of a step as a JSON line and to the sinks; see `open_writer`."""
 
     target: epath.Path
     folder: pathlib.Path  # of this machine: the target, or what is copied there
     lines: TextIO
-    events: tensorboardX.SummaryWriter
+    sinks: list[Sink]  # a tracker that fails leaves it
 
     def write(self, step: int, metrics: Mapping[str, Mean | Array]) -> None:
         """Write one record; train and evaluation metrics of a step may come in two writes."""
@@ -76,8 +80,11 @@ class Writer:
         # JSON has no non-finite numbers: they become 'nan', 'inf' and '-inf', as float() reads.
         finite = {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
         self.lines.write(json.dumps(record | finite, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        sinks_lib.tell(self.sinks, lambda sink: sink.numbers(step, values))
+
+    def show(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Shows pictures in the sinks; a name that was shown before goes on at this step."""
+        sinks_lib.tell(self.sinks, lambda sink: sink.pictures(step, pictures))
 
     def flush(self) -> None:
         """Returns when what was written so far outlives this machine; call it before each save."""
@@ -91,16 +98,19 @@ class Writer:
 
 
 @contextlib.contextmanager
-def open_writer(workdir: epath.PathLike, *, step: int = 0) -> Iterator[Writer]:
-    """A Writer of `metrics.jsonl` and TensorBoard events under `workdir`, for one process.
+def open_writer(
+    workdir: epath.PathLike, *, step: int = 0, config: Config | None = None
+) -> Iterator[Writer]:
+    """A Writer of `metrics.jsonl` and of the sinks of a stage's folder, for one process.
 
     A run restored at `step` repeats the steps after it: their lines go first, in one atomic
-    replacement. At step 0 the run starts over and every old line goes.
+    replacement. At step 0 the run starts over and every old line goes. Without a `config` there is
+    TensorBoard alone.
     """
     target = epath.Path(workdir)
     target.mkdir(parents=True, exist_ok=True)
-    keep_until = step if step > 0 else -1
-    _drop_lines_after(target / METRICS_FILE, keep_until)
+    _drop_lines_after(target / METRICS_FILE, step if step > 0 else -1)
+    settings = MetricsConfig() if config is None else config.metrics
     with contextlib.ExitStack() as resources:
         folder = pathlib.Path(workdir)
         if paths.is_remote(workdir):
@@ -108,14 +118,19 @@ def open_writer(workdir: epath.PathLike, *, step: int = 0) -> Iterator[Writer]:
             if (target / METRICS_FILE).exists():
                 (folder / METRICS_FILE).write_bytes((target / METRICS_FILE).read_bytes())
         lines = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
-        events = tensorboardX.SummaryWriter(
-            str(folder / TENSORBOARD_FOLDER), purge_step=keep_until + 1
+        run = sinks_lib.Run(
+            folder,
+            step,
+            project=settings.project,
+            name=settings.name or f"{target.parent.name}/{target.name}",
+            id=sinks_lib.run_id(target, step),
+            config={} if config is None else config_lib.to_dict(config),
         )
-        writer = Writer(target, folder, lines, events)
+        writer = Writer(target, folder, lines, sinks_lib.open_sinks(settings, run))
         # In reverse order: the files are closed, copied, and deleted where they are temporary.
         resources.callback(writer.flush)
         resources.callback(lines.close)
-        resources.callback(events.close)
+        resources.callback(sinks_lib.tell, writer.sinks, lambda sink: sink.close())
         yield writer
 
 

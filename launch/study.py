@@ -42,7 +42,7 @@ ELSEWHERE = (
     ),
 )
 CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
-ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method")
+ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method", "jsd")
 Task = tuple[StudyRow, int]  # and a seed
 
 
@@ -67,7 +67,7 @@ def commands(row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
     names = {"": ("base", "{model}"), "grounding": ("grounded", "{workdir}/grounding")}
     model = names.get(row.stage, ("distilled", "{workdir}/distillation"))
     boards: list[tuple[str, ...]] = [()]
-    if row.name in ELSEWHERE_ROWS:
+    if row.name in ELSEWHERE_ROWS or row.group == "options":
         boards += [(*some, f"evaluate.folder={{workdir}}/{name}") for name, some in ELSEWHERE]
     return training + [
         command("evaluate", workdir, study, f"evaluate.models=({model!r},)", *settings)

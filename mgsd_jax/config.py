@@ -238,6 +238,9 @@ class DistillationConfig:
     reference_share: Share = (
         0.0  # of the rows that get a right response in place of the student's own
     )
+    # Share of the rows that are questions about a picture, learned as in grounding, in place of
+    # rollouts; their gradient has this share of the step. See optimizer.blend.
+    grounding_share: Decay = 0.0
     sampling: SamplingConfig = SamplingConfig()
     # Lengths that the responses of a step are cut to before the update, the smallest that holds all
     # of them; (): sampling.max_new_tokens. Each length is a program of its own.
@@ -414,12 +417,33 @@ def check(config: Config) -> Config:
         )
     if not any(share for _, share in stage1.mixture):
         raise ValueError(f"grounding.mixture: got {stage1.mixture}, want a share above 0")
-    rows = {"grounding": stage1.batch_size, "distillation": stage2.batch_size * stage2.rollouts}
+    share, asked = stage2.grounding_share, record_prompts(stage2)
+    if share and not 0 < asked < stage2.batch_size:
+        raise ValueError(
+            f"distillation.grounding_share: got {share}, which is {asked} of "
+            f"{stage2.batch_size} prompts, want 1 to {stage2.batch_size - 1}"
+        )
+    rows = {"grounding": [stage1.batch_size], "distillation": [*update_rows(stage2).values()]}
     for stage, settings in (("grounding", stage1), ("distillation", stage2)):
         parts = settings.microbatches
-        if rows[stage] % parts:
-            raise ValueError(f"{stage}.microbatches: got {parts}, want a divisor of {rows[stage]}")
+        if any(number % parts for number in rows[stage]):
+            want = " and of ".join(map(str, rows[stage]))
+            raise ValueError(f"{stage}.microbatches: got {parts}, want a divisor of {want}")
     return config
+
+
+def record_prompts(settings: DistillationConfig) -> int:
+    """The prompts of a step that records take the place of."""
+    return round(settings.grounding_share * settings.batch_size)
+
+
+def update_rows(settings: DistillationConfig) -> dict[str, int]:
+    """{the field that says so: the rows of an update} of responses, and of records if any."""
+    asked = record_prompts(settings)
+    rows = {"distillation.batch_size": (settings.batch_size - asked) * settings.rollouts}
+    if asked:
+        rows["distillation.grounding_share"] = asked * settings.rollouts
+    return rows
 
 
 def defaults(kind: type) -> Json:

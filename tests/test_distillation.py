@@ -17,8 +17,8 @@ from mgsd_jax.data import loaders, segments
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.sampling import sampler
-from mgsd_jax.stages import distillation, generate, init, loading
-from mgsd_jax.training import divergences, optimizer, trainable
+from mgsd_jax.stages import distillation, generate, grounding, init, loading
+from mgsd_jax.training import divergences, lessons, optimizer, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,9 @@ def teacher_params(setup: Setup) -> Any:
     return jax.tree.map(lambda x: x * 1.1 + 0.01, setup.loaded.params)
 
 
-def one_update(setup: Setup, weights: Any = None, **options: Any) -> tuple[Any, ...]:
+def one_update(
+    setup: Setup, weights: Any = None, records: Any = None, **options: Any
+) -> tuple[Any, ...]:
     """(state, loss, statistics) after an update with these settings."""
     settings = dataclasses.replace(setup.config.distillation, **options)
     tx = optax.sgd(1e-2)
@@ -85,7 +87,7 @@ def one_update(setup: Setup, weights: Any = None, **options: Any) -> tuple[Any, 
     batch = distillation.DistillationBatch(
         batch.student, batch.teacher, setup.sampled.tokens, setup.sampled.mask, weights
     )
-    state, measured, stats = update(state, setup.frozen, teacher_params(setup), batch)
+    state, measured, stats = update(state, setup.frozen, teacher_params(setup), batch, records)
     return jax.device_get((state, measured["loss"], stats))
 
 
@@ -177,7 +179,7 @@ def test_an_update_of_cut_responses_is_the_same(setup: Setup) -> None:
     sampled = dataclasses.replace(sampled, mask=sampled.mask & short)
     length = 24
     assert 1 < sampled.mask.sum(axis=1).max() <= length
-    cut = distillation.first_tokens(sampled, length)
+    cut = lessons.first_tokens(sampled, length)
     assert cut.tokens.shape == (4, length) and cut.truncated.shape == (4,)
     whole, part = (one_update(dataclasses.replace(setup, sampled=one)) for one in (sampled, cut))
     close(part[:2], whole[:2])
@@ -192,7 +194,7 @@ def test_a_response_bucket_holds_the_longest(longest: int, want: int) -> None:
         sampling=c.SamplingConfig(max_new_tokens=98),
         response_buckets=(16, 64, 128),
     )
-    assert distillation.response_bucket(longest, settings) == want
+    assert lessons.response_bucket(longest, settings) == want
 
 
 def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
@@ -204,15 +206,15 @@ def test_token_weights_follow_the_parts_of_a_response(setup: Setup) -> None:
     )
     tokens, mask = references
     groups = segments.segments(processor, tokens, mask)
-    weights = distillation.token_weights(groups, settings)
+    weights = lessons.token_weights(groups, settings)
     assert weights is not None
-    names = distillation.prompts_lib.SEGMENTS
+    names = lessons.prompts_lib.SEGMENTS
     for name, weight in (("plan", 4.0), ("state", 0.0), ("sentence", 1.0), ("format", 1.0)):
         inside = groups == names.index(name)
         assert inside.any(), name
         assert (weights[inside] == weight).all(), name
     assert (weights[~mask] == 0).all()
-    assert distillation.token_weights(groups, setup.config.distillation) is None
+    assert lessons.token_weights(groups, setup.config.distillation) is None
 
 
 def test_references_stand_in_for_whole_rows(setup: Setup) -> None:
@@ -220,12 +222,42 @@ def test_references_stand_in_for_whole_rows(setup: Setup) -> None:
     assert references is not None
     has_one = references.mask[:, 0]
     assert 0 < has_one.sum() < 4
-    learned = distillation.with_references(setup.sampled, references)
+    learned = lessons.with_references(setup.sampled, references)
     for b in range(4):
         want = references if has_one[b] else setup.sampled
         assert (np.asarray(learned.tokens[b]) == want.tokens[b]).all()
         assert (np.asarray(learned.mask[b]) == want.mask[b]).all()
-    assert distillation.with_references(setup.sampled, None) is setup.sampled
+    assert lessons.with_references(setup.sampled, None) is setup.sampled
+
+
+def test_records_take_their_share_of_the_step(setup: Setup) -> None:
+    """Their gradient is scaled down to the divergence's, and a quarter of the step is theirs."""
+    records = loaders.grounding_loader(
+        loaders.load_boards(setup.config, "train"),
+        load_encoder(setup.config.data, setup.loaded.processor),
+        mixture=(("questions", 1.0),),
+        batch_size=2,
+        seed=1,
+    )
+    records = next(records)
+    settings = dataclasses.replace(setup.config.distillation, grounding_share=0.25)
+    model, frozen = setup.loaded.model, setup.frozen
+    asked, measured = grounding.gradients(model, settings, setup.trained, frozen, records)
+    plain, both = (
+        jax.tree.map(
+            lambda new, old: (old - new) / 1e-2,
+            one_update(setup, records=one, grounding_share=0.25)[0].params,
+            setup.trained,
+        )
+        for one in (None, records)
+    )
+    norm, other = float(optax.tree.norm(plain)), float(optax.tree.norm(asked))
+    assert 0 < norm < other  # or nothing is scaled down here
+    want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * norm / other * b, plain, asked)
+    # Read off float32 parameters of up to 1, a gradient is right to 1e-5, and there are 30,000.
+    wrong = optax.tree.norm(jax.tree.map(np.subtract, both, want))
+    assert float(wrong) < 0.05 * norm
+    assert measured["loss"].weight == np.asarray(records.loss_mask).sum()
 
 
 def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(setup: Setup) -> None:
@@ -270,6 +302,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
         "teacher_noise": 0.2,
         "token_weights": (("plan", 2.0),),
         "reference_share": 0.5,
+        "grounding_share": 0.5,
         "response_buckets": (32, 64),
         "sampling": c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
     }

@@ -295,3 +295,15 @@ def test_a_moving_average_moves_whatever_the_parameters_are_kept_in(dtype: Any) 
     np.testing.assert_allclose(average, [1.248, 1.993, -0.987], atol=5e-4 + 1.2e-4)
     goal = np.array([1.25, 2.0, -1.0])
     np.testing.assert_allclose(average, goal + (1 - goal) * decay**steps, atol=1.2e-4)
+
+
+@pytest.mark.parametrize(("size", "want"), [(10.0, 0.75 * 3 + 0.25 * 10 * 5 / 10), (2.0, 2.75)])
+def test_a_blend_scales_the_other_gradients_down_but_never_up(size: float, want: float) -> None:
+    """Gradients of norm 5 with others of norm 10, which count as 5, and of norm 2, which stay."""
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    others = {"a": jnp.array([size]), "b": jnp.zeros(1)}
+    found = optimizer.blend(grads, others, 0.25)
+    np.testing.assert_allclose(found["a"], [want], rtol=1e-6)
+    np.testing.assert_allclose(found["b"], [3.0], rtol=1e-6)
+    nothing = jax.tree.map(jnp.zeros_like, grads)
+    np.testing.assert_allclose(optimizer.blend(grads, nothing, 0.25)["b"], [3.0], rtol=1e-6)

@@ -35,7 +35,7 @@ ZERO_IS_FINE = {
     *("distillation.optim." + n for n in ("lr", "warmup", "b1", "b2", "weight_decay", "clip")),
     *("distillation.sampling.temperature", "evaluate.sampling.temperature"),
     *("distillation.teacher_decay", "distillation.teacher_noise", "distillation.reference_share"),
-    *("distillation.forward_kl_mix", "distillation.token_kl_cap"),
+    *("distillation.forward_kl_mix", "distillation.token_kl_cap", "distillation.grounding_share"),
     *("guards.truncated", "guards.repeated", "guards.first_kl", "guards.logprob_gap"),
     *("evaluate.endpoint_retries", "preflight.hbm_gib"),
 }
@@ -175,6 +175,14 @@ def test_what_is_wanted_is_said(text: str, line: str) -> None:
         (["grounding.mixture=(('questions', 0),)"], "grounding.mixture: got (('questions', 0.0),)"),
         (["data.channels=(0, 0, 1)"], "data.channels: got (0, 0, 1), want an order of (0, 1, 2)"),
         (["data.picture_size=256"], "data: got picture_size=256, cell_pixels=32, want just one"),
+        (
+            ["distillation.grounding_share=0.001"],
+            "distillation.grounding_share: got 0.001, which is 0 of 64 prompts, want 1 to 63",
+        ),
+        (
+            ["distillation.grounding_share=0.1"],
+            "distillation.microbatches: got 8, want a divisor of 58 and of 6",
+        ),
         (["grounding.microbatches=5"], "grounding.microbatches: got 5, want a divisor of 48"),
     ],
 )

@@ -29,6 +29,11 @@ def _method(name: str, title: str, *settings: str, seeds: tuple[int, ...] = ONE_
     return Row(name, title, "distillation", (student, *settings), seeds, needs="grounded")
 
 
+def _jsd(name: str, title: str, *settings: str) -> Row:
+    """The best recipe found, Jensen-Shannon after grounding, with an option, three times."""
+    return _method(name, title, "distillation.objective=jsd", *settings, seeds=MAIN_SEEDS)
+
+
 def _all(name: str, title: str, *settings: str) -> Row:
     """The same where every parameter is trained, in both stages."""
     student = "distillation.student={study}/grounded_all/{seed}/grounding"
@@ -43,6 +48,7 @@ _CONTEXT = "distillation.teacher_context="
 _ONE_PLAN = "data.teacher_buckets=(44,64,128)"
 _ALL_PLANS = "data.teacher_buckets=(44,128,512,1408)"  # a board may have dozens of shortest plans
 _WEIGHTS = "distillation.token_weights="
+_QUESTIONS = "distillation.grounding_share="
 _ROLLOUTS_4 = ("distillation.batch_size=16", "distillation.rollouts=4")
 _GROUNDED_TEACHER = "distillation.teacher={study}/grounded_all/{seed}/grounding"
 # An update of distillation takes 1.45 times as long: 60 of one are 41 of the other.
@@ -145,6 +151,11 @@ GROUPS = {
             "A right response in half of the rows",
             "distillation.reference_share=0.5",
         ),
+    ),
+    # One switch each from the row `jsd`; 40 + 120 updates of 64 rows.
+    "options": (
+        _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
+        _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
     ),
 }
 ROWS = tuple(

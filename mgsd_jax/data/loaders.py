@@ -152,6 +152,7 @@ class PromptRows(NamedTuple):
 
     batch: batching.PromptBatch
     boards: tuple[Board, ...]
+    records: batching.GroundingBatch | None = None  # that the same update learns from
 
 
 def prompt_loader(
@@ -224,6 +225,29 @@ def prompt_loader(
 
     examples = _examples(boards, example, encoder, batch_size, seed, process)
     return Loader(examples, measure, pad, agree)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithRecords:
+    """A loader of prompts with records beside them, from a loader of their own."""
+
+    prompts: Loader[PromptExample, PromptRows]
+    records: Loader[tuple[Encoded, int], batching.GroundingBatch]
+
+    def __next__(self) -> PromptRows:
+        return next(self.prompts)._replace(records=next(self.records))
+
+    def get_state(self) -> dict[str, Any]:
+        """The positions of both, as JSON values."""
+        return {"prompts": self.prompts.get_state(), "records": self.records.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Resumes after the batches that `state` was taken at."""
+        self.prompts.set_state(state["prompts"])
+        self.records.set_state(state["records"])
+
+
+PromptLoader = Loader[PromptExample, PromptRows] | WithRecords
 
 
 def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) -> Board:

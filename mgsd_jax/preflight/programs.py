@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, LoraConfig, OptimConfig, SamplingConfig
 from mgsd_jax.data.batch import Inputs, Pictures
@@ -79,12 +80,7 @@ def _grounding(config: Config, mesh: Mesh) -> Iterator[Program]:
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
     state, frozen = _state(config, model, settings.optim, settings.lora, tx)
     rows, length = settings.batch_size, config.data.sequence_buckets[-1]
-    inputs = _inputs(config, model, rows, length, has_picture=True)
-    batch = GroundingBatch(
-        inputs,
-        targets=_array((rows, length), jnp.int32),
-        loss_mask=_array((rows, length), jnp.float32),
-    )
+    batch = _records(config, model, rows)
     update, _ = grounding.make_update(model, settings, tx)
     work = roofline.update_work(
         config, mesh, state.params, [(model, length, length, True)], rows, settings.microbatches
@@ -106,7 +102,8 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
     held = (state, frozen, teacher_params)
     variables = tree.combine(state.params, frozen)
 
-    rows, width = settings.batch_size * settings.rollouts, settings.sampling.max_new_tokens
+    rows, *asked = config_lib.update_rows(settings).values()
+    width = settings.sampling.max_new_tokens
     yield from _rollout(config, student, variables, rows, settings.sampling, held)
     prompt, context = config.data.prompt_buckets[-1], config.data.teacher_buckets[-1]
     batch = DistillationBatch(
@@ -126,7 +123,8 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
         rows,
         settings.microbatches,
     )
-    yield Program("update", update, (*held, _placed(batch, mesh)), 0, work)
+    records = [_placed(_records(config, student, number), mesh) for number in asked]
+    yield Program("update", update, (*held, _placed(batch, mesh), *records), 0, work)
 
 
 def _is_student_without_adapters(config: Config) -> bool:
@@ -243,6 +241,15 @@ def _inputs(config: Config, model: Qwen3VL, rows: int, length: int, *, has_pictu
         valid=_array(shape, jnp.bool_),
         next_position=_array((rows,), jnp.int32),
         pictures=pictures if has_picture else None,
+    )
+
+
+def _records(config: Config, model: Qwen3VL, rows: int) -> GroundingBatch:
+    length = config.data.sequence_buckets[-1]
+    return GroundingBatch(
+        _inputs(config, model, rows, length, has_picture=True),
+        targets=_array((rows, length), jnp.int32),
+        loss_mask=_array((rows, length), jnp.float32),
     )
 
 

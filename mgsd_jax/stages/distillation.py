@@ -5,7 +5,6 @@ Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +20,8 @@ from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import loaders, segments
-from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.data.batching import References
+from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import Encoder, load_encoder
 from mgsd_jax.model import qwen3vl
@@ -32,9 +30,17 @@ from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import batches, processes, sharding
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import answers
-from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import loading
-from mgsd_jax.training import divergences, guards, losses, monitor, optimizer, sessions
+from mgsd_jax.sampling.sampler import Sampler
+from mgsd_jax.stages import grounding, loading
+from mgsd_jax.training import (
+    divergences,
+    guards,
+    lessons,
+    losses,
+    monitor,
+    optimizer,
+    sessions,
+)
 from mgsd_jax.training.divergences import TokenStats
 from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.tree import PyTree, Tree
@@ -119,13 +125,14 @@ def make_update(
     settings: DistillationConfig,
     tx: optax.GradientTransformation,
     banned_ids: tuple[int, ...],
-) -> Callable[[TrainState, Tree, Tree, DistillationBatch], tuple[TrainState, Metrics, TokenStats]]:
+) -> Callable[..., tuple[TrainState, Metrics, TokenStats]]:
     """One jitted program: teacher forward, student forward and backward, optimiser.
 
-    update(state, frozen, teacher_params, batch) -> (state, metrics, statistics [B, R]); the state
-    is donated. Without teacher_params ({}) the student holds the teacher: with
-    `settings.teacher_decay` it is the state's average, else the student without its adapters.
-    `banned_ids` can be sampled by neither reader.
+    update(state, frozen, teacher_params, batch, records=None) -> (state, metrics, statistics
+    [B, R]); the state is donated. Records are a GroundingBatch, whose cross-entropy the step
+    learns from as well, for `settings.grounding_share` of it. Without teacher_params ({}) the
+    student holds the teacher: with `settings.teacher_decay` it is the state's average, else the
+    student without its adapters. `banned_ids` can be sampled by neither reader.
     """
     vocab_mask = ~np.isin(np.arange(student.config.text.vocab_size), banned_ids)
     loss_of = functools.partial(
@@ -133,7 +140,11 @@ def make_update(
     )
 
     def update(
-        state: TrainState, frozen: Tree, teacher_params: Tree, batch: DistillationBatch
+        state: TrainState,
+        frozen: Tree,
+        teacher_params: Tree,
+        batch: DistillationBatch,
+        records: GroundingBatch | None = None,
     ) -> tuple[TrainState, Metrics, TokenStats]:
         if settings.teacher_decay:
             teacher_variables = tree.combine(state.average, frozen)
@@ -147,38 +158,20 @@ def make_update(
             settings.microbatches,
             BATCH_AXES,
         )
+        measured: Metrics = {"loss": loss}
+        if records is not None:
+            others, asked = grounding.gradients(student, settings, state.params, frozen, records)
+            grads = optimizer.blend(grads, others, settings.grounding_share)
+            measured |= {f"questions/{name}": value for name, value in asked.items()}
         state, norms = optimizer.update(
             state, grads, tx, loss=loss.sum, in_place=student.kernel.is_plain
         )
         if settings.teacher_decay:
             state = optimizer.move_average(state, settings.teacher_decay)
         state = sharding.constrain_state(state, student.mesh)
-        return state, {"loss": loss, **norms}, batches.constrain(stats, student.mesh)
+        return state, measured | norms, batches.constrain(stats, student.mesh)
 
     return jax.jit(update, donate_argnums=0)
-
-
-def with_references(sampled: Rollout, references: References | None) -> Rollout:
-    """The responses to learn from: references where a row has one.
-
-    Only their tokens and mask: logprobs and truncated stay those of what was sampled.
-    """
-    if references is None:
-        return sampled
-    has_one = references.mask[:, :1]
-    return dataclasses.replace(
-        sampled,
-        tokens=jnp.where(has_one, references.tokens, sampled.tokens),
-        mask=jnp.where(has_one, references.mask, sampled.mask),
-    )
-
-
-def token_weights(groups: np.ndarray, settings: DistillationConfig) -> np.ndarray | None:
-    """Weights [B, R] of the tokens by the `segments.segments` that they are in; None: all 1."""
-    if not settings.token_weights:
-        return None
-    table = dict.fromkeys(prompts_lib.SEGMENTS, 1.0) | dict(settings.token_weights)
-    return np.array([*table.values(), 0.0], np.float32)[groups]  # group -1: no token
 
 
 def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -> float:
@@ -196,14 +189,15 @@ def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -
 
 def _prompts(
     config: Config, training: Sequence[Board], encoder: Encoder, share: tuple[int, int]
-) -> loaders.Loader[loaders.PromptExample, loaders.PromptRows]:
-    """Prompts of the training boards, for both readers."""
+) -> loaders.PromptLoader:
+    """Prompts of the training boards, for both readers, and records of a share of the rows."""
     settings = config.distillation
-    return loaders.prompt_loader(
+    asked = config_lib.record_prompts(settings)
+    prompts = loaders.prompt_loader(
         training,
         encoder,
         context=settings.teacher_context,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size - asked,
         rollouts=settings.rollouts,
         seed=config.seed,
         noise=settings.teacher_noise,
@@ -214,6 +208,18 @@ def _prompts(
         process=share,
         agree=processes.largest,
     )
+    if not asked:
+        return prompts
+    records = loaders.grounding_loader(
+        training,
+        encoder,
+        mixture=(("questions", 1.0),),
+        batch_size=asked * settings.rollouts,
+        seed=config.seed + 1,  # another order, or a board's records would follow its prompts
+        process=share,
+        agree=processes.largest,
+    )
+    return loaders.WithRecords(prompts, records)
 
 
 def run(config: Config, workdir: str) -> None:
@@ -232,8 +238,8 @@ def run(config: Config, workdir: str) -> None:
         sections = ("model", "data", "distillation", "checkpoint", "seed")
         claim = held.enter_context(folders.claimed(folder, given, sections))
         mesh = sharding.open_mesh(config.mesh)
-        prompts_a_step = settings.batch_size * settings.rollouts
-        batches.check_batch(mesh, "distillation.batch_size", prompts_a_step, settings.microbatches)
+        for name, rows in config_lib.update_rows(settings).items():
+            batches.check_batch(mesh, name, rows, settings.microbatches)
 
         # The student, the part of it that learns, and the frozen teacher.
         student, trained, frozen = loading.load_student(
@@ -258,7 +264,8 @@ def run(config: Config, workdir: str) -> None:
         update = make_update(student.model, teacher.model, settings, tx, processor.banned_ids)
         answer = answers.make_answerer(student.model, encoder, config.evaluate)
         rng = batches.make_key(config.seed, mesh)
-        choose, cut = jax.jit(with_references), jax.jit(first_tokens, static_argnums=1)
+        choose = jax.jit(lessons.with_references)
+        cut = jax.jit(lessons.first_tokens, static_argnums=1)
 
         state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
         opened = sessions.open_session(
@@ -291,55 +298,43 @@ def run(config: Config, workdir: str) -> None:
                     own_learned = batches.to_local(learned)
                 if settings.response_buckets:
                     longest = max(int(one.mask.sum(1).max()) for one in (own, own_learned))
-                    length = response_bucket(processes.largest([longest])[0], settings)
+                    length = lessons.response_bucket(processes.largest([longest])[0], settings)
                     learned = cut(learned, length)
-                    own, own_learned = (first_tokens(one, length) for one in (own, own_learned))
+                    own, own_learned = (
+                        lessons.first_tokens(one, length) for one in (own, own_learned)
+                    )
             groups = segments.segments(processor, own_learned.tokens, own_learned.mask)
-            weights = batches.to_global(token_weights(groups, settings), mesh)
+            weights = batches.to_global(lessons.token_weights(groups, settings), mesh)
             batch = DistillationBatch(
                 asked.student, asked.teacher, learned.tokens, learned.mask, weights
             )
             started = time.perf_counter()
-            state, measured, stats = update(state, frozen, teacher.params, batch)
+            records = batches.to_global(prompts.records, mesh)
+            state, measured, stats = update(state, frozen, teacher.params, batch, records)
             # The host scores the rollouts while the device works on the update.
             responses = segments.decode_rows(processor, own.tokens, own.mask)
             measured |= monitor.rollout_metrics(prompts.boards, responses, own.truncated, own.mask)
             if asked.draft is not None:
                 measured |= monitor.draft_metrics(
-                    groups, _is_sampled(own.mask, prompts), own.guessed
+                    groups, lessons.is_sampled(own.mask, prompts), own.guessed
                 )
             stats = batches.to_local(stats)
             spent["update"] = time.perf_counter() - started
             measured |= monitor.token_metrics(groups, stats)
             measured |= guards.rollout_measures(
                 own_learned.tokens,
-                _is_sampled(own_learned.mask, prompts),
+                lessons.is_sampled(own_learned.mask, prompts),
                 own.logprobs,
                 stats.student_logprob,
                 settings.sampling,
             )
             measured["tokens_per_s/rollout"] = own.mask.sum() / spent["rollout"]
             flops = update_flops(student.model, teacher.model, batch)
+            if records is not None:
+                flops += grounding.update_flops(student.model, records)
             measured |= sessions.speed(flops, 2 * own.mask.size, spent["update"])
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
                     given = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
                     measured |= monitor.validation_metrics(held_out, given)
             session.finish_step(step + 1, state, measured)
-
-
-def response_bucket(longest: int, settings: DistillationConfig) -> int:
-    """The smallest of `response_buckets` that holds responses of so many tokens, else R."""
-    fitting = [size for size in settings.response_buckets if size >= longest]
-    return min([*fitting, settings.sampling.max_new_tokens])
-
-
-def first_tokens(rollout: PyTree, length: int) -> PyTree:
-    """The Rollout cut to its first `length` places, which hold all of its tokens."""
-    return jax.tree.map(lambda leaf: leaf[:, :length] if leaf.ndim == 2 else leaf, rollout)
-
-
-def _is_sampled(mask: np.ndarray, prompts: loaders.PromptRows) -> np.ndarray:
-    """The mask without the rows that learn from a reference."""
-    references = prompts.batch.references
-    return mask if references is None else mask & ~references.mask[:, :1]

@@ -15,7 +15,7 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
-from mgsd_jax.config import Config, GroundingConfig
+from mgsd_jax.config import Config, DistillationConfig, GroundingConfig
 from mgsd_jax.data import loaders
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.encoder import load_encoder
@@ -57,6 +57,24 @@ def loss_fn(
     return loss, (count, {"token_accuracy": Mean((stats.is_top1 * weights).sum(), count)})
 
 
+def gradients(
+    model: Qwen3VL,
+    settings: GroundingConfig | DistillationConfig,
+    trained: Tree,
+    frozen: Tree,
+    batch: GroundingBatch,
+) -> tuple[Tree, dict[str, Mean]]:
+    """(gradients of the mean cross-entropy over the answers' tokens, loss and token_accuracy)."""
+    grads, loss, sums = optimizer.accumulate(
+        functools.partial(loss_fn, frozen=frozen, model=model, token_chunk=settings.token_chunk),
+        trained,
+        batch,
+        settings.microbatches,
+        BATCH_AXES,
+    )
+    return grads, {"loss": loss, **sums}
+
+
 def make_update(
     model: Qwen3VL, settings: GroundingConfig, tx: optax.GradientTransformation
 ) -> tuple[
@@ -73,18 +91,12 @@ def make_update(
     def update(
         state: TrainState, frozen: Tree, batch: GroundingBatch
     ) -> tuple[TrainState, Metrics]:
-        grads, loss, sums = optimizer.accumulate(
-            functools.partial(loss_of, frozen=frozen),
-            state.params,
-            batch,
-            settings.microbatches,
-            BATCH_AXES,
-        )
+        grads, measured = gradients(model, settings, state.params, frozen, batch)
         state, norms = optimizer.update(
-            state, grads, tx, loss=loss.sum, in_place=model.kernel.is_plain
+            state, grads, tx, loss=measured["loss"].sum, in_place=model.kernel.is_plain
         )
         state = sharding.constrain_state(state, model.mesh)
-        return state, {"loss": loss, **sums, **norms}
+        return state, measured | norms
 
     return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
 

@@ -134,6 +134,18 @@ def accumulate(
     return jax.tree.map(lambda g: g * scale, grads), loss, aux
 
 
+def blend(grads: Params, others: Params, share: float) -> Params:
+    """(1 - share) grads + share others, with the others first scaled down to the norm of grads.
+
+    The share is then one of the step, whatever the units of the two losses: the cross-entropy of
+    questions has thirty times the gradient of a Jensen-Shannon divergence (nano, first step). They
+    are never scaled up, so that what has been learned does not come back as noise.
+    """
+    norm, other = optax.tree.norm(grads), optax.tree.norm(others)
+    scale = share * jnp.minimum(1.0, norm / jnp.where(other > 0, other, 1.0))
+    return jax.tree.map(lambda a, b: (1.0 - share) * a + scale * b, grads, others)
+
+
 def split_rows(batch: Batch, num_microbatches: int, batch_axes: PyTree = 0) -> Batch:
     """The batch with a leading axis of microbatches; microbatch j has the rows j, j + n, j + 2n...
 

@@ -12,7 +12,7 @@ from absl import logging
 
 from mgsd_jax.config import Config
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.data.loaders import Loader
+from mgsd_jax.data.loaders import Loader, WithRecords
 from mgsd_jax.model.flops import peak_flops
 from mgsd_jax.parallel import means, processes
 from mgsd_jax.parallel.means import Mean
@@ -21,7 +21,7 @@ from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.workdir import checkpoint, metrics, signals, traces
 from mgsd_jax.workdir.folders import Claim
 
-AnyLoader = Loader[Any, Any]  # of either stage
+AnyLoader = Loader[Any, Any] | WithRecords  # of either stage
 Measured = dict[str, Mean | means.Array]  # a scalar that is no Mean is not averaged
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.

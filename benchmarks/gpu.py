@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config, LoraConfig
 from mgsd_jax.data import batching, positions
 from mgsd_jax.data.processor import Encoded, PicturePatches
-from mgsd_jax.main import load_config
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
 from mgsd_jax.parallel import sharding

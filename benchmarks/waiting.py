@@ -26,7 +26,7 @@ from unittest import mock
 
 import jax
 
-from mgsd_jax import main
+from mgsd_jax import command_line
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation, generate
 
@@ -71,7 +71,7 @@ def run_steps(steps: int, workdir: str) -> tuple[Program, Program]:
     """The rollouts and the updates of `steps` steps after the first few."""
     sets = {"steps": NO_END, "eval_every": 0, "student": "{model}"}
     assignments = [f"distillation.{name}={value}" for name, value in sets.items()]
-    config = main.load_config(str(CONFIG), [*assignments, "checkpoint.every=0"])
+    config = command_line.load_config(str(CONFIG), [*assignments, "checkpoint.every=0"])
     boards = tuple(dataclasses.replace(b, train=200, val=2, test=2) for b in config.data.boards)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, boards=boards))
     generate.run(config, workdir)

@@ -9,7 +9,7 @@ says that it changes no result, so that a run may be resumed with another value 
 import dataclasses
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from mgsd_jax.checks.fields import Json
@@ -73,21 +73,23 @@ class LevelSet:
     """Boards of one task: the levels, and how many of each in the train, val and test splits."""
 
     task: Name  # one of envs.ENVS, as what draws or reads boards checks
-    # A level that is listed twice is streamed twice as often.
+    # sizes of the boards; one that is listed twice is streamed twice as often
     levels: Annotated[tuple[Annotated[int, Between(2, 32)], ...], Items(1, repeated=True)]
-    train: CountOrNone
-    val: CountOrNone
-    test: CountOrNone
+    train: CountOrNone  # boards of each level to train on
+    val: CountOrNone  # boards of each level that training validates on
+    test: CountOrNone  # boards of each level that --stage=evaluate asks about
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which weights to start from, and how to compute with them."""
 
-    path: Path  # Hugging Face folder
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    path: Path  # Hugging Face folder to start from; other paths call it '{model}'
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # dtype of products and activations
+    # dtype of parameters that are trained, and of their moments; others have compute_dtype
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Remat = "full"  # see model/remat.py
+    # what the backward pass computes again instead of keeping it; see model/remat.py
+    remat: Remat = "full"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +110,23 @@ class MeshConfig:
 class DataConfig:
     """Boards and how they become batches. Lengths are in tokens, pictures in pixels."""
 
+    # tasks and levels, and how many boards of each; see docs/boards.md
     boards: Annotated[tuple[LevelSet, ...], Items(1)]
-    folder: Path = "{workdir}/data"  # written by --stage=generate
-    source: Literal["folder", "stream"] = "folder"  # stream draws boards on the fly
+    folder: Path = "{workdir}/data"  # where the boards are; written by --stage=generate
+    # folder: boards that generate wrote; stream: training draws them on the fly
+    source: Literal["folder", "stream"] = "folder"
     picture_size: Pixels = 256  # side of a square picture; 0: cell_pixels * level
-    cell_pixels: Pixels = 0
-    channels: tuple[int, int, int] = (0, 1, 2)  # any other order: colours as no board has them
+    cell_pixels: Pixels = 0  # side of a cell, where picture_size is 0
+    # order of red, green and blue; any other than 0, 1, 2 gives colours that no board has
+    channels: tuple[int, int, int] = (0, 1, 2)
     sprites: Literal["usual", "other"] = "usual"  # other: things drawn as no board has them
     exclude: Paths = ()  # benchmark folders whose boards never enter a split
     prompts: PathOrNone = ""  # folder of text files that replace prompts; '': the built-in ones
-    prompt_buckets: Buckets = (512, 1024)  # student prompt lengths, pictures included
-    teacher_buckets: Buckets = (512, 1024, 2048)
-    sequence_buckets: Buckets = (1024, 2048)  # grounding: prompt and answer
-    patch_buckets: Buckets = (256,)
+    # lengths that student prompts are padded to, picture included; each is a program of its own
+    prompt_buckets: Buckets = (512, 1024)
+    teacher_buckets: Buckets = (512, 1024, 2048)  # lengths that prompts with the text are padded to
+    sequence_buckets: Buckets = (1024, 2048)  # lengths of a grounding record, prompt and answer
+    patch_buckets: Buckets = (256,)  # numbers of patches that a picture is padded to
     workers: Annotated[int, Between(1, 1024), FREE] = 1  # read-ahead threads of the loader
 
 
@@ -128,8 +134,9 @@ class DataConfig:
 class LoraConfig:
     """Low-rank adapters; rank 0 trains the parameters themselves."""
 
-    rank: Annotated[int, Between(0, 10**5)] = 0
-    alpha: Positive = 16.0
+    rank: Annotated[int, Between(0, 10**5)] = 0  # of the adapters; 0: none
+    alpha: Positive = 16.0  # an adapter's product is scaled by alpha / rank
+    # regex over parameter paths: the kernels that get an adapter
     targets: Pattern = r"language/.*/(q|k|v|o|gate|up|down)_proj"
 
 
@@ -137,13 +144,13 @@ class LoraConfig:
 class OptimConfig:
     """AdamW with a warm-up and a schedule."""
 
-    lr: Amount
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: Decay = 0.0  # share of the steps
-    b1: Decay = 0.9
-    b2: Decay = 0.999
-    weight_decay: Amount = 0.0
-    clip: Amount = 1.0
+    lr: Amount  # the highest learning rate, after the warm-up
+    schedule: Literal["constant", "cosine"] = "constant"  # what follows it; cosine falls to 0
+    warmup: Decay = 0.0  # share of the steps over which the rate rises from 0
+    b1: Decay = 0.9  # decay of AdamW's mean of the gradients
+    b2: Decay = 0.999  # decay of AdamW's mean of their squares
+    weight_decay: Amount = 0.0  # of AdamW, on all that is trained
+    clip: Amount = 1.0  # norm that larger gradients are scaled down to; 0: off
     trainable: Pattern = ".*"  # regex over parameter paths; the rest stays frozen
 
 
@@ -151,9 +158,9 @@ class OptimConfig:
 class CheckpointConfig:
     """When to save and what to keep. Steps."""
 
-    every: Every = 200
-    keep_last: FreeCount = 2
-    keep_best: Annotated[int, Between(0, 10**6), FREE] = 1
+    every: Every = 200  # steps between checkpoints; 0: at the end alone
+    keep_last: FreeCount = 2  # how many of the newest checkpoints stay
+    keep_best: Annotated[int, Between(0, 10**6), FREE] = 1  # how many of the best ones stay
     use: Literal["last", "best"] = "last"  # which checkpoint later stages load
 
 
@@ -165,22 +172,22 @@ class GuardConfig:
     6), healthy nano runs start at a first_kl of 2.1 nats; float32 keeps the logprob_gap below 1e-4.
     """
 
-    skipped_in_a_row: Steps = 10  # updates with a loss or gradient that is not finite
-    truncated: Share = 0.05  # share of rollouts without an end token
-    repeated: Share = 0.7  # mean share of a response's 4-grams that stood in it before
-    first_kl: Amount = 3.0  # nats, mean over the first four positions of the responses
-    logprob_gap: Amount = 0.05  # nats, mean |sampler's - training's| of the sampled tokens
-    kept_a_pass: Amount = 1.3  # tokens of a drafted rollout kept a pass; below it drafts cost time
+    skipped_in_a_row: Steps = 10  # updates whose loss or gradient is not finite before a run stops
+    truncated: Share = 0.05  # highest share of rollouts without an end token
+    repeated: Share = 0.7  # highest mean share of a response's 4-grams that stood in it before
+    first_kl: Amount = 3.0  # highest divergence, nats, mean over the first four positions
+    logprob_gap: Amount = 0.05  # highest mean |sampler's - training's logprob|, nats
+    kept_a_pass: Amount = 1.3  # fewest tokens kept a pass; below it drafted rollouts cost time
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
     """Where the metrics of a run are shown. `metrics.jsonl` holds them in any case."""
 
-    # wandb and trackio are extras of the package.
+    # where metrics are shown; wandb and trackio are extras of the package
     sinks: Annotated[tuple[Sink, ...], Items(), FREE] = ("tensorboard",)
-    project: Annotated[str, Items(1), FREE] = "mgsd_jax"  # of wandb and trackio
-    name: Annotated[str, Items(), FREE] = ""  # of the run there; '': folder/stage
+    project: Annotated[str, Items(1), FREE] = "mgsd_jax"  # project of wandb and trackio
+    name: Annotated[str, Items(), FREE] = ""  # name of the run there; '': folder/stage
     # Steps (of evaluate: batches) to trace, the last one included; '': none. docs/profiling.md
     profile: Annotated[str, Span(), FREE] = ""
 
@@ -189,10 +196,11 @@ class MetricsConfig:
 class SamplingConfig:
     """How responses are sampled."""
 
-    max_new_tokens: Count = 2048
+    max_new_tokens: Count = 2048  # the longest response
     temperature: Annotated[float, Between(0, 1000)] = 1.0  # 0: greedy
+    # tokens are drawn from the likeliest ones that hold this share; 1: from all
     top_p: Annotated[float, Between(0, 1, above=True)] = 1.0
-    top_k: CountOrNone = 0  # 0: off
+    top_k: CountOrNone = 0  # tokens are drawn from this many of the likeliest; 0: from all
     # Tokens of a draft (a right response of the board) that each pass of the model checks; 0: none.
     # What is sampled is the same but for rounding.
     draft_tokens: Annotated[int, Between(0, 64)] = 0
@@ -204,15 +212,16 @@ class GroundingConfig:
 
     optim: OptimConfig
     lora: LoraConfig = LoraConfig()
-    student: Path = "{model}"  # '{model}', a Hugging Face folder, or the workdir of a stage
-    steps: Steps = 828
-    batch_size: Count = 64
-    microbatches: FreeCount = 1
+    # what learns: '{model}', a Hugging Face folder, or the folder of a training stage
+    student: Path = "{model}"
+    steps: Steps = 828  # updates in all
+    batch_size: Count = 64  # records a step
+    microbatches: FreeCount = 1  # parts of a batch, one after the other: memory for time
     token_chunk: FreeCount = 2048  # tokens whose logits are in memory at once
-    # (kind of record in data/records.py, share)
+    # what the records are: (kind in data/records.py, share)
     mixture: Annotated[tuple[tuple[Name, Amount], ...], Items(1)] = (("questions", 1.0),)
-    eval_every: Every = 100  # steps between validations of the loss
-    eval_batches: Count = 4
+    eval_every: Every = 100  # steps between validations of the loss; 0: at the end alone
+    eval_batches: Count = 4  # batches of validation records that the loss is taken over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,23 +230,24 @@ class DistillationConfig:
 
     optim: OptimConfig
     lora: LoraConfig = LoraConfig()
-    student: Path = "{workdir}/grounding"
-    teacher: Path = "{model}"
-    teacher_context: TeacherContext = "state_and_plan"
-    teacher_decay: Share = 0.0  # above 0 the teacher is this moving average of the student instead
+    student: Path = "{workdir}/grounding"  # what learns, as grounding.student
+    teacher: Path = "{model}"  # what it learns from
+    teacher_context: TeacherContext = "state_and_plan"  # what the teacher reads after the question
+    # decay of the moving average of the student that is the teacher; 0: the teacher stays as it is
+    teacher_decay: Share = 0.0
     teacher_noise: Share = 0.0  # share of the facts that are wrong in what the teacher reads
-    teacher_board: Literal["same", "other"] = "same"  # other: a control, another board's state
-    objective: Name = "reverse_kl"  # a name of training/divergences.py
-    # Read by objective='jsd' only.
+    # whose state the teacher reads; other: another board's, as a control
+    teacher_board: Literal["same", "other"] = "same"
+    objective: Name = "reverse_kl"  # the divergence, a name of training/divergences.py
+    # weight of the teacher in the mixture of objective='jsd', which alone reads it
     jsd_teacher_weight: Annotated[float, Between(0, 1, above=True, below=True)] = 0.5
-    forward_kl_mix: Decay = 0.0
-    token_chunk: FreeCount = 2048
-    token_kl_cap: Amount = 0.0  # nats, 0: off
+    forward_kl_mix: Decay = 0.0  # share of the forward KL that is mixed into the objective
+    token_chunk: FreeCount = 2048  # tokens whose logits are in memory at once
+    token_kl_cap: Amount = 0.0  # nats that a token's divergence is cut to; 0: off
     # Weights of the parts of a response in the loss; 1 for a part that is not listed.
     token_weights: Annotated[tuple[tuple[Segment, Amount], ...], Items()] = ()
-    reference_share: Share = (
-        0.0  # of the rows that get a right response in place of the student's own
-    )
+    # share of the rows that get a right response in place of the student's own
+    reference_share: Share = 0.0
     # Share of the rows that are questions about a picture, learned as in grounding, in place of
     # rollouts; their gradient has this share of the step. See optimizer.blend.
     grounding_share: Decay = 0.0
@@ -245,38 +255,40 @@ class DistillationConfig:
     # Lengths that the responses of a step are cut to before the update, the smallest that holds all
     # of them; (): sampling.max_new_tokens. Each length is a program of its own.
     response_buckets: Annotated[tuple[Count, ...], Items(), FREE] = ()
-    steps: Steps = 1400
+    steps: Steps = 1400  # updates in all
     batch_size: Count = 32  # prompts a step
-    rollouts: Count = 1  # per prompt
-    microbatches: FreeCount = 1
-    eval_every: Every = 20
-    eval_boards: Count = 96  # boards of the validation split
+    rollouts: Count = 1  # responses sampled for each prompt
+    microbatches: FreeCount = 1  # parts of a batch, one after the other: memory for time
+    eval_every: Every = 20  # steps between validations of success; 0: at the end alone
+    eval_boards: Count = 96  # boards of the validation split that are answered each time
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """What to evaluate, on which boards, and who answers."""
 
-    # (name, Hugging Face folder or workdir of a stage)
+    # who answers: (name, Hugging Face folder or folder of a training stage)
     models: Annotated[tuple[tuple[Name, Path], ...], Items(1)]
+    # what they see: the picture, the board as text, another board's picture (blind), or the picture
+    # with questions about it (perception)
     modes: Annotated[tuple[Mode, ...], Items(1)] = ("picture", "text", "blind", "perception")
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     tries: Count = 1  # answers sampled for each board and mode, for pass@k
-    batch_size: FreeCount = 32
+    batch_size: FreeCount = 32  # boards answered at once, also where training validates
     reference: str = "base"  # the model whose text planning is the upper bound
     reference_only: tuple[Mode, ...] = ()  # modes that only the reference answers
-    folder: Path = "{workdir}/evaluate"
-    # (name, folder); (): the test split of data
+    folder: Path = "{workdir}/evaluate"  # where rows and summary go; one evaluation each
+    # public test sets, (name, folder); (): the test split of data
     benchmarks: Annotated[tuple[tuple[Benchmark, Path], ...], Items()] = ()
     endpoint: str = ""  # URL of an OpenAI-compatible API, which then answers instead of `models`
     endpoint_models: Names = ()  # names of the models to ask; (): the one that it serves
-    # The environment variable that holds the key.
+    # the environment variable that holds the key
     endpoint_key: Annotated[str, Items(1), FREE] = "OPENAI_API_KEY"
     endpoint_workers: Annotated[int, Between(1, 1024), FREE] = 8  # requests at once
-    endpoint_retries: Annotated[int, Between(0, 1000), FREE] = 3
-    # The sampling parameters that a request has.
+    endpoint_retries: Annotated[int, Between(0, 1000), FREE] = 3  # of a request that failed
+    # the sampling parameters that a request has
     endpoint_parameters: Annotated[tuple[Parameter, ...], Items()] = SENT
-    # How long a request may take, its retries included.
+    # how long a request may take, its retries included
     endpoint_seconds: Annotated[float, Between(0, 10**6, above=True), FREE] = 120.0
 
 
@@ -284,7 +296,7 @@ class EvaluateConfig:
 class ReportConfig:
     """What the report compares."""
 
-    runs: Paths = ()  # workdirs or evaluation folders; (): the workdir alone
+    runs: Paths = ()  # what to compare: workdirs or evaluation folders; (): the workdir alone
     model: str = ""  # the model that represents its run; '': the last of base .. distilled
 
 
@@ -292,10 +304,10 @@ class ReportConfig:
 class ExportConfig:
     """What to write out for transformers, vLLM and SGLang."""
 
-    source: Path = "{workdir}/distillation"
-    folder: Path = "{workdir}/export"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    max_shard_gb: Positive = 5.0
+    source: Path = "{workdir}/distillation"  # folder of the training stage
+    folder: Path = "{workdir}/export"  # where the model is written
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the written weights
+    max_shard_gb: Positive = 5.0  # size of a file of weights at most, in 10^9 bytes
     adapters: bool = False  # write the adapters alone, as a PEFT folder
     check: bool = False  # do not write, compare the folder with transformers (needs torch)
 
@@ -304,7 +316,8 @@ class ExportConfig:
 class PreflightConfig:
     """Which programs --stage=preflight compiles, and for which TPU slice."""
 
-    topology: Name = "v5e:4x4"  # as libtpu names it
+    topology: Name = "v5e:4x4"  # the slice, as libtpu names it
+    # whose programs
     stages: tuple[Literal["grounding", "distillation", "evaluate"], ...] = (
         "grounding",
         "distillation",
@@ -317,19 +330,20 @@ class PreflightConfig:
 class NanoConfig:
     """Shape of the nano model that --stage=init writes with random weights."""
 
-    folder: Path
-    width: Width = 128
-    layers: Annotated[int, Between(1, 1000)] = 4
-    heads: Width = 4
-    kv_heads: Width = 2
-    head_width: Width = 32
-    mlp: Width = 384
-    vision_width: Width = 96
-    vision_layers: Annotated[int, Between(1, 1000)] = 3
-    vision_heads: Width = 3
-    vision_mlp: Width = 384
+    folder: Path  # where the model is written
+    width: Width = 128  # width of the decoder
+    layers: Annotated[int, Between(1, 1000)] = 4  # layers of the decoder
+    heads: Width = 4  # query heads of the decoder
+    kv_heads: Width = 2  # key and value heads of the decoder
+    head_width: Width = 32  # width of a head of the decoder
+    mlp: Width = 384  # width of the decoder's MLP
+    vision_width: Width = 96  # width of the vision tower
+    vision_layers: Annotated[int, Between(1, 1000)] = 3  # layers of the vision tower
+    vision_heads: Width = 3  # heads of the vision tower
+    vision_mlp: Width = 384  # width of the vision tower's MLP
+    # layers of the vision tower whose output goes into the first layers of the decoder
     deepstack: Annotated[tuple[CountOrNone, ...], Items()] = (0, 1)
-    patch: Annotated[int, Between(1, 1024)] = 16
+    patch: Annotated[int, Between(1, 1024)] = 16  # side of a patch in pixels
     max_level: Annotated[int, Between(2, 32)] = 8  # largest board whose cells are single tokens
 
 
@@ -350,7 +364,8 @@ class Config:
     guards: GuardConfig = GuardConfig()
     metrics: MetricsConfig = MetricsConfig()
     nano: NanoConfig | None = None
-    seed: Annotated[int, Between(0, 2**32 - 2)] = 0  # loaders take 32 bits, and one more
+    # seed of boards, order, noise and rollouts; 32 bits, of which loaders need one more value
+    seed: Annotated[int, Between(0, 2**32 - 2)] = 0
 
 
 def resolve(config: Config, workdir: str) -> Config:
@@ -464,6 +479,27 @@ def defaults(kind: type) -> Json:
 def to_dict(config: Any) -> Json:
     """The config as plain JSON types (tuples as lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_text(config: Config) -> str:
+    """The config as lines 'a.b=value', each of which --set takes; long tuples have more lines."""
+    return "\n".join(_lines(config, ""))
+
+
+def _lines(section: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _lines(value, f"{prefix}{field.name}.")
+            continue
+        if isinstance(value, tuple):
+            value = tuple(dataclasses.asdict(v) if isinstance(v, LevelSet) else v for v in value)
+        text = value if isinstance(value, str) else repr(value)
+        line = f"{prefix}{field.name}={text}"
+        if len(line) > 100 and isinstance(value, tuple):
+            items = "".join(f"    {item!r},\n" for item in value)
+            line = f"{prefix}{field.name}=(\n{items})"
+        yield line
 
 
 def picture_size(data: DataConfig, level: int) -> int:

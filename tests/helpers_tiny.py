@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from mgsd_jax import config as c
-from mgsd_jax.main import load_config
+from mgsd_jax.command_line import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 

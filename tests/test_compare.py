@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from test_report import LETTERS, LEVELS, Tags
 
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rows, scoring
 from mgsd_jax.evaluation.summary import error_of, summarize
-from mgsd_jax.main import load_config
 from mgsd_jax.report import compare, compare_page
 from mgsd_jax.stages import report
 from mgsd_jax.workdir import metrics

@@ -91,14 +91,14 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: pathlib.Path) -> None:
 STARTED = """
 import collections, json, os, sys
 import jax
-from mgsd_jax import main
+from mgsd_jax import command_line, main
 from mgsd_jax.workdir import compiled
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.split("/")[-1]]))
 _, config, workdir = sys.argv
 compiled.keep(None, workdir, os.environ)
 for stage in ("grounding", "distillation", "evaluate"):
-    main.STAGES[stage](main.load_config(config, []), workdir)
+    main.STAGES[stage](command_line.load_config(config, []), workdir)
 print(json.dumps(counts))
 """
 

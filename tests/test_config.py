@@ -8,8 +8,8 @@ import re
 import pytest
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config, OptimConfig
-from mgsd_jax.main import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ("rows.py",)  # settings of many runs, no config

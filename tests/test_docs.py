@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import test_layering
 
+from mgsd_jax import command_line
 from mgsd_jax import config as config_lib
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +27,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = {stem: "" for stem in (path.stem for path in MODULES)}
 for path in MODULES:  # a few modules of different packages share a name
     SOURCES[path.stem] += path.read_text()
-MAIN = SOURCES["main"]
 ENDINGS = (".py", ".json", ".jsonl", ".md", ".txt", ".html", ".css")
-FLAGS = {*re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', MAIN), "help", "verbosity"}
-STAGES = {*re.findall(r'^    "(\w+)": \w+\.run,', MAIN, re.M), "score"}
+FLAGS = {*(flag.name for flag in command_line.own_flags()), "help", "helpfull", "verbosity"}
+STAGES = {*command_line.STAGES}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

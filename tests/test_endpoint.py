@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data import prompts
 from mgsd_jax.data.boards import Board, case_name
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import rows
 from mgsd_jax.evaluation.scoring import Answer
-from mgsd_jax.main import load_config
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.stages import evaluate
 

@@ -18,7 +18,7 @@ PACKAGE = "mgsd_jax"
 ORDER = (
     ("checks", "tree"),
     ("config", "envs"),
-    ("parallel", "data"),
+    ("parallel", "data", "command_line"),
     ("workdir", "model"),
     ("evaluation", "weights"),
     ("sampling",),
@@ -26,11 +26,11 @@ ORDER = (
     ("report",),
     ("stages",),
     ("preflight",),
-    ("main",),
+    ("main", "__main__"),
 )
 RANKS = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 # These run in loader processes, without jax.
-HOST_ONLY = ("checks", "config", "envs", "data")
+HOST_ONLY = ("checks", "config", "envs", "data", "command_line")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 TORCH = ("torch", "torchvision", "torchaudio", "peft", "accelerate")
 

@@ -15,7 +15,7 @@ import pytest
 from absl import app
 from absl.testing import flagsaver
 
-from mgsd_jax import main
+from mgsd_jax import command_line, main
 from mgsd_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,6 +103,10 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None
     assert "--helpfull" in capsys.readouterr().out
 
 
+def test_every_stage_of_the_help_runs() -> None:
+    assert [*main.STAGES, "score"] == [*command_line.STAGES]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -123,7 +127,7 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.py").write_text(text)
     with pytest.raises(ValueError) as raised:
-        main.load_config(str(tmp_path / "a.py"), [])
+        command_line.load_config(str(tmp_path / "a.py"), [])
     assert line in str(raised.value) and "\n" not in str(raised.value)
     assert main.explain(raised.value)[0] == 2
 
@@ -145,21 +149,25 @@ def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathl
 )
 def test_a_wrong_argument_of_a_config_file_is_one_line(config: str, line: str) -> None:
     with pytest.raises(ValueError) as raised:
-        main.load_config(str(ROOT / "configs" / config), [])
+        command_line.load_config(str(ROOT / "configs" / config), [])
     assert line in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_recipe_goes_by_its_name_with_an_argument_too() -> None:
     recipe = str(ROOT / "configs" / "qwen3vl.py")
-    assert main.load_config("qwen3vl:8b", []) == main.load_config(f"{recipe}:8b", [])
-    assert main.load_config("qwen3vl", []) == main.load_config(f"{recipe}:4b", [])
+    assert command_line.load_config("qwen3vl:8b", []) == command_line.load_config(
+        f"{recipe}:8b", []
+    )
+    assert command_line.load_config("qwen3vl", []) == command_line.load_config(f"{recipe}:4b", [])
     with pytest.raises(ValueError, match=r"--config qwen3vl:9b, line .*: size: got '9b', want 4b"):
-        main.load_config("qwen3vl:9b", [])
+        command_line.load_config("qwen3vl:9b", [])
 
 
 def test_a_file_whose_name_has_a_colon_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.py:8b").write_text(pathlib.Path(NANO).read_text())
-    assert main.load_config(str(tmp_path / "a.py:8b"), []) == main.load_config(NANO, [])
+    assert command_line.load_config(str(tmp_path / "a.py:8b"), []) == command_line.load_config(
+        NANO, []
+    )
 
 
 def test_what_the_system_says_of_a_path_is_one_line(tmp_path: pathlib.Path) -> None:
@@ -254,7 +262,7 @@ if sys.argv.pop(1) == "imports":
                 os.kill(os.getpid(), signal.SIGINT)
     sys.meta_path.insert(0, Finder)
     runpy.run_module("mgsd_jax.main", run_name="__main__")
-from mgsd_jax import main
+from mgsd_jax import command_line, main
 main.STAGES["generate"] = lambda config, workdir: os.kill(os.getpid(), signal.SIGINT)
 main.entry()
 """

@@ -15,8 +15,8 @@ from helpers_tpu import tpu_mesh
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import preflight
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
-from mgsd_jax.main import load_config
 from mgsd_jax.model import flops
 from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight import kept, roofline

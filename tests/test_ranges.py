@@ -15,8 +15,8 @@ import pytest
 from mgsd_jax import config as config_lib
 from mgsd_jax.checks import ranges
 from mgsd_jax.checks.ranges import Between, Items, coerce
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config, NanoConfig
-from mgsd_jax.main import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = dataclasses.replace(

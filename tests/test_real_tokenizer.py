@@ -25,12 +25,12 @@ from PIL import Image
 
 from mgsd_jax import config as c
 from mgsd_jax import main
+from mgsd_jax.command_line import load_config
 from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.data.loaders import load_boards, stream_boards
 from mgsd_jax.data.processor import Processor, encode, encode_answer, load_processor
 from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.data.segments import decode
-from mgsd_jax.main import load_config
 from mgsd_jax.sampling import answers
 from mgsd_jax.weights import hf
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers_tiny import ROOT
 
-from mgsd_jax.main import load_config
+from mgsd_jax.command_line import load_config
 
 PAGES = ROOT / "docs" / "preflight"
 ROLLOUT = ("layout", "prefill", "decode")

@@ -13,12 +13,12 @@ import pytest
 from etils import epath
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data import benchmarks
 from mgsd_jax.data.boards import Board, case_name
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import measures, rows, scoring, summary
-from mgsd_jax.main import load_config
 from mgsd_jax.stages import evaluate
 from mgsd_jax.workdir import folders
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import study_tables as tables
 
-from mgsd_jax.main import load_config
+from mgsd_jax.command_line import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = runpy.run_path(str(ROOT / "configs" / "study" / "rows.py"))["ROWS"]

@@ -13,11 +13,11 @@ from absl import logging
 from PIL import Image
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.command_line import load_config
 from mgsd_jax.data import benchmarks
 from mgsd_jax.data import boards as boards_lib
 from mgsd_jax.data.pictures import read_picture
 from mgsd_jax.envs import ENVS
-from mgsd_jax.main import load_config
 from mgsd_jax.sampling import answers
 from mgsd_jax.stages import generate
 

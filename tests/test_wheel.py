@@ -12,7 +12,7 @@ from email.parser import Parser
 import helpers_devices
 import pytest
 
-from mgsd_jax import main
+from mgsd_jax import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
@@ -66,19 +66,22 @@ def test_its_metadata_say_whose_it_is_and_what_it_needs(installed: pathlib.Path)
     assert len(needed) == len(project["dependencies"])
     commands = configparser.ConfigParser()
     commands.read(info / "entry_points.txt")
-    assert dict(commands["console_scripts"]) == {"mgsd_jax": "mgsd_jax.main:entry"}
+    assert dict(commands["console_scripts"]) == {"mgsd_jax": "mgsd_jax.__main__:run"}
 
 
 def test_a_recipe_is_found_by_its_name(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main.load_config("nano", []) == main.load_config(str(ROOT / "configs" / "nano.py"), [])
-    with pytest.raises(ValueError, match="--config: "):
-        main.load_config("no_such_recipe", [])
+    recipe = str(ROOT / "configs" / "nano.py")
+    assert command_line.load_config("nano", []) == command_line.load_config(recipe, [])
+    with pytest.raises(
+        ValueError, match=r"--config: got 'no_such_recipe', want an .* one of gpu_4b, "
+    ):
+        command_line.load_config("no_such_recipe", [])
     monkeypatch.chdir(tmp_path)
-    assert main.find_config("a/nano") == "a/nano"
+    assert command_line.find_config("a/nano") == "a/nano"
     (tmp_path / "nano").touch()  # a file of the user's comes first
-    assert main.find_config("nano") == "nano"
+    assert command_line.find_config("nano") == "nano"
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
         return done.stdout
 
     helped = call("--help")
-    assert "--workdir" in helped and "Stages, in the order of a whole run" in helped
+    assert "--workdir" in helped and "in the order of a whole run" in helped
     changes = [f"--set={change}" for change in FEW]
     for stage in ("generate", "grounding", "distillation", "evaluate", "export", "report"):
         call(f"--stage={stage}", "--config=nano", "--workdir=run", *changes)

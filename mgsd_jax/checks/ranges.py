@@ -32,8 +32,10 @@ class Between:
         """What is wanted in place of the value, '' if nothing is."""
         is_in = self.low <= value <= self.high
         is_end = (self.above and value == self.low) or (self.below and value == self.high)
-        if (is_in and not is_end) or value == self.also:
-            return ""
+        return "" if (is_in and not is_end) or value == self.also else self.spelled()
+
+    def spelled(self) -> str:
+        """The range in words."""
         other = "" if self.also is None else f"{self.also} or "
         if not self.above and not self.below:
             return f"{other}{self.low:,} to {self.high:,}"
@@ -214,6 +216,32 @@ def _parse(text: str, kind: Hint) -> object:
 
 def _is_text(kind: Hint) -> bool:
     return kind is str or get_origin(kind) is Literal
+
+
+def spell(kind: Hint) -> str:
+    """What a field of this type takes, in words."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        tags = [tag for tag in kinds[1:] if tag != FREE]
+        if any(isinstance(tag, Place) for tag in tags):
+            may_be_empty = not any(isinstance(tag, Items) for tag in tags)
+            return "a path" + (" or nothing" if may_be_empty else "")
+        if any(isinstance(tag, Regex) for tag in tags):
+            return "a regular expression"
+        if any(isinstance(tag, Span) for tag in tags):
+            return "first:last, or nothing"
+        ranges = [tag.spelled() for tag in tags if isinstance(tag, Between)]
+        return ", ".join([spell(kinds[0]), *ranges])
+    if origin is Literal:
+        return " or ".join(kinds)
+    if origin is tuple:
+        if kinds[1:] == (Ellipsis,):
+            return f"a tuple, each item {spell(kinds[0])}"
+        return f"({'; '.join(map(spell, kinds))})"
+    if origin is types.UnionType:
+        return " or ".join(map(spell, kinds))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, kind.__name__)
 
 
 def _spell(kind: Hint) -> str:

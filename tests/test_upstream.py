@@ -87,7 +87,7 @@ def test_files_are_read_as_forgivingly_as_the_public_scorers_do() -> None:
 def test_a_gap_in_a_board_matters_only_where_the_plan_gets_there() -> None:
     board = lake("SFG", "F")
     assert simulate(board, ["right", "right"], edge_stops=False).success
-    with pytest.raises(ValueError, match=r"map: got no tile at \(1, 1\), want"):
+    with pytest.raises(ValueError, match=r"map: no tile found at \(1, 1\), want"):
         simulate(board, ["down", "right"], edge_stops=False)
     maze = Board((2, 2), (0, 0), frozenset({(0, 1)}), walls=[[OPEN]])
     assert simulate(maze, ["right"], edge_stops=False).success

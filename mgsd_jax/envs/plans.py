@@ -1,4 +1,4 @@
-r"""The standard reader of a plan text: one notation a text, nothing skipped, nothing read twice.
+r"""Reads the plan in an answer by the standard rules: one notation, nothing skipped or read twice.
 
 A text is words and letters (`Right, Down`, `RRD`), or digits 0..3 alone (gymnasium's order), or
 arrows alone. Separators mean nothing: white space, punctuation, brackets, quotes, markdown marks,

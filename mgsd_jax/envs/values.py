@@ -1,7 +1,7 @@
-"""Sizes, cells and directions out of text, however it writes them; any text is read in one pass.
+"""Reads sizes, cells and directions out of free text, in one pass whatever the text.
 
-What is written does not matter, only what is said: `4x4`, `4 × 4` and `**4 by 4**` are one size,
-`(3,0)` and `[ 3, 0 ]` one cell. What a text denies ("not up") it does not say.
+The spelling does not matter: `4x4`, `4 × 4` and `**4 by 4**` are the same size, `(3,0)` and
+`[ 3, 0 ]` the same cell. An item that the text denies ("not up") does not count as said.
 """
 
 import re
@@ -124,9 +124,10 @@ def _said(
 ) -> frozenset | None:
     """The items that are named and not denied.
 
-    A text falls into pieces, at stops and, once something was said of what stands before
-    ("up is blocked, ..."), at commas. A word that denies counts for its piece; one that follows
-    items directly ("right, not up") begins a piece. A cross denies the item before it.
+    The text is cut into pieces at every stop, and at a comma where the items before it already have
+    their verb ("up is blocked, ..."). A word that denies counts for its whole piece; where it
+    follows items directly ("right, not up"), it begins a new piece. A cross denies the item before
+    it alone.
     """
     kept: set[Hashable] = set()
     piece: list[Hashable] = []

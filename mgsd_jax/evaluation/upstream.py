@@ -46,8 +46,8 @@ def simulate(board: Board, actions: Sequence[str], *, edge_stops: bool) -> Trace
     """Plays lower-case action words until success, a failure, or their end.
 
     `edge_stops`: a FrozenLake move off the board is a failure (else it changes nothing). Walls
-    come before the edge of the board, as in the public scorers. Raises ValueError on a board with
-    holes in its description, only where the plan gets there.
+    come before the edge of the board, as in the public scorers. Raises ValueError where the plan
+    reaches a cell that the board file does not describe.
     """
     cell, carrying = board.start, False
     for steps, action in enumerate(actions, start=1):
@@ -115,7 +115,7 @@ def _is_wall(board: Board, cell: Cell, action: str) -> bool:
 def _tile(board: Board, cell: Cell) -> str:
     assert board.tiles is not None
     if cell not in board.tiles:
-        raise ValueError(f"map: got no tile at {cell}, want {board.shape} tiles")
+        raise ValueError(f"map: no tile found at {cell}, want {board.shape} tiles")
     return board.tiles[cell]
 
 
@@ -178,7 +178,7 @@ def _read_frozenlake(
     fields: Mapping[str, str], rows: tuple[str, ...] | None, as_record: bool
 ) -> Board:
     if not rows:
-        raise ValueError(f"map: got no rows, want {_TILES}")
+        raise ValueError(f"map: no rows found, want {_TILES}")
     tiles = {(r, c): tile for r, row in enumerate(rows) for c, tile in enumerate(row)}
     starts = [cell for cell, tile in tiles.items() if tile == "S"]
     if not starts:

@@ -34,7 +34,7 @@ install() {
   [ $# -le 1 ] || fail "install: got $# arguments, want the extras with commas between them"
   want_word install "${1:-}" '([a-z]+(,[a-z]+)*)?' 'extras such as tpu,gcs'
   # TPU images may have an older Python than we need: uv fetches one without root.
-  if ! find_python >/dev/null 2>&1; then
+  if ! (find_python) >/dev/null 2>&1; then
     python3 -m pip install --quiet --user uv
     # shellcheck disable=SC2034 # find_python of setup.sh reads it
     PYTHON=$(python3 -m uv python install --quiet 3.12 && python3 -m uv python find 3.12)

@@ -4,12 +4,11 @@ python -m mgsd_jax.main --stage=grounding --config=configs/nano.py --workdir=run
 """
 
 import errno
-import logging as std_logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # The imports take seconds, and nothing is begun: Ctrl-C just ends the process.
@@ -20,6 +19,7 @@ from mgsd_jax import command_line
 if __name__ == "__main__":
     command_line.answer_first(sys.argv)  # --help and its like, before imports that take seconds
 
+import jax
 from absl import app, flags, logging
 
 from mgsd_jax import config as config_lib
@@ -29,7 +29,7 @@ from mgsd_jax.command_line import parse_flags
 from mgsd_jax.parallel import processes
 from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, report, score
 from mgsd_jax.training import sessions
-from mgsd_jax.workdir import compiled, paths
+from mgsd_jax.workdir import compiled, log, paths
 
 STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
     "init": init.run,
@@ -46,19 +46,29 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
 JOINT = ("grounding", "distillation", "evaluate")
 
 
-def is_shown(record: std_logging.LogRecord) -> bool:
-    """Log filter: hides what orbax logs unless --verbosity=1.
+# What comes after a stage; after the report there is a page to open.
+NEXT = {
+    "init": "generate",
+    "generate": "grounding",
+    "grounding": "distillation",
+    "distillation": "evaluate",
+    "evaluate": "export",
+    "export": "report",
+    "preflight": "generate",
+}
 
-    Orbax logs about a dozen lines for every save, and a traceback for every thread of a save that
-    fails; `checkpoint` says what failed.
-    """
-    return "orbax" not in record.pathname or logging.vlog_is_on(1)
 
-
-def _hide_closed_loop(unraisable: Any) -> None:
-    """Hides what tensorstore reports to orbax's closed event loop after a failed write."""
-    if "Event loop is closed" not in str(unraisable.exc_value) or logging.vlog_is_on(1):
-        sys.__unraisablehook__(unraisable)
+def next_line(stage: str, workdir: str, words: Sequence[str]) -> str:
+    """What to do after a stage that was started with these words."""
+    if stage == "report":
+        return f"next: open {workdir}/report/ in a browser"
+    others, left = [f"--stage={NEXT[stage]}"], iter(words)
+    for word in left:
+        if word.lstrip("-") == "stage":
+            next(left)
+        elif not word.lstrip("-").startswith("stage="):
+            others.append(word)
+    return f"next: {command_line.program()} {shlex.join(others)}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,8 +82,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(is_shown)
-    sys.unraisablehook = _hide_closed_loop
+    log.set_up()
     stage, are_several = command_line.STAGE.value, False
     try:
         if len(argv) > 1:
@@ -98,7 +107,10 @@ def main(argv: Sequence[str]) -> int:
             )
             are_several = processes.join(*processes.settings(given, os.environ))
         compiled.keep(compile_cache, workdir, os.environ)
-        STAGES[stage](config, str(paths.absolute(workdir)))
+        with log.compilations_told():
+            STAGES[stage](config, str(paths.absolute(workdir)))
+        if not are_several or jax.process_index() == 0:
+            logging.info("%s", next_line(stage, workdir, sys.argv[1:]))
         return 0
     except sessions.Stopped as stopped:  # all processes together
         logging.error("%s", stopped)

@@ -3,7 +3,6 @@
 import errno
 import importlib.util
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -35,16 +34,26 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("path", "level", "shown"),
+    ("stage", "words", "line"),
     [
-        ("/site/orbax/checkpoint/manager.py", logging.INFO, False),
-        ("/site/orbax/checkpoint/manager.py", logging.ERROR, False),
-        ("/here/mgsd_jax/workdir/metrics.py", logging.INFO, True),
+        (
+            "grounding",
+            ["--stage=grounding", "--config=nano", "--workdir", "grounding", "--set", "a.b=(1, 2)"],
+            "--stage=distillation --config=nano --workdir grounding --set 'a.b=(1, 2)'",
+        ),
+        ("export", ["--config=nano", "--stage", "export"], "--stage=report --config=nano"),
+        ("preflight", ["-stage=preflight"], "--stage=generate"),
     ],
 )
-def test_the_log_leaves_out_the_details_of_every_save(path: str, level: int, shown: bool) -> None:
-    record = logging.LogRecord("absl", level, path, 1, "a line", None, None)
-    assert main.is_shown(record) == shown
+def test_a_stage_ends_with_the_next_command(stage: str, words: list[str], line: str) -> None:
+    said = main.next_line(stage, "/runs/a", words)
+    assert said == f"next: {command_line.program()} {line}"
+
+
+def test_after_the_report_there_is_a_page_to_open() -> None:
+    assert main.next_line("report", "/runs/a", []) == "next: open /runs/a/report/ in a browser"
+    assert {*main.NEXT, "report"} == {*main.STAGES}
+    assert {*main.NEXT.values()} <= {*main.STAGES}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +279,10 @@ main.entry()
 
 @pytest.mark.parametrize(
     ("moment", "said"),
-    [("imports", ""), ("stage", "generate: stopped by Ctrl-C; the same command goes on from here")],
+    [
+        ("imports", ""),
+        ("stage", "error: generate: stopped by Ctrl-C; the same command goes on from here"),
+    ],
 )
 def test_ctrl_c_is_one_line_and_ends_as_a_shell_wants_it(moment: str, said: str) -> None:
     done = subprocess.run(
@@ -285,34 +297,4 @@ def test_ctrl_c_is_one_line_and_ends_as_a_shell_wants_it(moment: str, said: str)
         check=False,
     )
     assert done.returncode == -signal.SIGINT
-    assert [line.partition("] ")[2] for line in done.stderr.splitlines()] == (
-        [said] if said else []
-    )
-
-
-@pytest.mark.parametrize("code", [0, 75])  # of the stage: its last step, and any other
-def test_the_quickstart_ends_at_ctrl_c_however_its_stage_does(
-    code: int, tmp_path: pathlib.Path
-) -> None:
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        f"#!{sys.executable}\nimport signal, sys, time\n"
-        f"signal.signal(signal.SIGINT, lambda *_: sys.exit({code}))\n"
-        "print('begins', flush=True)\ntime.sleep(60)\n"
-    )
-    python.chmod(0o755)
-    (tmp_path / "venv" / ".installed").write_text("")
-    running = subprocess.Popen(
-        ["bash", str(ROOT / "launch" / "quickstart.sh"), str(tmp_path / "run")],
-        env={**os.environ, "VENV": str(tmp_path / "venv")},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert running.stdout is not None
-    assert "generate" in running.stdout.readline() and running.stdout.readline() == "begins\n"
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-    said = running.communicate(timeout=60)[0]
-    assert said == "quickstart: stopped by Ctrl-C; the same command goes on from here\n"
-    assert running.returncode == 130
+    assert [line.partition(" ")[2] for line in done.stderr.splitlines()] == ([said] if said else [])

@@ -1,13 +1,11 @@
 """Weighted means add up exactly; the writer's file survives kills, resumes and NaN."""
 
 import contextlib
-import io
 import json
 import math
 import operator
 import pathlib
 import struct
-import sys
 from typing import Any
 
 import jax
@@ -169,59 +167,6 @@ def test_tensorboard_gets_the_same_values(tmp_path: pathlib.Path) -> None:
     (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     content = events.read_bytes()
     assert b"kl/state" in content and struct.pack("<f", 0.75) in content
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_bar_shows_step_total_loss_step_time_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    progress = metrics.open_progress(50, start=10, is_main=True)
-    for step in range(11, 51):
-        progress.update(step, loss=1.25, step_seconds=0.5)
-    progress.close()
-    last = stream.getvalue().split("\r")[-1]
-    assert all(part in last for part in ("50/50", "loss 1.25", "0.5 s/step", "<00:00"))
-
-
-def test_without_a_terminal_there_is_a_log_line_every_n_steps(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    progress = metrics.open_progress(25, is_main=True, every=10)
-    with caplog.at_level("INFO", logger="absl"):
-        for step in range(1, 26):
-            progress.update(step, loss=2.0, step_seconds=60.0)
-    progress.close()
-    assert stream.getvalue() == ""
-    assert [message.split()[1] for message in caplog.messages] == ["10/25", "20/25", "25/25"]
-    assert "loss 2" in caplog.messages[0] and "15:00 left" in caplog.messages[0]
-
-
-def test_one_slow_step_does_not_upset_the_time_that_is_left(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    progress = metrics.open_progress(100, is_main=True, every=20)
-    with caplog.at_level("INFO", logger="absl"):
-        for step in range(1, 21):
-            progress.update(step, loss=2.0, step_seconds={1: 99.0, 20: 20.0}.get(step, 1.0))
-    assert "2 s/step" in caplog.messages[0] and "02:40 left" in caplog.messages[0]
-
-
-def test_other_processes_show_no_progress(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    progress = metrics.open_progress(10, is_main=False, every=1)
-    with caplog.at_level("INFO", logger="absl"):
-        progress.update(1, loss=1.0, step_seconds=1.0)
-    progress.close()
-    assert stream.getvalue() == "" and not caplog.messages
 
 
 def test_run_info_keeps_the_config_and_one_line_a_start(tmp_path: pathlib.Path) -> None:

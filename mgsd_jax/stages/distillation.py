@@ -276,6 +276,7 @@ def run(config: Config, workdir: str) -> None:
             metric="val/success",
             best_mode="max",
             steps=settings.steps,
+            eval_every=settings.eval_every,
         )
         session = held.enter_context(opened)
         state, spent = session.state, session.timers.seconds

@@ -4,11 +4,13 @@ Every answer is one line of `rows.jsonl` (rows.py); `summary.json` is computed f
 (summary.py).
 """
 
+import collections
 import dataclasses
 import functools
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +30,12 @@ from mgsd_jax.parallel import processes, sharding
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.sampling.answers import BenchmarkEncoder, ask, make_answerer, show, shown_boards
 from mgsd_jax.stages import loading
-from mgsd_jax.workdir import folders, metrics, paths, stage_folder, traces
+from mgsd_jax.workdir import folders, paths, stage_folder, traces
+from mgsd_jax.workdir.progress import Progress, mean_cost, open_progress
+
+# Kinds of work beside the modes: a row of any mode, and a model to load.
+ANY = "row"
+LOADING = "loading"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,41 +103,70 @@ def _answer(
         rows_lib.check_models(folder, identities)
     jobs = _jobs(settings, boards, models, answered)
     total = len(jobs) * len(boards)
+    left = collections.Counter({LOADING: len({job.model for job in jobs if job.places})})
+    for job in jobs:
+        left[job.mode] += len(job.places)
     done = total - sum(len(job.places) for job in jobs)
-    progress = metrics.open_progress(total, is_main=is_main, every=1, unit="row")
     new: list[Mapping[str, object]] = []
-    for model in models:
-        todo = [job for job in jobs if job.model == model.name and job.places]
-        if not todo:
-            continue
-        asker = None  # frees the model before this one: memory holds only one
-        asker = model.load()
-        if model.identity:
-            claim.notes.append(
-                functools.partial(rows_lib.add_model, folder, model.name, model.identity)
-            )
-        for job in todo:
+    with open_progress("evaluate", total, start=done, is_main=is_main, unit="row") as progress:
+        asker = None
+        for model in models:
+            todo = [job for job in jobs if job.model == model.name and job.places]
+            if not todo:
+                continue
             started = time.perf_counter()
-            for answers in tracer.each(asker(job)):
-                if is_main:
-                    new += [
-                        score_row(boards[i], job.mode, a, model=model.name, attempt=job.attempt)
-                        for i, a in answers
-                    ]
-                    # Failed requests are asked again anyway: they alone do not claim the folder.
-                    if not claim.notes or any("error" not in row for row in new):
-                        claim.record()
-                        rows_lib.append(folder, new)
-                        new = []
-                done += len(answers)
-                progress.update(done, (time.perf_counter() - started) / len(answers))
-                started = time.perf_counter()
-    progress.close()
+            asker = None  # frees the model before this one: memory holds only one
+            asker = model.load()
+            if model.identity:
+                claim.notes.append(
+                    functools.partial(rows_lib.add_model, folder, model.name, model.identity)
+                )
+            left[LOADING] -= 1
+            progress.spend(LOADING, time.perf_counter() - started - progress.take_compiled())
+            for job in todo:
+                started, asked = time.perf_counter(), 0
+                for answers in tracer.each(asker(job)):
+                    if is_main:
+                        new += [
+                            score_row(boards[i], job.mode, a, model=model.name, attempt=job.attempt)
+                            for i, a in answers
+                        ]
+                        # Failed requests are asked again anyway: they alone claim no folder.
+                        if not claim.notes or any("error" not in row for row in new):
+                            claim.record()
+                            rows_lib.append(folder, new)
+                            new = []
+                    asked += len(answers)
+                    seconds = time.perf_counter() - started
+                    _show(progress, job, left, len(answers), seconds, asked == len(job.places))
+                    started = time.perf_counter()
     if is_main:
         if new:
             claim.record()
             rows_lib.append(folder, new)
         _summarize(folder)
+
+
+def _show(
+    progress: Progress,
+    job: Job,
+    left: collections.Counter[str],
+    count: int,
+    seconds: float,
+    is_last: bool,
+) -> None:
+    """Shows that `count` answers of a job came in `seconds`; `left` is rows by mode, and models."""
+    left[job.mode] -= count
+    for kind in (job.mode, ANY):
+        progress.spend(kind, seconds - progress.take_compiled(), count)
+    todo = collections.Counter[str]()
+    for kind, number in left.items():
+        # A mode that was not asked yet is taken to cost what the others do.
+        todo[kind if kind in progress.spent else ANY] += number
+    done = progress.total - sum(number for kind, number in left.items() if kind != LOADING)
+    rate = 1 / max(mean_cost(progress.spent[job.mode]), 1e-9)
+    told = [f"{job.model} {job.mode}", f"{rate:.3g} rows/s"]
+    progress.update(done, todo, told, kept=is_last)
 
 
 def _jobs(
@@ -159,12 +195,29 @@ def _summarize(folder: epath.Path) -> None:
     rows_lib.compact(folder, rows)
     result = summary.summarize(rows, source=str(folder / rows_lib.ROWS_FILE))
     paths.write_whole(folder / "summary.json", json.dumps(result, indent=2) + "\n")
-    for name, modes in result["models"].items():
-        for mode, measures in modes.items():
-            logging.info("%-10s %-10s %s", name, mode, measures["macro"])
+    logging.info("%s", _table(result["models"]))
     failed = sum("error" in row for row in rows)
     if failed:
         logging.warning("%d requests failed and count as failures; run again to ask them", failed)
+
+
+def _table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The macro averages of a summary, a model a line and a mode a column."""
+    modes = list(dict.fromkeys(mode for measures in models.values() for mode in measures))
+    width = max(len(name) for name in ("model", *models))
+    lines = [f"{'model':{width}}" + "".join(f"  {mode:>20}" for mode in modes)]
+    for name, measures in models.items():
+        cells = [_cell(measures[mode]["macro"]) if mode in measures else "" for mode in modes]
+        lines.append(f"{name:{width}}" + "".join(f"  {cell:>20}" for cell in cells))
+    title = "evaluate: macro averages over the tasks, in % (95 % interval)"
+    return "\n".join([title, *lines])
+
+
+def _cell(macro: Mapping[str, Any]) -> str:
+    if macro["value"] is None:
+        return "-"
+    value, low, high = (f"{100 * macro[key]:.1f}" for key in ("value", "low", "high"))
+    return f"{value} ({low}-{high})"
 
 
 # ------------------------------------------------------------------------------ boards and models

@@ -10,12 +10,10 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 from absl import logging
 from etils import epath
 from PIL import Image
@@ -36,6 +34,7 @@ from mgsd_jax.data.boards import (
 from mgsd_jax.data.splits import SHARES, SPLITS, Split, unique_boards
 from mgsd_jax.envs import ENVS
 from mgsd_jax.workdir import folders, paths
+from mgsd_jax.workdir.progress import Progress, open_progress
 
 Settings = dict[str, object]  # what the boards of a folder depend on, as JSON values
 States = Sequence[Any]  # of one task's env
@@ -62,6 +61,7 @@ def run(config: Config, workdir: str) -> None:
         return
 
     # All draws come before the first file: a level with too few boards leaves no folder behind.
+    logging.info("generate: draws the boards of %d levels", sum(len(b.levels) for b in data.boards))
     boards: dict[tuple[Split, str, int], States] = {
         (split, levels.task, level): unique_boards(
             levels.task, level, split, getattr(levels, split), seed=config.seed, exclude=exclude
@@ -76,9 +76,7 @@ def run(config: Config, workdir: str) -> None:
     total = sum(map(len, boards.values()))
     with (
         folders.spending(root),
-        tqdm.tqdm(
-            total=total, unit="board", file=sys.stderr, disable=not sys.stderr.isatty()
-        ) as progress,
+        open_progress("generate", total, is_main=True, unit="board") as progress,
     ):
         groups = [
             write_group(
@@ -96,7 +94,11 @@ def run(config: Config, workdir: str) -> None:
     listed = [dataclasses.asdict(group) for group in groups]
     manifest = {"version": _version(), "settings": settings, "groups": listed}
     paths.write_whole(root / MANIFEST, _to_json(manifest))
-    logging.info("%s: wrote %d boards", root, total)
+    counts = ", ".join(
+        f"{sum(len(states) for (part, *_), states in boards.items() if part == split):,} {split}"
+        for split in SPLITS
+    )
+    logging.info("%s: wrote %s boards (%s)", root, f"{total:,}", counts)
 
 
 def make_settings(
@@ -170,7 +172,7 @@ def write_group(
     *,
     picture_size: int,
     seed: int,
-    progress: tqdm.tqdm,
+    progress: Progress,
 ) -> Group:
     """Writes the states of a group and returns it with their hashes.
 
@@ -187,7 +189,7 @@ def write_group(
             if not (path.is_file() and path.read_bytes() == content):
                 paths.write_whole(path, content, sync=False)
         hashes.append((content_hash(text), content_hash(picture)))
-        progress.update()
+        progress.count()
     texts, images = zip(*hashes, strict=True)
     return dataclasses.replace(group, text=texts, image=images)
 

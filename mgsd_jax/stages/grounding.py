@@ -153,7 +153,14 @@ def run(config: Config, workdir: str) -> None:
         state = optimizer.init(trained, tx, mesh)
 
         opened = sessions.open_session(
-            claim, config, state, loader, metric="val/loss", best_mode="min", steps=settings.steps
+            claim,
+            config,
+            state,
+            loader,
+            metric="val/loss",
+            best_mode="min",
+            steps=settings.steps,
+            eval_every=settings.eval_every,
         )
         session = held.enter_context(opened)
         state = session.state
@@ -166,6 +173,8 @@ def run(config: Config, workdir: str) -> None:
             flops = update_flops(student.model, batch)
             measured |= sessions.speed(flops, batch.targets.size, seconds)
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
-                sums = [validate(state.params, b, frozen) for b in held_out]
+                with session.timers.phase("validation"):
+                    sums = [validate(state.params, b, frozen) for b in held_out]
+                    jax.block_until_ready(sums)
                 measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, (w, _) in sums))
             session.finish_step(step + 1, state, measured)

@@ -58,6 +58,7 @@ def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
         inside = valid & (position >= low) & (position < high)
         add("_pos", f"{low}-{high - 1}" if high < 1 << 30 else f"{low}-", inside)
     for name, values in (
+        ("kl", stats.kl),
         ("student_entropy", stats.student_entropy),
         ("teacher_entropy", stats.teacher_entropy),
         ("teacher_agreement", stats.top1_agree),

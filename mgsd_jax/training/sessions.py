@@ -20,6 +20,7 @@ from mgsd_jax.training import guards
 from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.workdir import checkpoint, metrics, signals, traces
 from mgsd_jax.workdir.folders import Claim
+from mgsd_jax.workdir.progress import Progress, mean_cost, open_progress
 
 AnyLoader = Loader[Any, Any] | WithRecords  # of either stage
 Measured = dict[str, Mean | means.Array]  # a scalar that is no Mean is not averaged
@@ -33,6 +34,17 @@ EXIT_NUMBERS = 3  # too many updates in a row were not finite; starting again re
 EXIT_STOPPED = 75  # asked to stop and saved; the same command continues. EX_TEMPFAIL.
 
 
+# What the bar and the log say of a step beside its number and times.
+_TOLD = (
+    ("loss", "loss {:.4g}"),
+    ("kl", "kl {:.3g}"),
+    ("val/loss", "val loss {:.4g}"),
+    ("val/success", "val success {:.1%}"),
+    ("tokens_per_s/rollout", "rollout {:,.0f} tokens/s"),
+    ("tokens_per_s/update", "update {:,.0f} tokens/s"),
+)
+
+
 class Stopped(Exception):
     """A run that ends before its last step, with what to say and the exit code to end with."""
 
@@ -44,6 +56,13 @@ class Stopped(Exception):
 def is_due(step: int, every: int, steps: int) -> bool:
     """Whether something done every `every` steps, and at the end, is done after `step` steps."""
     return step == steps or (every > 0 and step % every == 0)
+
+
+def times_due(step: int, every: int, steps: int) -> int:
+    """How often something is still due after `step`: `times_due(4, 3, 10)` is 3 (6, 9, 10)."""
+    if step >= steps:
+        return 0
+    return steps // every - step // every + (steps % every > 0) if every else 1
 
 
 def speed(flops: float, tokens: int, seconds: float) -> dict[str, float]:
@@ -61,12 +80,13 @@ class Session:
     state: TrainState  # as it was opened; the steps have their own
     start: int  # the steps before it are done
     steps: int
+    eval_every: int  # steps between validations
     config: Config
     metric: str  # of the best checkpoint
     loader: AnyLoader
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer | None  # on process 0
-    progress: metrics.Progress
+    progress: Progress
     tracer: traces.Tracer
     stop: threading.Event  # set by SIGTERM and Ctrl-C
     good_step: int  # the last step whose update was finite, or the one before `start`
@@ -74,6 +94,8 @@ class Session:
     step_ended: float  # time.perf_counter() at the end of the last step, or on opening
     timers: metrics.Timers = dataclasses.field(default_factory=metrics.Timers)
     warned: frozenset[str] = frozenset()  # metrics above their thresholds at the last step
+    validated: dict[str, float] = dataclasses.field(default_factory=dict)  # by the last validation
+    save_seconds: float = 0.0  # that the step under way began with
 
     def finish_step(self, step: int, state: TrainState, measured: Measured) -> None:
         """Reports the metrics of update `step`, a Mean or a scalar each, and saves if it is due.
@@ -129,11 +151,34 @@ class Session:
         values |= {"seconds": seconds, **self.timers.take()}
         if self.writer is not None:
             self.writer.write(step, values)
-        self.progress.update(step, seconds, values["loss"])
+        self._show(step, values)
         found = guards.warnings(values, self.config.guards)
         for metric in sorted(found.keys() - self.warned):
             logging.warning("step %d: %s", step, found[metric])
         self.warned = frozenset(found)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        """Shows the step, and what is left: steps, validations and checkpoints."""
+        progress, validation = self.progress, values.get("validation", 0.0)
+        if validation:
+            self.validated = {name: v for name, v in values.items() if name.startswith("val/")}
+        # What compiles in a step that validates is taken to be the validation's: the step's own
+        # programs were compiled in the first one.
+        compiled = progress.take_compiled()
+        of_validation = min(compiled, validation)
+        if validation:
+            progress.spend("validation", validation - of_validation)
+        other = validation + self.save_seconds + compiled - of_validation
+        progress.spend("step", values["seconds"] - other)
+        self.save_seconds = 0.0
+        todo = {
+            "step": self.steps - step,
+            "validation": times_due(step, self.eval_every, self.steps),
+            "checkpoint": times_due(step, self.config.checkpoint.every, self.steps),
+        }
+        per_step = f"{mean_cost(progress.spent['step']):.3g} s/step"
+        told = [text.format(v) for n, text in _TOLD if (v := (values | self.validated).get(n))]
+        progress.update(step, todo, [per_step, *told], kept=validation > 0)
 
     def _count_skipped(self, step: int) -> None:
         logging.warning("step %d: loss or gradient is not finite, update skipped", step)
@@ -151,7 +196,10 @@ class Session:
     def _save(self, step: int, state: TrainState, score: float | None) -> None:
         if self.writer is not None:
             self.writer.flush()
+        began = time.perf_counter()
         checkpoint.save(self.checkpointer, step, state, self.loader.get_state(), score)
+        self.save_seconds = time.perf_counter() - began
+        self.progress.spend("checkpoint", self.save_seconds)
         self.saved_step = step
 
 
@@ -165,6 +213,7 @@ def open_session(
     metric: str,
     best_mode: Literal["max", "min"],
     steps: int,
+    eval_every: int = 0,
 ) -> Iterator[Session]:
     """A session that resumes from the last readable checkpoint of a folder, if there is one.
 
@@ -188,24 +237,28 @@ def open_session(
             start, state = restored.step, restored.state
             loader.set_state(restored.data_state)
             logging.info("%s: continues after step %d of %d", folder, start, steps)
+        learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        name = folder.name
+        logging.info("%s: %d steps, %s parameters learn, %s", name, steps, f"{learning:,}", devices)
         writer = None
         if is_main:
             opened = metrics.open_writer(folder, step=start, config=config)
             writer = resources.enter_context(opened)
-        progress = metrics.open_progress(steps, start=start, is_main=is_main)
-        resources.callback(progress.close)
+        shown = open_progress(folder.name, steps, start=start, is_main=is_main)
         tracer = traces.open_tracer(folder, config.metrics.profile, steps=steps, start=start)
         session = Session(
             claim=claim,
             state=state,
             start=start,
             steps=steps,
+            eval_every=eval_every,
             config=config,
             metric=metric,
             loader=loader,
             checkpointer=checkpointer,
             writer=writer,
-            progress=progress,
+            progress=resources.enter_context(shown),
             tracer=resources.enter_context(tracer),
             stop=stop,
             good_step=start,

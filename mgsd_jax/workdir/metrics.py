@@ -1,24 +1,21 @@
-"""Metrics of a run: phase timers, the writer of metrics.jsonl and of the sinks, the progress bar.
+"""Metrics of a run: phase timers, and the writer of metrics.jsonl and of the sinks.
 
 A run directory holds `metrics.jsonl` (one line for each write) and the files of its sinks
 (sinks.py), such as `tensorboard/`. Where it is remote (gs://), they are kept on this machine and
 copied there by `Writer.flush`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
 import jax
-import tqdm
 from absl import logging
 from etils import epath
 
@@ -31,7 +28,6 @@ from mgsd_jax.workdir import sinks as sinks_lib
 from mgsd_jax.workdir.sinks import Picture, Sink
 
 METRICS_FILE = "metrics.jsonl"
-_RECENT_STEPS = 20  # the ETA is averaged over this many steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,54 +162,3 @@ def _drop_lines_after(path: epath.Path, step: int) -> None:
     if dropped or lines[-1]:
         logging.info("%s: dropped %d records after step %d", path, dropped, step)
         paths.write_whole(path, b"".join(line + b"\n" for line in kept))
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Shows step, total, loss, step time and ETA on process 0.
-
-    A bar where stderr is a terminal, else a log line every `every` steps, whose times are means:
-    a single step that validates or saves does not upset them. The oldest of `recent` is left out,
-    which keeps the very first step, the one that compiles, out of every mean but its own.
-    """
-
-    total: int
-    every: int
-    unit: str
-    is_main: bool
-    bar: tqdm.tqdm | None
-    recent: collections.deque[float]  # seconds of the last steps
-
-    def update(self, step: int, step_seconds: float, loss: float | None = None) -> None:
-        """Report that `step` steps of `total` are done, the last one in `step_seconds`."""
-        if not self.is_main:
-            return
-        self.recent.append(step_seconds)
-        shown = [] if loss is None else [f"loss {loss:.4g}"]
-        if self.bar is not None:
-            times = f"{step_seconds:.3g} s/{self.unit}"
-            self.bar.set_postfix_str(", ".join([*shown, times]), refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif step % self.every == 0 or step == self.total:
-            times = list(self.recent)[1:] or self.recent
-            mean = sum(times) / len(times)
-            left = tqdm.tqdm.format_interval((self.total - step) * mean)
-            counted = f"{self.unit} {step}/{self.total}"
-            logging.info(
-                "%s", "  ".join([counted, *shown, f"{mean:.3g} s/{self.unit}", f"{left} left"])
-            )
-
-    def close(self) -> None:
-        """End the bar, so that later lines start on their own line."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-def open_progress(
-    total: int, *, is_main: bool, start: int = 0, every: int = 10, unit: str = "step"
-) -> Progress:
-    """Return a Progress over `total` steps of which `start` are done."""
-    bar = None
-    if is_main and sys.stderr.isatty():
-        bar = tqdm.tqdm(total=total, initial=start, file=sys.stderr, unit=unit, dynamic_ncols=True)
-    return Progress(total, every, unit, is_main, bar, collections.deque(maxlen=_RECENT_STEPS + 1))

@@ -1,13 +1,15 @@
 """Typed, frozen settings of every stage, and overrides of them from the command line.
 
 A config file defines `get_config() -> Config`, or `get_config(argument)`. Every stage reads the
-sections it needs from one `Config`. Paths may hold `{workdir}` for the `--workdir` of the run and
-`{model}` for `model.path`. The annotation of a field says which values it takes; the tag `FREE`
-says that it changes no result, so that a run may be resumed with another value (ranges.py).
+sections it needs from one `Config`. Paths may hold `{workdir}` for the `--workdir` of the run,
+`{model}` for `model.path` and `{assets}` for the models that are shipped with the package. The
+annotation of a field says which values it takes; the tag `FREE` says that it changes no result, so
+that a run may be resumed with another value (ranges.py).
 """
 
 import dataclasses
 import json
+import pathlib
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,6 +26,7 @@ from mgsd_jax.checks.ranges import (
     replace_field,
 )
 
+ASSETS = str(pathlib.Path(__file__).resolve().parent / "assets")  # models shipped with the package
 Section = TypeVar("Section")  # a dataclass of this file
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
@@ -277,7 +280,8 @@ class EvaluateConfig:
     batch_size: FreeCount = 32  # boards answered at once, also where training validates
     reference: str = "base"  # the model whose text planning is the upper bound
     reference_only: tuple[Mode, ...] = ()  # modes that only the reference answers
-    folder: Path = "{workdir}/evaluate"  # where rows and summary go; one evaluation each
+    # where rows and summary go; one evaluation each
+    folder: Annotated[str, Items(1), Place(), FREE] = "{workdir}/evaluate"
     # public test sets, (name, folder); (): the test split of data
     benchmarks: Annotated[tuple[tuple[Benchmark, Path], ...], Items()] = ()
     endpoint: str = ""  # URL of an OpenAI-compatible API, which then answers instead of `models`
@@ -377,7 +381,7 @@ def resolve(config: Config, workdir: str) -> Config:
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):
-            return value.replace("{model}", config.model.path).replace("{workdir}", workdir)
+            return located(value.replace("{model}", config.model.path), workdir)
         if isinstance(value, tuple):
             return tuple(map(fill, value))
         if dataclasses.is_dataclass(value):
@@ -386,6 +390,19 @@ def resolve(config: Config, workdir: str) -> Config:
         return value
 
     return fill(config)
+
+
+def portable(path: str, workdir: str) -> str:
+    """An absolute path as it is noted: a place in the workdir or in the package stays one there."""
+    for root, mark in ((workdir, "{workdir}"), (ASSETS, "{assets}")):
+        if path.startswith(f"{root.rstrip('/')}/"):
+            return mark + path[len(root.rstrip("/")) :]
+    return path
+
+
+def located(path: str, workdir: str) -> str:
+    """The absolute path of one that `portable` has noted."""
+    return path.replace("{workdir}", workdir).replace("{assets}", ASSETS)
 
 
 def excluded_folders(config: Config) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as config_lib
@@ -27,7 +28,7 @@ from mgsd_jax.stages import (
     loading,
     report,
 )
-from mgsd_jax.workdir import checkpoint
+from mgsd_jax.workdir import checkpoint, contents
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,11 @@ def test_lora_trains_adapters_only_and_the_next_stage_merges_them(
         ["distillation.lora.rank=2", "distillation.steps=1", "checkpoint.every=1"],
     )
     student = str(tmp_path / "grounding")
+    # The same tensors in another file: a copy of the file would be known for the same model.
     copied = shutil.copytree(config.model.path, tmp_path / "copied_base")
+    tensors = safetensors.numpy.load_file(copied / "model.safetensors")
+    safetensors.numpy.save_file(tensors, copied / "model.safetensors", {"format": "np"})
+    assert contents.identity(copied) != contents.identity(config.model.path)
     for name, teacher in (("once", config.model.path), ("twice", str(copied))):
         again = config_lib.override(
             config, [f"distillation.student={student}", f"distillation.teacher={teacher}"]
@@ -187,7 +192,7 @@ def test_lora_trains_adapters_only_and_the_next_stage_merges_them(
     for name, leaf in once.items():
         assert np.array_equal(leaf, twice[name]), name
     source = json.loads((tmp_path / "once" / "distillation" / "model" / "source.json").read_text())
-    assert source["weights"] == str(pathlib.Path(config.model.path).resolve())
+    assert source["weights"] == str(pathlib.Path(config.model.path).resolve())  # not in the workdir
     # One step of the stage moves them a little from where grounding left them.
     before = weights(tmp_path / "grounding")
     rate = config.distillation.optim.lr

@@ -192,7 +192,8 @@ def test_an_earlier_export_of_the_same_source_alone_is_replaced(
     for _ in range(2):
         export.run(config, str(tmp_path))
         assert {file.name for file in (tmp_path / "out").iterdir()} == WHOLE
-        assert json.loads((tmp_path / "out" / export.RECORD).read_text()) == {"source": str(source)}
+        record = json.loads((tmp_path / "out" / export.RECORD).read_text())
+        assert record["source"] == "{workdir}/source"
         (tmp_path / "out" / "stale").touch()
     other = dataclasses.replace(config, export=dataclasses.replace(config.export, source="other"))
     with pytest.raises(ValueError, match="out: got an existing"):

@@ -15,7 +15,7 @@ from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
 from mgsd_jax.config import Config
 from mgsd_jax.stages import distillation, loading
 from mgsd_jax.weights import hf
-from mgsd_jax.workdir import stage_folder
+from mgsd_jax.workdir import contents, stage_folder
 
 THINKING = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
 
@@ -133,17 +133,17 @@ def test_a_models_identity_is_that_of_its_copies_alone(tmp_path: Path) -> None:
     for step, runs in ((2, "first\n"), (4, "first\nresumed\n"), (4, "anew\n")):
         (stage / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
         (stage / "runs.jsonl").write_text(runs)
-        found.append(stage_folder.identity(stage))
+        found.append(contents.identity(stage))
     (stage / "runs.jsonl").write_text("anew\nresumed\n")
-    assert found[-1] == stage_folder.identity(stage)
+    assert found[-1] == contents.identity(stage)
     weights.mkdir()
     content = bytearray(100_000)
     for place in (0, 50_000, 99_999):
         content[place] = 1
         (weights / "model.safetensors").write_bytes(content)
-        found.append(stage_folder.identity(weights))
+        found.append(contents.identity(weights))
     shutil.copytree(weights, tmp_path / "copy")
-    assert found[-1] == stage_folder.identity(tmp_path / "copy")
+    assert found[-1] == contents.identity(tmp_path / "copy")
     assert len(set(found)) == 6
 
 
@@ -163,7 +163,7 @@ def test_a_stage_is_not_put_above_weights_that_it_was_not_trained_on(
     weights = tmp_path / "base" / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    line = r"source.json: weights: got another model at .*base than distillation began with, want"
+    line = r"source.json: weights: got another model at .*base, want the model that distill"
     with pytest.raises(ValueError, match=line):
         loading.load(str(folder), config)
     with pytest.raises(ValueError, match=line):

@@ -243,7 +243,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_folder_to_any_other(
     assert not list(tmp_path.iterdir())
     claim(tmp_path, config)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        *("config.json", "ends.jsonl", "runs.jsonl"),
+        *("config.json", "ends.jsonl", "places.json", "runs.jsonl"),
     ]
 
 

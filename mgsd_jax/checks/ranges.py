@@ -129,6 +129,19 @@ def free(kind: Hint, prefix: str = "") -> Iterator[str]:
             yield from free(hint, f"{prefix}{name}.")
 
 
+def places(kind: Hint, prefix: str = "") -> Iterator[str]:
+    """The fields that hold a path, or several, as `free` names them."""
+    for name, hint in hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from places(hint, f"{prefix}{name}.")
+        elif _holds_place(hint):
+            yield prefix + name
+
+
+def _holds_place(hint: Hint) -> bool:
+    return isinstance(hint, Place) or any(map(_holds_place, get_args(hint)))
+
+
 def coerce(value: object, kind: Hint, where: str) -> Any:
     """`value` as type `kind`, or a ValueError that names `where`, what was got and what wanted."""
     wrong = ValueError(f"{where}: got {shown(value)}, want {_spell(kind)}")

@@ -172,7 +172,7 @@ def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> 
     while (root / "model" / "source.json").is_file():
         file = root / "config.json"
         data = config_lib.coerce(read_json(file).get("data"), DataConfig, f"{file}: data")
-        folder = data.folder.replace("{workdir}", str(root.parent))
+        folder = config_lib.located(data.folder, str(root.parent))
         if data.source == "stream":
             seen |= _drawable(data, str(root.parent), boards)
         elif (epath.Path(folder) / MANIFEST).exists():
@@ -181,7 +181,8 @@ def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> 
         else:
             logging.warning("%s: no boards in %s, so it may have seen the test's", name, folder)
         file = root / "model" / "source.json"
-        root = epath.Path(field(read_json(file), "weights", str, file))
+        weights = field(read_json(file), "weights", str, file)
+        root = epath.Path(config_lib.located(weights, str(root.parent)))
     count = sum(key in seen for key in keys)
     if count:
         logging.warning(
@@ -193,7 +194,7 @@ def warn_of_seen(name: str, source: epath.PathLike, boards: Sequence[Board]) -> 
 
 def _drawable(data: DataConfig, workdir: str, boards: Sequence[Board]) -> set[str]:
     """Keys of those boards that a run which draws its boards on the fly may have drawn."""
-    folders = [folder.replace("{workdir}", workdir) for folder in data.exclude]
+    folders = [config_lib.located(folder, workdir) for folder in data.exclude]
     excluded = benchmark_keys(f for f in folders if pathlib.Path(f).is_dir())
     drawn = {(kind.task, level) for kind in data.boards for level in kind.levels}
     keys = {_key(board) for board in boards if board[:2] in drawn}

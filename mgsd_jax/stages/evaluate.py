@@ -30,7 +30,7 @@ from mgsd_jax.parallel import processes, sharding
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.sampling.answers import BenchmarkEncoder, ask, make_answerer, show, shown_boards
 from mgsd_jax.stages import loading
-from mgsd_jax.workdir import folders, paths, stage_folder, traces
+from mgsd_jax.workdir import contents, folders, paths, traces
 from mgsd_jax.workdir.progress import Progress, mean_cost, open_progress
 
 # Kinds of work beside the modes: a row of any mode, and a model to load.
@@ -245,7 +245,7 @@ def _models(config: Config, boards: Sequence[Board]) -> list[Model]:
     return [
         Model(
             name,
-            stage_folder.identity(source),
+            contents.identity(source),
             functools.partial(_local_asker, source, config, boards),
         )
         for name, source in settings.models

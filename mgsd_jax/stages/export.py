@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mgsd_jax.stages import loading, parity
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.weights.files import FloatType
-from mgsd_jax.workdir import paths
+from mgsd_jax.workdir import contents, paths
 
 TOKENIZER = "tokenizer_config.json"
 # Tokenizer, processor and generation files as transformers 4.57 and 5 name them, which are copied.
@@ -57,17 +58,27 @@ def run(config: Config, workdir: str) -> None:
     if settings.check:
         parity.check(folder, config.data)
         return
-    is_own = (folder / RECORD).is_file() and _made_from(folder) == settings.source
+    source = paths.absolute(settings.source)
+    made_from = {
+        "source": config_lib.portable(str(source), workdir),
+        "run": contents.run_of(source) or contents.identity(source),
+    }
+    is_own = (folder / RECORD).is_file() and _is_of(folder, made_from, workdir)
     with files.new_folder(folder, replaces=is_own) as partial:
         write = _write_adapters if settings.adapters else _write_model
         measured = write(config, partial)
         files.write_json(partial / parity.FILE, measured)
-        files.write_json(partial / RECORD, {"source": settings.source})
+        files.write_json(partial / RECORD, made_from)
     logging.info("%s: exported from %s", folder, settings.source)
 
 
-def _made_from(folder: Path) -> object:
-    return read_json(folder / RECORD).get("source")
+def _is_of(folder: Path, made_from: Mapping[str, str | None], workdir: str) -> bool:
+    """Whether the export in a folder was made from this source, wherever that was then."""
+    record = read_json(folder / RECORD)
+    noted, source = record.get("source"), made_from["source"]
+    # An older version noted an absolute path.
+    is_named = noted in (source, config_lib.located(source or "", workdir))
+    return is_named or (made_from["run"] is not None and record.get("run") == made_from["run"])
 
 
 def _write_model(config: Config, folder: Path) -> dict[str, object]:

@@ -25,7 +25,7 @@ from mgsd_jax.parallel import sharding
 from mgsd_jax.training import trainable
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import hf, table
-from mgsd_jax.workdir import checkpoint, paths, stage_folder
+from mgsd_jax.workdir import checkpoint, contents, paths, stage_folder
 from mgsd_jax.workdir.stage_folder import Source
 
 Finish = Callable[[str, jax.Array], jax.Array]  # (path, leaf) -> what becomes of the leaf
@@ -39,7 +39,7 @@ class Loaded:
     params: Tree
     processor: Processor
     folder: str  # of the Hugging Face side files
-    base: str  # the folder whose weights `params` are, '' where a stage has changed them
+    base: str | None  # identity of the folder whose weights `params` are; None: of a stage's
 
 
 def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool = False) -> Loaded:
@@ -53,7 +53,7 @@ def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool
     is_stage = stage_folder.is_stage(root)
     folder = root / "model" if is_stage else root
     problem = stage_folder.unfinished(root)
-    if problem and not (is_stage and stage_folder.last_step(root)):
+    if problem and not (is_stage and contents.last_step(root)):
         raise ValueError(problem)
     if problem:
         logging.warning("%s", problem)
@@ -81,7 +81,7 @@ def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool
         return sharding.cast_leaf(path, jnp.asarray(leaf), model.dtype) if is_frozen else leaf
 
     params = load_params(root, model_config, config, mesh, finish)
-    base = "" if is_stage else str(paths.absolute(root))
+    base = None if is_stage else contents.identity(root)
     return Loaded(model, params, processor, str(folder), base)
 
 
@@ -106,7 +106,8 @@ def load_student(
     if settings.lora.rank and stage_folder.is_stage(root):
         before = stage_folder.read_source(root)
         if before.lora == settings.lora:
-            weights, adapters = before.weights, _load_trained(root, before, config)["adapters"]
+            weights = stage_folder.find_weights(root, [config.model.path])
+            adapters = _load_trained(root, before, config)["adapters"]
             logging.info("%s: its adapters learn on, above %s", root, weights)
     stage_folder.check_source(folder, weights)
     student = load(weights, config, mesh, is_frozen=settings.lora.rank > 0)
@@ -133,9 +134,9 @@ def load_teacher(
     """
     if settings.teacher_decay:
         return student
-    teacher = paths.absolute(settings.teacher)
-    if settings.lora.rank and student.base == str(teacher):
-        logging.info("%s: the teacher shares the student's weights, without its adapters", teacher)
+    if settings.lora.rank and student.base and student.base == contents.identity(settings.teacher):
+        said = "%s: the teacher shares the student's weights, without its adapters"
+        logging.info(said, settings.teacher)
         return student
     loaded = load(settings.teacher, config, mesh, is_frozen=True)
     _check_trainable(loaded)
@@ -181,8 +182,8 @@ def load_params(
     trained = _load_trained(root, source, config, mesh)
     if source.complete:
         return tree.map_named(finish, trained["params"])
-    stage_folder.check_source(root, source.weights)
-    base = functools.partial(load_params, epath.Path(source.weights), model_config, config, mesh)
+    weights = stage_folder.find_weights(root, [config.model.path])
+    base = functools.partial(load_params, epath.Path(weights), model_config, config, mesh)
     if source.lora.rank:
         merged = lora.merger(lora.with_scale(trained["adapters"], source.lora))
         return base(lambda path, leaf: finish(path, merged(path, leaf)))
@@ -239,8 +240,7 @@ def load_adapters(path: str, config: Config) -> tuple[Tree, LoraConfig, str]:
             )
         sizes.append(source.lora)
         parts.append(lora.with_scale(_load_trained(root, source, config)["adapters"], source.lora))
-        stage_folder.check_source(root, source.weights)
-        root = epath.Path(source.weights)
+        root = epath.Path(stage_folder.find_weights(root, [config.model.path]))
     if not parts:
         raise ValueError(f"{root}: no model/source.json found, want a stage that trained adapters")
     return (*lora.join(parts, sizes[0]), str(root))

@@ -1,8 +1,10 @@
 """The folder of a run: locked by one run at a time, bound to one config, with a record of starts.
 
-`config.json` holds the part of the config that the run depends on, `runs.jsonl` a line for each
-start that took a step: command, commit, versions, devices. `ends.jsonl` has a line for each of them
-that was not killed: what it spent. Nothing is decided by what the two say; the report shows it.
+`config.json` holds the part of the config that the run depends on, and `places.json` the identities
+(contents.py) of the models and boards that it names by path, which may be moved. `runs.jsonl` has a
+line for each start that took a step: command, commit, versions, devices. `ends.jsonl` has a line
+for each of them that was not killed: what it spent. Nothing is decided by what the last two say,
+but that the first line of `runs.jsonl` tells one training from another.
 """
 
 import contextlib
@@ -26,10 +28,11 @@ from mgsd_jax import tree
 from mgsd_jax.checks import fields, ranges
 from mgsd_jax.config import Config
 from mgsd_jax.parallel import processes
-from mgsd_jax.workdir import locks, paths
+from mgsd_jax.workdir import contents, locks, paths
+from mgsd_jax.workdir.contents import RUNS_FILE
 
 CONFIG_FILE = "config.json"
-RUNS_FILE = "runs.jsonl"
+PLACES_FILE = "places.json"
 ENDS_FILE = "ends.jsonl"
 PACKAGES = (
     "mgsd_jax",
@@ -45,7 +48,7 @@ PACKAGES = (
 
 
 def write_run_info(workdir: epath.PathLike, config: Mapping[str, object]) -> None:
-    """Write `config.json`, and this start with the devices that it runs on into `runs.jsonl`.
+    """Write `config.json` and `places.json`, and this start with its devices into `runs.jsonl`.
 
     `config` holds JSON values. A resumed run adds a line, so that a change of code or versions in
     between can be seen.
@@ -53,6 +56,7 @@ def write_run_info(workdir: epath.PathLike, config: Mapping[str, object]) -> Non
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    paths.write_whole(folder / PLACES_FILE, json.dumps(_identities(config), indent=2) + "\n")
     paths.write_whole(folder / CONFIG_FILE, text + "\n")
     devices = {
         "platform": jax.default_backend(),
@@ -171,7 +175,8 @@ def check_config(
 
     Compares with the `config.json` that `write_run_info` left there, if any. `ignore` names
     fields ('optim.lr') or sections ('optim') that may differ. A field that is newer than the
-    folder's `config.json` has its value of `defaults` there.
+    folder's `config.json` has its value of `defaults` there. A path may have become another one
+    where the same content is.
     """
     path = epath.Path(folder) / CONFIG_FILE
     if not path.exists():
@@ -179,10 +184,14 @@ def check_config(
     ours = _by_field(to_json(config, "config"))
     newer = {name: value for name, value in _by_field(defaults or {}).items() if name in ours}
     theirs = newer | _by_field(fields.read_json(path))
+    known = epath.Path(folder) / PLACES_FILE
+    identities = fields.read_json(known) if known.exists() else {}
+    places = {*ranges.places(Config)}
     differing = [
         f"{name}: got {_shown(ours, name)}, want {_shown(theirs, name)}"
         for name in sorted(theirs.keys() | ours.keys())
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name))
+        and not (name in places and _is_moved(theirs.get(name), ours.get(name), identities))
         and not any(f"{name}.".startswith(f"{other}.") for other in ignore)
     ]
     if differing:
@@ -190,6 +199,40 @@ def check_config(
             f"{path} is of a run with another config: {'; '.join(differing)}; set that back, "
             f"remove {folder} to start anew, or take another folder"
         )
+
+
+def _identities(config: Mapping[str, object]) -> dict[str, str]:
+    """{path: identity} of what the config names; places in `{workdir}` move along anyway."""
+    named = _by_field(to_json(config, "config"))
+    found: dict[str, str] = {}
+    for field in ranges.places(Config):
+        for path in _paths_in(named.get(field)):
+            what = None if not path or "{" in path else contents.identity(path)
+            if what is not None:
+                found[path] = what
+    return found
+
+
+def _paths_in(value: object) -> list[str]:
+    """The paths in the value of a field: one, several, or the last of every (name, path)."""
+    if isinstance(value, str):
+        return [value]
+    items = value if isinstance(value, list) else []
+    return [item[-1] if isinstance(item, list) else item for item in items]
+
+
+def _is_moved(theirs: object, ours: object, identities: Mapping[str, str]) -> bool:
+    """Whether two values of a field of paths name the same content, `theirs` of `identities`."""
+    if isinstance(theirs, list) and isinstance(ours, list):
+        pairs = zip(theirs, ours, strict=False)
+        return len(theirs) == len(ours) and all(_is_moved(a, b, identities) for a, b in pairs)
+    if theirs == ours or not isinstance(theirs, str) or not isinstance(ours, str):
+        return theirs == ours
+    if theirs in identities:
+        return identities[theirs] == contents.identity(ours)
+    # An older version noted no identities. Models shipped with the package have their names.
+    shipped = config_lib.portable(ours, "{workdir}").removeprefix("{assets}")
+    return shipped != ours and theirs.endswith(f"/mgsd_jax/assets{shipped}")
 
 
 def _by_field(config: Mapping[str, object]) -> dict[str, object]:

@@ -1,0 +1,259 @@
+"""Workdirs, models and the package itself can be moved: what is there decides, not where it is."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from etils import epath
+from helpers_tiny import tiny_config
+
+from mgsd_jax import config as config_lib
+from mgsd_jax import tree
+from mgsd_jax.config import ASSETS, Config, LoraConfig
+from mgsd_jax.stages import export, loading
+from mgsd_jax.workdir import checkpoint, contents, folders, stage_folder
+
+ROOT = pathlib.Path(__file__).parents[1]
+SECTIONS = ("model", "data", "distillation", "seed")
+
+
+def write_model(folder: pathlib.Path, content: bytes = b"weights") -> str:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def claim(folder: pathlib.Path, config: Config, *changes: str) -> None:
+    with folders.claimed(folder, config_lib.override(config, changes), SECTIONS) as held:
+        held.record()
+
+
+def test_places_are_noted_within_the_workdir_and_the_package() -> None:
+    for path, noted in (
+        ("/runs/a/grounding", "{workdir}/grounding"),
+        (f"{ASSETS}/nano_base", "{assets}/nano_base"),
+        ("/runs/ab/grounding", "/runs/ab/grounding"),
+        ("/runs/a", "/runs/a"),
+        ("gs://b/run", "gs://b/run"),
+    ):
+        assert config_lib.portable(path, "/runs/a") == noted
+        assert config_lib.located(noted, "/runs/a") == path
+    assert config_lib.portable("gs://b/run/grounding", "gs://b/run") == "{workdir}/grounding"
+
+
+def test_a_run_goes_on_with_its_model_boards_and_prompts_in_another_place(
+    tmp_path: pathlib.Path,
+) -> None:
+    def settings(place: pathlib.Path) -> tuple[str, ...]:
+        return (
+            *(f"model.path={place}/base", f"data.prompts={place}/prompts"),
+            *(f"data.folder={place}/boards", f"data.exclude={place}/sets"),
+            f"distillation.student={place}/base",
+        )
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    write_model(here / "base")
+    for name, file in (("prompts", "a.txt"), ("boards", "manifest.json"), ("sets", "x/1.txt")):
+        (here / name / file).parent.mkdir(parents=True)
+        (here / name / file).write_text(name)
+    config = tiny_config(tmp_path)
+    claim(tmp_path / "run", config, *settings(here))
+    shutil.copytree(here, there)
+    shutil.rmtree(here)
+    claim(tmp_path / "run", config, *settings(there))
+    for name, file in (
+        ("model.path", "base/model.safetensors"),
+        ("data.prompts", "prompts/a.txt"),
+        ("data.folder", "boards/manifest.json"),
+        ("data.exclude", "sets/x/1.txt"),
+    ):
+        other = shutil.copytree(there, tmp_path / "other")
+        (other / file).write_text("something else")
+        with pytest.raises(ValueError, match=f"{name}: got ") as raised:
+            claim(tmp_path / "run", config, *settings(other))
+        assert "data.folder" in name or "data.folder" not in str(raised.value)
+        shutil.rmtree(other)
+    with pytest.raises(ValueError, match=r"model\.path: got "):
+        claim(tmp_path / "run", config, *settings(here))  # nothing there
+
+
+def test_a_folder_of_an_older_version_knows_the_shipped_models_of_another_clone(
+    tmp_path: pathlib.Path,
+) -> None:
+    config = tiny_config(tmp_path)
+    claim(tmp_path / "run", config, f"model.path={ASSETS}/nano_base")
+    (tmp_path / "run" / "places.json").unlink()
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace(ASSETS, "/gone/mgsd_jax/assets"))
+    claim(tmp_path / "run", config, f"model.path={ASSETS}/nano_base")
+    (tmp_path / "run" / "places.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.path: got "):
+        claim(tmp_path / "run", config, f"model.path={ASSETS}/other_base")
+
+
+def test_an_evaluation_may_lie_anywhere(tmp_path: pathlib.Path) -> None:
+    config = tiny_config(tmp_path)
+    for place in ("a", "b"):
+        chosen = config_lib.override(config, [f"evaluate.folder={tmp_path / place}"])
+        with folders.claimed(tmp_path / "held", chosen, ("evaluate",)) as held:
+            held.record()
+
+
+def make_stage(root: pathlib.Path, model: str, noted: str = "") -> epath.Path:
+    """A stage above a model, whose place is `noted` otherwise than it would be."""
+    source = stage_folder.Source(model, LoraConfig(), complete=False, metric="x")
+    folder = epath.Path(root)
+    stage_folder.write_source(folder, source, model)
+    if noted:
+        file = folder / "model" / "source.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": noted}))
+    return folder
+
+
+def test_weights_are_found_where_they_are_now(tmp_path: pathlib.Path) -> None:
+    model = write_model(tmp_path / "run" / "base")
+    stage = make_stage(tmp_path / "run" / "grounding", model)
+    assert json.loads((stage / "model" / "source.json").read_text())["weights"] == "{workdir}/base"
+    assert stage_folder.find_weights(stage) == model
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "run")
+    moved = epath.Path(tmp_path) / "moved" / "grounding"
+    assert stage_folder.find_weights(moved) == str(tmp_path / "moved" / "base")
+    # An older version noted where it was.
+    old = make_stage(tmp_path / "moved" / "old", str(tmp_path / "moved" / "base"), model)
+    assert stage_folder.find_weights(old) == str(tmp_path / "moved" / "base")
+    # The stage alone was copied: the model of the config has the weights, or nothing has.
+    shutil.copytree(moved, tmp_path / "alone" / "mine")
+    alone = epath.Path(tmp_path) / "alone" / "mine"
+    base = str(tmp_path / "moved" / "base")
+    assert stage_folder.find_weights(alone, [base]) == base
+    other = write_model(tmp_path / "other", b"other weights")
+    with pytest.raises(ValueError, match=r"got nothing at .*alone/base, want the model that mine"):
+        stage_folder.find_weights(alone, [other])
+    write_model(tmp_path / "alone" / "base", b"yet others")
+    with pytest.raises(ValueError, match=r"weights: got another model at .*alone/base"):
+        stage_folder.find_weights(alone)
+
+
+def test_shipped_weights_are_those_of_the_package_that_runs(tmp_path: pathlib.Path) -> None:
+    stage = make_stage(tmp_path / "grounding", f"{ASSETS}/nano_base")
+    noted = json.loads((stage / "model" / "source.json").read_text())["weights"]
+    assert noted == "{assets}/nano_base"
+    assert stage_folder.find_weights(stage) == f"{ASSETS}/nano_base"
+    gone = make_stage(tmp_path / "old", f"{ASSETS}/nano_base", "/gone/mgsd_jax/assets/nano_base")
+    assert stage_folder.find_weights(gone, [f"{ASSETS}/nano_base"]) == f"{ASSETS}/nano_base"
+
+
+def test_a_teacher_in_another_place_is_known_for_the_students_base(tmp_path: pathlib.Path) -> None:
+    config = config_lib.override(tiny_config(tmp_path), ["distillation.lora.rank=2"])
+    model, copy = write_model(tmp_path / "base"), write_model(tmp_path / "copy")
+    student: Any = loading.Loaded(None, {}, None, model, contents.identity(model))  # type: ignore[arg-type]
+    settings = dataclasses.replace(config.distillation, teacher=copy)
+    assert loading.load_teacher(settings, config, None, student) is student
+
+
+def test_an_export_that_moved_along_is_replaced(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_write_model", lambda config, folder: {})
+    stage = tmp_path / "run" / "distillation"
+    stage.mkdir(parents=True)
+    (stage / "runs.jsonl").write_text("began\n")
+    for name, folder in (("run", "{workdir}/export"), ("run", f"{tmp_path}/elsewhere")):
+        config = config_lib.override(tiny_config(tmp_path), [f"export.folder={folder}"])
+        export.run(config, str(tmp_path / name))
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "run")
+    for folder in ("{workdir}/export", f"{tmp_path}/elsewhere"):
+        config = config_lib.override(tiny_config(tmp_path), [f"export.folder={folder}"])
+        export.run(config, str(tmp_path / "moved"))
+        (tmp_path / "moved" / "distillation" / "runs.jsonl").write_text("began\nwent on\n")
+    (tmp_path / "moved" / "export" / "export.json").write_text(
+        json.dumps({"source": "{workdir}/grounding", "run": "another"})
+    )
+    with pytest.raises(ValueError, match="want an absent or empty"):
+        config = config_lib.override(tiny_config(tmp_path), ["export.folder={workdir}/export"])
+        export.run(config, str(tmp_path / "moved"))
+
+
+PROGRAM = """
+import sys
+from mgsd_jax import main
+workdir, stages, *settings = sys.argv[1:]
+config = main.load_config("nano", settings)
+for stage in stages.split(","):
+    main.STAGES[stage](config, workdir)
+"""
+SETTINGS = (
+    "data.boards=({'task': 'frozenlake', 'levels': (3,), 'train': 12, 'val': 4, 'test': 4},)",
+    *("data.patch_buckets=(36,)", "checkpoint.every=1", "checkpoint.keep_last=9"),
+    *(f"{stage}.batch_size=4" for stage in ("grounding", "distillation", "evaluate")),
+    *(f"{stage}.microbatches=1" for stage in ("grounding", "distillation")),
+    *("grounding.steps=1", "grounding.eval_batches=1", "distillation.steps=2"),
+    *("distillation.eval_boards=4", "distillation.sampling.max_new_tokens=8"),
+    *("evaluate.sampling.max_new_tokens=8", "evaluate.modes=picture,text"),
+)
+
+
+def run(clone: pathlib.Path, workdir: pathlib.Path, stages: str) -> None:
+    """Runs stages from a clone, with a working directory that says nothing."""
+    environ = {**os.environ, "PYTHONPATH": str(clone)}
+    command = [sys.executable, "-c", PROGRAM, str(workdir), stages, *SETTINGS]
+    done = subprocess.run(command, env=environ, cwd=clone.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def make_clone(place: pathlib.Path) -> pathlib.Path:
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "mgsd_jax", place / "mgsd_jax", ignore=ignored)
+    shutil.copytree(ROOT / "configs", place / "configs", ignore=ignored)
+    return place
+
+
+def results(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Trained weights, answers and the export, which has to be the same to the last bit."""
+    trained = checkpoint.load_params(workdir / "distillation" / "checkpoints")
+    found = {name: np.asarray(leaf).tobytes() for name, leaf in tree.named_leaves(trained)}
+    for file in ("evaluate/rows.jsonl", "export/model.safetensors", "export/config.json"):
+        found[file] = (workdir / file).read_bytes()
+    return found
+
+
+@pytest.mark.slow
+def test_a_moved_workdir_goes_on_from_a_second_clone(tmp_path: pathlib.Path) -> None:
+    """Stopped halfway in distillation and in evaluation; the first place and clone are gone."""
+    here, there = tmp_path / "here" / "run", tmp_path / "there" / "renamed"
+    clone = make_clone(tmp_path / "clone")
+    run(clone, here, "generate,grounding,distillation,evaluate,export")
+    want = results(here)
+    shutil.copytree(here, there)
+    shutil.rmtree(here)
+    shutil.rmtree(clone)
+    shutil.rmtree(there / "export")
+    shutil.rmtree(there / "distillation" / "checkpoints" / "2")
+    rows = (there / "evaluate" / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [row for row in rows if json.loads(row)["model"] != "distilled"]
+    (there / "evaluate" / "rows.jsonl").write_bytes(b"".join(kept))
+    (there / "evaluate" / "summary.json").unlink()
+    # What an older version left.
+    source = there / "grounding" / "model" / "source.json"
+    old = json.loads(source.read_text()) | {"weights": f"{clone}/mgsd_jax/assets/nano_base"}
+    source.write_text(json.dumps(old))
+    (there / "distillation" / "places.json").unlink()
+    run(make_clone(tmp_path / "second" / "clone"), there, "distillation,evaluate,export")
+    got = results(there)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name] != want[name]] == []
+    # Nothing that the second run wrote names the old places; runs.jsonl tells what was done there.
+    places = (str(tmp_path / "here").encode(), str(clone).encode())
+    written = [file for stage in ("distillation", "export") for file in (there / stage).rglob("*")]
+    named = [f for f in written if f.is_file() and any(p in f.read_bytes() for p in places)]
+    assert {file.name for file in named} <= {"runs.jsonl"}

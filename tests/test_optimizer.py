@@ -156,6 +156,21 @@ def test_updates_are_torchs_adamw_with_clipping() -> None:
     assert state.step == 5
 
 
+def test_the_rate_told_is_the_one_that_moves_skipped_updates_aside() -> None:
+    """Adam moves every parameter by the rate where all gradients have been the same."""
+    optim = OptimConfig(lr=0.5, schedule="cosine", warmup=0.5, clip=0.0, b2=0.9)
+    params = {"w": jnp.ones(3)}
+    tx = optimizer.make_optimizer(optim, 4)
+    state = optimizer.init(params, tx)
+    for grad in (1.0, np.nan, 1.0, 1.0):
+        rate = optimizer.learning_rate(state, optim, 4)
+        before = state.params["w"]
+        state, _ = optimizer.update(state, {"w": jnp.full(3, grad)}, tx)
+        moved = 0.0 if np.isnan(grad) else float(rate)
+        np.testing.assert_allclose(before - state.params["w"], moved, rtol=1e-5)
+    assert optimizer.learning_rate(state, optim, 4) == optimizer.make_schedule(optim, 4)(3)
+
+
 def test_norms_are_those_of_the_step() -> None:
     params = make_params()
     tx = optimizer.make_optimizer(OPTIM, 10)

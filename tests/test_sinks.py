@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 
 from mgsd_jax import config as c
+from mgsd_jax.data import loaders, prompts
+from mgsd_jax.data.boards import Board
+from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation import routes
+from mgsd_jax.evaluation.scoring import Answer
+from mgsd_jax.training import monitor
 from mgsd_jax.workdir import metrics, sinks
 from mgsd_jax.workdir.sinks import Picture
 
@@ -112,6 +118,31 @@ def test_a_package_that_is_not_there_is_a_line_that_says_what_to_install(
     sinks.check(c.MetricsConfig())
     with pytest.raises(ValueError, match=r"trackio not found; pip install 'mgsd_jax\[trackio\]'"):
         sinks.check(c.MetricsConfig(sinks=("trackio",)))
+
+
+def test_validated_boards_are_shown_with_their_routes() -> None:
+    boards = list(loaders.stream_boards((("maze", 3), ("frozenlake", 3)), "val", seed=0, count=9))
+    plans = [ENVS[b.task].shortest_plan(b.state) for b in boards]
+    texts = [prompts.response(b.task, b.state, p) for b, p in zip(boards, plans, strict=True)]
+    answers = [Answer(text, False, 1) for text in [*texts[:7], "I do not know", "last"]]
+
+    def picture(board: Board) -> np.ndarray:
+        return ENVS[board.task].render(board.state, 96)
+
+    shown = monitor.shown_answers(boards, answers, picture)
+    assert [one.name for one in shown[:2]] == ["boards/maze_3_0000", "boards/frozenlake_3_0000"]
+    assert len(shown) == monitor.SHOWN == 8
+    assert shown[0].caption == f"success\n{texts[0]}"
+    assert shown[7].caption == "no success: no_answer\nI do not know"
+    assert np.array_equal(shown[7].pixels, picture(boards[7]))
+    for board, plan, one in zip(boards[:7], plans[:7], shown[:7], strict=True):
+        changed = (one.pixels != picture(board)).any(-1)
+        assert (one.pixels[changed] == routes.RIGHT).all(-1).any()
+        for row, column in ENVS[board.task].trace(board.state, plan):
+            middle = changed[row * 32 + 12 : row * 32 + 20, column * 32 + 12 : column * 32 + 20]
+            assert middle.any(), (board.task, row, column)
+    wrong = routes.draw_route(picture(boards[0]), "maze", boards[0].state, plans[0][:1])
+    assert (wrong == routes.WRONG).all(-1).any() and not (wrong == routes.RIGHT).all(-1).any()
 
 
 def test_wandb_itself_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,8 @@ def make_update(
             settings.microbatches,
             BATCH_AXES,
         )
-        measured: Metrics = {"loss": loss}
+        rate = optimizer.learning_rate(state, settings.optim, settings.steps)
+        measured: Metrics = {"loss": loss, "lr": rate}
         if records is not None:
             others, asked = grounding.gradients(student, settings, state.params, frozen, records)
             grads = optimizer.blend(grads, others, settings.grounding_share)
@@ -338,4 +339,5 @@ def run(config: Config, workdir: str) -> None:
                 with session.timers.phase("validation"):
                     given = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
                     measured |= monitor.validation_metrics(held_out, given)
+                    session.show(step + 1, monitor.shown_answers(held_out, given, encoder.picture))
             session.finish_step(step + 1, state, measured)

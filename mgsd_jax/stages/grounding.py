@@ -92,6 +92,7 @@ def make_update(
         state: TrainState, frozen: Tree, batch: GroundingBatch
     ) -> tuple[TrainState, Metrics]:
         grads, measured = gradients(model, settings, state.params, frozen, batch)
+        measured["lr"] = optimizer.learning_rate(state, settings.optim, settings.steps)
         state, norms = optimizer.update(
             state, grads, tx, loss=measured["loss"].sum, in_place=model.kernel.is_plain
         )

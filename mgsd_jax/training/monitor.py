@@ -4,7 +4,7 @@ Axes: B batch, R response tokens.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,8 +12,12 @@ from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import facts
 from mgsd_jax.evaluation import rules, scoring
+from mgsd_jax.evaluation.routes import draw_route
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training.divergences import TokenStats
+from mgsd_jax.workdir.sinks import Picture
+
+SHOWN = 8  # boards of a validation, the same ones every time
 
 
 def rollout_metrics(
@@ -106,6 +110,23 @@ def validation_metrics(
         for task, mean in {"": np.mean(list(tasks.values()), axis=0), **tasks}.items()
         for i, name in enumerate(("success", "state_exact"))
     }
+
+
+def shown_answers(
+    boards: Sequence[Board],
+    answers: Sequence[scoring.Answer],
+    picture: Callable[[Board], np.ndarray],
+) -> list[Picture]:
+    """The first `SHOWN` boards with the routes of their answers; the caption is the answer."""
+    shown = []
+    for board, answer in zip(boards[:SHOWN], answers, strict=False):
+        parsed = rules.parse_plan(answer.text, board.task)
+        outcome = rules.play(board.state, board.task, parsed)
+        drawn = draw_route(picture(board), board.task, board.state, parsed.plan)
+        said = "success" if outcome.success else f"no success: {outcome.reason}"
+        name = f"boards/{board.task}_{board.level}_{board.index:04d}"
+        shown.append(Picture(name, drawn, f"{said}\n{answer.text}"))
+    return shown
 
 
 def spread(boards: Sequence[Board], count: int) -> list[Board]:

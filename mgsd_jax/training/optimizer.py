@@ -70,6 +70,17 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     return optax.chain(*parts)
 
 
+def learning_rate(train_state: TrainState, optim: OptimConfig, steps: int) -> jax.Array:
+    """The rate of the next update, [] float32, by the optimizer's own count of updates.
+
+    It leaves out those that were skipped, which `TrainState.step` does not. An optimizer without a
+    count has no schedule: then the step counts.
+    """
+    counts = optax.tree.get_all_with_path(train_state.opt_state, "count")
+    count = counts[-1][1] if counts else train_state.step
+    return jnp.float32(make_schedule(optim, steps)(count))
+
+
 def init(
     params: Params,
     tx: optax.GradientTransformation,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,6 +21,7 @@ from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.workdir import checkpoint, metrics, signals, traces
 from mgsd_jax.workdir.folders import Claim
 from mgsd_jax.workdir.progress import Progress, mean_cost, open_progress
+from mgsd_jax.workdir.sinks import Picture
 
 AnyLoader = Loader[Any, Any] | WithRecords  # of either stage
 Measured = dict[str, Mean | means.Array]  # a scalar that is no Mean is not averaged
@@ -127,6 +128,11 @@ class Session:
                 EXIT_STOPPED,
             )
         self.tracer.begin(step + 1)
+
+    def show(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Shows pictures where the metrics of update `step` are shown."""
+        if self.writer is not None:
+            self.writer.show(step, pictures)
 
     def _gather_metrics(self, measured: Measured) -> tuple[dict[str, float], bool]:
         """The metrics as floats, and whether any process was asked to stop: the same everywhere.

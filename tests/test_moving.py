@@ -186,9 +186,9 @@ def test_an_export_that_moved_along_is_replaced(
 
 PROGRAM = """
 import sys
-from mgsd_jax import main
+from mgsd_jax import command_line, main
 workdir, stages, *settings = sys.argv[1:]
-config = main.load_config("nano", settings)
+config = command_line.load_config("nano", settings)
 for stage in stages.split(","):
     main.STAGES[stage](config, workdir)
 """

@@ -141,7 +141,8 @@ def test_validated_boards_are_shown_with_their_routes() -> None:
         for row, column in ENVS[board.task].trace(board.state, plan):
             middle = changed[row * 32 + 12 : row * 32 + 20, column * 32 + 12 : column * 32 + 20]
             assert middle.any(), (board.task, row, column)
-    wrong = routes.draw_route(picture(boards[0]), "maze", boards[0].state, plans[0][:1])
+    board, plan = max(zip(boards, plans, strict=True), key=lambda pair: len(pair[1]))
+    wrong = routes.draw_route(picture(board), board.task, board.state, plan[:-1])
     assert (wrong == routes.WRONG).all(-1).any() and not (wrong == routes.RIGHT).all(-1).any()
 
 

@@ -94,7 +94,7 @@ run() {
   log=$(cd "$folder" && pwd)/$(hostname).log
   echo "$command" >"$STATE/command"
   echo "$log" >"$STATE/log"
-  rm -f "$STATE/code"
+  rm -f "$STATE/code" "$STATE/asked"
   setsid bash "$ROOT/launch/host.sh" loop "$stages" "$restarts" "$copy_to" "$@" \
     >>"$log" 2>&1 </dev/null &
   echo "$!" >"$STATE/pid"
@@ -161,7 +161,7 @@ logs() {
   if ! take_lock; then
     status=running
   elif [ -f "$STATE/code" ]; then
-    status="ended with code $(cat "$STATE/code")"
+    status="ended with code $(cat "$STATE/code")$([ ! -f "$STATE/asked" ] || echo ', as asked')"
   else
     status="killed"
   fi
@@ -185,6 +185,7 @@ stop() {
     return
   fi
   pid=$(cat "$STATE/pid")
+  touch "$STATE/asked"
   kill -TERM -- "-$pid" 2>/dev/null || true
   until flock -n 9; do
     if [ "$waited" -ge "$seconds" ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A TPU slice from the request to the deletion, over gcloud queued resources:
-#   bash launch/tpu.sh create|status|setup|ssh|run|logs|stop|delete [options] [-- words for the hosts]
+#   bash launch/tpu.sh up|create|status|setup|ssh|run|logs|stop|delete [options] [-- words for the hosts]
 # `bash launch/tpu.sh help` lists the options. Every command may be given again: what is done
 # already is said and left alone. With --dry-run the commands are printed and none is run.
 set -euo pipefail
@@ -15,6 +15,8 @@ usage() {
 usage: bash launch/tpu.sh COMMAND [options] [-- words for the hosts]
 
 commands
+  up       create, setup, weights and run in one: whatever of it is done already is left alone, and
+           a slice that was taken away (Spot) is asked for anew; --wait stays until the run ends
   create   ask for the slice (or slices); --wait stays until it is there
   status   say in which state the request is
   setup    send this checkout, without what git ignores, to every host and install it
@@ -30,14 +32,20 @@ settings: flags, or the variables beside them
   --name NAME        TPU_NAME      name of the request; its nodes are NAME, or NAME-0, NAME-1, ...
   --project PROJECT  TPU_PROJECT   Google Cloud project
   --zone ZONE        TPU_ZONE      such as us-west4-a
-  --type TYPE        TPU_TYPE      create: accelerator type, such as v5litepod-16, v6e-8, v5p-16
+  --type TYPE        TPU_TYPE      up, create: accelerator type, such as v5litepod-16, v6e-8, v5p-16
   --slices N         TPU_SLICES    number of slices that train together (1)
-  --runtime VERSION  TPU_RUNTIME   create: VM image; follows from the type if not given
-  --network NAME     TPU_NETWORK   create: VPC network, if not the default one
-  --spot | --reserved              create: a Spot VM, or one of your reservation
-  --wait                           create: return when the slice is there
-  --stages A,B,...                 run: these stages one after the other, instead of --stage
-  --restarts N                     run: how often a stage that died is started anew (0)
+  --runtime VERSION  TPU_RUNTIME   up, create: VM image; follows from the type if not given
+  --network NAME     TPU_NETWORK   up, create: VPC network, if not the default one
+  --service-account ADDRESS        TPU_SERVICE_ACCOUNT   up, create: whose rights the hosts have
+  --labels KEY=VALUE,...           TPU_LABELS            up, create: for the bill
+  --data-disk source=DISK,mode=read-only                 TPU_DATA_DISK
+                                   up, create: a disk that every host gets
+  --spot | --reserved              up, create: a Spot VM, or one of your reservation
+  --wait                           create: return when the slice is there; up: when the run ended
+  --weights FROM                   up: what to put into models/ on every host, a model of Hugging
+                                   Face such as Qwen/Qwen3-VL-4B-Instruct, or a folder gs://...
+  --stages A,B,...                 up, run: these stages one after the other, instead of --stage
+  --restarts N                     up, run: how often a stage that died is started anew (0)
   --worker N|all                   logs, ssh: this host of each slice (all)
   --lines N                        logs: how many lines (20)
   --follow                         logs: go on showing what is added, of one host
@@ -114,6 +122,10 @@ parse() {
       --slices) SLICES=$value ;;
       --runtime) RUNTIME=$value ;;
       --network) NETWORK=$value ;;
+      --service-account) SERVICE_ACCOUNT=$value ;;
+      --labels) LABELS=$value ;;
+      --data-disk) DATA_DISK=$value ;;
+      --weights) WEIGHTS=$value ;;
       --stages) STAGES=$value ;;
       --restarts) RESTARTS=$value ;;
       --worker) WORKER=$value ;;
@@ -135,10 +147,13 @@ check() {
   for flag in ${GIVEN[@]+"${GIVEN[@]}"}; do
     case "$COMMAND $flag" in
       "create --spot" | "create --reserved" | "create --wait") ;;
+      "up --spot" | "up --reserved" | "up --wait" | "up --weights") ;;
       "run --stages" | "run --restarts" | "run --" | "ssh --" | "ssh --worker") ;;
+      "up --stages" | "up --restarts" | "up --") ;;
       "logs --worker" | "logs --lines" | "logs --follow" | "stop --seconds") ;;
       *" --name" | *" --project" | *" --zone" | *" --slices" | *" --dry-run") ;;
       *" --type" | *" --runtime" | *" --network") ;;
+      *" --service-account" | *" --labels" | *" --data-disk") ;;
       *) fail "$COMMAND: got $flag, which it has no use for, want what 'bash launch/tpu.sh help' lists for it" ;;
     esac
   done
@@ -151,6 +166,10 @@ check() {
   want_word --type "$TYPE" '(v[0-9][a-z0-9]*-[0-9]+)?' 'an accelerator type such as v5litepod-16'
   want_word --runtime "$RUNTIME" '([a-z0-9][-a-z0-9._]*)?' 'a VM image such as v2-alpha-tpuv6e'
   want_word --network "$NETWORK" '([a-z]([-a-z0-9/.:]*[a-z0-9])?)?' 'the name of a VPC network'
+  want_word --service-account "$SERVICE_ACCOUNT" '([a-z0-9][-a-z0-9.]*@[a-z0-9][-a-z0-9.]*)?' 'an address such as trainer@my-project.iam.gserviceaccount.com'
+  want_word --labels "$LABELS" '([a-z][-_a-z0-9]*=[-_a-z0-9]*(,[a-z][-_a-z0-9]*=[-_a-z0-9]*)*)?' 'KEY=VALUE pairs with commas between them, in small letters'
+  want_word --data-disk "$DATA_DISK" '(source=[a-z0-9][-a-z0-9./:]*(,mode=(read-only|read-write))?)?' 'source=projects/P/zones/Z/disks/DISK,mode=read-only'
+  want_word --weights "$WEIGHTS" '(gs://[A-Za-z0-9][-A-Za-z0-9._]*(/[-A-Za-z0-9._]+)+|[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*)?' 'a model such as Qwen/Qwen3-VL-4B-Instruct, or a folder gs://BUCKET/...'
   want_word --worker "$WORKER" 'all|0|[1-9][0-9]{0,8}' "'all' or the number of a host, from 0"
   [ -z "$STAGES" ] || want_stages "$STAGES"
   want_number --slices "$SLICES" 1
@@ -166,6 +185,7 @@ runtime_of() { # accelerator type
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
+    tpu7x-*) fail "--type: got $1, which Google rents through GKE alone, want docs/pods.md (Kubernetes) for it" ;;
     *) fail "--runtime is required, the VM image of type $1 (known: v2- to v4-, v5litepod-, v5p-, v6e-)" ;;
   esac
 }
@@ -183,7 +203,7 @@ nodes() {
 state() {
   local answer errors
   errors=$(mktemp)
-  if answer=$(gcloud alpha compute tpus queued-resources describe "$NAME" "${PLACE[@]}" \
+  if answer=$(gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" \
     '--format=value(state.state)' 2>"$errors"); then
     rm -f "$errors"
     echo "${answer:-UNKNOWN}"
@@ -200,7 +220,7 @@ state() {
 # Sets FOUND to the state; a dry run prints the question and takes $1 for the answer.
 ask_state() {
   if [ -n "$DRY_RUN" ]; then
-    perform gcloud alpha compute tpus queued-resources describe "$NAME" "${PLACE[@]}" \
+    perform gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" \
       '--format=value(state.state)'
     FOUND=$1
   else
@@ -235,6 +255,12 @@ on_hosts() { # worker command
 }
 
 create() {
+  ask_for_slice
+  if [ -z "$WAIT" ] || [ -n "$DRY_RUN" ]; then return; fi
+  wait_for_slice
+}
+
+ask_for_slice() {
   want --type TPU_TYPE "$TYPE"
   [ ${#CAPACITY[@]} -le 1 ] || fail "got --spot and --reserved, want at most one of them"
   RUNTIME=${RUNTIME:-$(runtime_of "$TYPE")}
@@ -243,16 +269,20 @@ create() {
     ABSENT)
       local shape=(--node-id "$NAME")
       [ "$SLICES" -eq 1 ] || shape=(--node-count "$SLICES" --node-prefix "$NAME")
-      perform gcloud alpha compute tpus queued-resources create "$NAME" "${PLACE[@]}" \
+      perform gcloud compute tpus queued-resources create "$NAME" "${PLACE[@]}" \
         "${shape[@]}" --accelerator-type "$TYPE" --runtime-version "$RUNTIME" \
-        ${CAPACITY[@]+"${CAPACITY[@]}"} ${NETWORK:+--network "$NETWORK"}
+        ${CAPACITY[@]+"${CAPACITY[@]}"} ${NETWORK:+--network "$NETWORK"} \
+        ${SERVICE_ACCOUNT:+--service-account "$SERVICE_ACCOUNT"} ${LABELS:+--labels "$LABELS"} \
+        ${DATA_DISK:+--data-disk "$DATA_DISK"}
       ;;
     FAILED | SUSPENDED | SUSPENDING)
       fail "$NAME: got state $FOUND, want a new request; run 'bash launch/tpu.sh delete' first"
       ;;
     *) echo "tpu: $NAME is there already, state $FOUND" ;;
   esac
-  if [ -z "$WAIT" ] || [ -n "$DRY_RUN" ]; then return; fi
+}
+
+wait_for_slice() {
   until ask_state ACTIVE && [ "$FOUND" = ACTIVE ]; do
     case $FOUND in
       FAILED | SUSPENDED | SUSPENDING | ABSENT) fail "$NAME: got state $FOUND, want ACTIVE" ;;
@@ -283,7 +313,8 @@ tar -xzf ../$FOLDER.tgz; tar -tzf ../$FOLDER.tgz > .sent; bash launch/host.sh in
   [ -n "$DRY_RUN" ] || echo "tpu: $NAME is set up"
 }
 
-start() {
+# Refuses arguments of the program that lack what every run needs.
+check_program() {
   local argument has_stage=$STAGES has_config='' has_workdir=''
   for argument in ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}; do
     case $argument in
@@ -295,9 +326,13 @@ start() {
       --workdir | --workdir=*) has_workdir=yes ;;
     esac
   done
-  [ -n "$has_stage" ] || fail "run: --stage after --, or --stages, is required"
-  [ -n "$has_config" ] || fail "run: --config is required after --"
-  [ -n "$has_workdir" ] || fail "run: --workdir is required after -- (gs://... on several hosts)"
+  [ -n "$has_stage" ] || fail "$COMMAND: --stage after --, or --stages, is required"
+  [ -n "$has_config" ] || fail "$COMMAND: --config is required after --"
+  [ -n "$has_workdir" ] || fail "$COMMAND: --workdir is required after -- (gs://... on several hosts)"
+}
+
+start() {
+  check_program
   hand_over
   want_active
   on_hosts all "cd $FOLDER && ${HANDED}bash launch/host.sh run --restarts=$RESTARTS$(
@@ -321,6 +356,66 @@ hand_over() {
     words+=("$name=${!name}")
   done
   if [ ${#words[@]} -gt 0 ]; then HANDED="$(quote_all env "${words[@]}") "; fi
+}
+
+# Puts the weights into models/ of every host; files that are there already are not loaded again.
+fetch_weights() {
+  local folder=models/${WEIGHTS##*/} path="export PATH=\"\${VENV:-\$PWD/.venv}/bin:\$PATH\""
+  case $WEIGHTS in
+    gs://*) on_hosts all "cd $FOLDER && mkdir -p $folder && gcloud storage rsync -r $WEIGHTS $folder" ;;
+    *) on_hosts all "cd $FOLDER && $path && hf download $WEIGHTS --local-dir $folder" ;;
+  esac
+}
+
+# Sets FOUND to what the runs of the hosts are at, a line a host; fails where no host can say.
+ask_runs() {
+  FOUND=$(on_hosts all "cd $FOLDER 2>/dev/null && bash launch/host.sh logs --lines=0 || echo '== nothing here'") || return 1
+  FOUND=$(grep '^== ' <<<"$FOUND") || return 1
+}
+
+# The slice and the run on it, from whatever state they are in; a dry run prints all of it.
+bring_up() {
+  ask_state ABSENT
+  case $FOUND in
+    FAILED | SUSPENDED)
+      echo "tpu: $NAME is $FOUND, asking for it anew"
+      delete
+      ;;
+    SUSPENDING) fail "$NAME: got state SUSPENDING, want it gone; the same command in a minute goes on" ;;
+  esac
+  ask_for_slice
+  [ -n "$DRY_RUN" ] || wait_for_slice
+  if [ -z "$DRY_RUN" ] && ask_runs && ! grep -q -v ': running, log' <<<"$FOUND"; then
+    echo "tpu: $NAME runs already"
+    return
+  fi
+  setup
+  [ -z "$WEIGHTS" ] || fetch_weights
+  start
+}
+
+up() {
+  want --type TPU_TYPE "$TYPE"
+  check_program
+  while true; do
+    bring_up
+    if [ -z "$WAIT" ] || [ -n "$DRY_RUN" ]; then return; fi
+    while sleep "$POLL_SECONDS" && ask_state ACTIVE && [ "$FOUND" = ACTIVE ]; do
+      ask_runs || continue # it may be taken away at this moment
+      if ! grep -q -v ': ended with code 0, log' <<<"$FOUND"; then
+        echo "tpu: the run of $NAME has ended"
+        return
+      elif grep -q 'ended with code [0-9]*, as asked' <<<"$FOUND"; then
+        echo "tpu: the run of $NAME was stopped; the same command goes on from there"
+        return
+      elif grep -E ': ended with code (1|2|3|74), log' <<<"$FOUND"; then
+        fail "$NAME: the run has failed, see 'bash launch/tpu.sh logs'"
+      elif ! grep -q -E ': running, log' <<<"$FOUND"; then
+        break # killed everywhere: it goes on from its last checkpoint
+      fi
+    done
+    echo "tpu: $NAME: $(head -n 1 <<<"$FOUND"); bringing it up again"
+  done
 }
 
 on_every_host() {
@@ -347,7 +442,7 @@ delete() {
     echo "tpu: $NAME is not there, nothing to delete"
     return
   fi
-  perform gcloud alpha compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
+  perform gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
 }
 
 COMMAND=${1:-help}
@@ -359,6 +454,10 @@ TYPE=${TPU_TYPE:-}
 SLICES=${TPU_SLICES:-1}
 RUNTIME=${TPU_RUNTIME:-}
 NETWORK=${TPU_NETWORK:-}
+SERVICE_ACCOUNT=${TPU_SERVICE_ACCOUNT:-}
+LABELS=${TPU_LABELS:-}
+DATA_DISK=${TPU_DATA_DISK:-}
+WEIGHTS=''
 POLL_SECONDS=${TPU_POLL_SECONDS:-30}
 STAGES='' RESTARTS=0 WORKER=all LINES_SHOWN=20 SECONDS_TO_STOP=300 WAIT='' FOLLOW='' DRY_RUN=''
 CAPACITY=() ARGUMENTS=() GIVEN=() FOUND='' HANDED=''
@@ -368,8 +467,8 @@ case $COMMAND in
     usage
     exit 0
     ;;
-  create | status | setup | ssh | run | logs | stop | delete) ;;
-  *) fail "got command '$COMMAND', want create, status, setup, ssh, run, logs, stop or delete" ;;
+  up | create | status | setup | ssh | run | logs | stop | delete) ;;
+  *) fail "got command '$COMMAND', want up, create, status, setup, ssh, run, logs, stop or delete" ;;
 esac
 parse "$@"
 check

@@ -12,10 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
+
+from mgsd_jax import command_line, main
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOSTS = 2  # of a slice
@@ -45,7 +49,7 @@ if "describe" in words:
     if (cloud / "broken").exists():
         sys.exit((cloud / "broken").read_text())
     if not state.exists():
-        sys.exit("ERROR: (gcloud.alpha.describe) NOT_FOUND: Resource 'x' was not found")
+        sys.exit("ERROR: (gcloud.compute.tpus.describe) NOT_FOUND: Resource 'x' was not found")
     left = state.read_text().split()
     print(left[0])
     state.write_text(" ".join(left[1:] or left))
@@ -70,6 +74,8 @@ elif "ssh" in words:
         env |= {{"HOME": str(home)}}
         codes.append(subprocess.run(["bash", "-c", command], cwd=home, env=env).returncode)
     sys.exit(max(codes))
+elif "rsync" in words:
+    pathlib.Path(words[-1], "model.safetensors").write_text("")  # in the folder made for it
 elif "storage" in words:
     source, target = words[-2:]
     (cloud / re.sub("[^A-Za-z0-9.-]", "_", target)).write_text(open(source).read())
@@ -176,7 +182,7 @@ def test_create_asks_for_the_slice_once(cloud: Cloud) -> None:
     cloud.tpu("create", "--spot")
     described, created = cloud.calls()
     place = ["--project=project", "--zone=us-west4-a"]
-    resources = ["alpha", "compute", "tpus", "queued-resources"]
+    resources = ["compute", "tpus", "queued-resources"]
     assert described == [*resources, "describe", "slice", *place, "--format=value(state.state)"]
     shape = ["--node-id", "slice", "--accelerator-type", "v5litepod-16"]
     image = ["--runtime-version", "v2-alpha-tpuv5-lite"]
@@ -303,7 +309,7 @@ def test_a_run_is_detached_one_a_host_and_stops_when_asked(cloud: Cloud) -> None
         text = log.read_text()
         assert "saved\n" in text and text.count("program") == 1, "asked, not killed, not restarted"
     assert cloud.tpu("stop").count("nothing runs") == HOSTS
-    assert cloud.tpu("logs").count("ended with code 15, log") == HOSTS
+    assert cloud.tpu("logs").count("ended with code 15, as asked, log") == HOSTS
 
 
 def test_a_run_that_does_not_leave_is_killed(cloud: Cloud) -> None:
@@ -346,16 +352,64 @@ def test_bad_input_is_not_tried_again_and_ends_the_stages(cloud: Cloud) -> None:
 def test_delete_gives_the_slice_back_and_may_come_twice(cloud: Cloud) -> None:
     cloud.ready()
     cloud.tpu("delete")
-    assert cloud.calls()[-1][4:] == [
+    assert cloud.calls()[-1][3:] == [
         *("delete", "slice", "--project=project", "--zone=us-west4-a", "--force", "--quiet"),
     ]
     assert "slice is not there, nothing to delete" in cloud.tpu("delete")
     assert "slice is ABSENT" in cloud.tpu("status")
 
 
+def test_up_does_all_and_leaves_alone_what_is_done(cloud: Cloud) -> None:
+    program = ["--", "--stage=grounding", "--config=c.py", "--workdir=w", "--do=wait"]
+    said = cloud.tpu("up", "--spot", "--weights=gs://bucket/models/small", *program)
+    parts = ["queued-resources create", "slice is ACTIVE", "is set up", "rsync", "started, log"]
+    assert sorted(parts, key=said.index) == parts
+    before = len(cloud.calls())
+    for home in (cloud.folder / f"slice-w{i}" for i in range(HOSTS)):
+        assert (home / "mgsd_jax" / "models" / "small" / "model.safetensors").exists()
+    assert "slice runs already" in cloud.tpu("up", "--spot", *program)
+    asked = [call for call in cloud.calls()[before:] if "create" in call or "scp" in call]
+    assert not asked, "the slice is there, and its hosts are at work"
+    cloud.tpu("stop")
+
+
+def test_up_asks_anew_for_a_slice_that_was_taken_away(cloud: Cloud) -> None:
+    """A Spot slice stays in the list as SUSPENDED, and its run goes on from the bucket."""
+    (cloud.folder / "state").write_text("SUSPENDED")
+    program = ["--", "--stage=grounding", "--config=c.py", "--workdir=gs://b/r"]
+    said = cloud.tpu("up", "--wait", "--spot", *program, TPU_POLL_SECONDS="1")
+    parts = ["is SUSPENDED, asking", "resources delete", "resources create", "started, log"]
+    assert sorted(parts, key=said.index) == parts
+    assert said.endswith("tpu: the run of slice has ended\n")
+    (cloud.folder / "state").write_text("SUSPENDING")
+    assert "got state SUSPENDING, want it gone" in cloud.tpu("up", *program, code=2)
+
+
+def test_up_waits_for_the_end_goes_on_after_a_kill_and_not_after_a_failure(cloud: Cloud) -> None:
+    program = ["--", "--stage=grounding", "--config=c.py", "--workdir=w"]
+    said = cloud.tpu("up", "--wait", *program, "--do=die once", TPU_POLL_SECONDS="1")
+    assert said.count("started, log") == 2 * HOSTS, "exit code 7 is none of a bad input"
+    assert said.endswith("tpu: the run of slice has ended\n")
+    said = cloud.tpu("up", "--wait", *program, "--do=bad input", code=2, TPU_POLL_SECONDS="1")
+    assert "ended with code 2, log" in said and "slice: the run has failed" in said
+
+
+def test_create_hands_on_account_labels_and_disk(cloud: Cloud) -> None:
+    disk = "source=projects/p/zones/us-west4-a/disks/weights,mode=read-only"
+    given = {"TPU_LABELS": "team=a,run=4b", "TPU_DATA_DISK": disk}
+    cloud.tpu("create", "--service-account=me@p.iam.gserviceaccount.com", **given)
+    assert cloud.calls()[-1][-6:] == [
+        *("--service-account", "me@p.iam.gserviceaccount.com"),
+        *("--labels", "team=a,run=4b", "--data-disk", disk),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "message"),
     [
+        (["up"], {}, "up: --stage after --, or --stages, is required"),
+        (["up", "--", "--stage=a", "--config=c"], {}, "up: --workdir is required after --"),
+        (["create", "--type=tpu7x-8"], {}, "which Google rents through GKE alone"),
         (["create"], {"TPU_NAME": ""}, "--name is required, or TPU_NAME"),
         (["setup"], {"TPU_PROJECT": ""}, "--project is required, or TPU_PROJECT"),
         (["delete"], {"TPU_ZONE": ""}, "--zone is required, or TPU_ZONE"),
@@ -366,7 +420,7 @@ def test_delete_gives_the_slice_back_and_may_come_twice(cloud: Cloud) -> None:
         (["create", "--spot", "--reserved"], {}, "want at most one of them"),
         (["create", "--colour=red"], {}, "got --colour, want one of the options"),
         (["create", "--zone"], {}, "--zone: a value is required"),
-        (["fly"], {}, "got command 'fly', want create, status, setup, ssh, run, logs, stop or"),
+        (["fly"], {}, "got command 'fly', want up, create, status, setup, ssh, run, logs, stop or"),
         (["setup"], {}, "slice: got state ABSENT, want ACTIVE"),
         (["ssh"], {}, "ssh: a command for the hosts is required after --"),
         (["run"], {}, "run: --stage after --, or --stages, is required"),
@@ -401,6 +455,10 @@ def test_what_is_missing_or_wrong_is_said(
             ("create", "--type", ("*", "v5p", "v5p-", "v5p-16 ", "V5P-16", "v5p-16;ls")),
             ("create", "--runtime", ("*", "a b", "-x", "$HOME")),
             ("create", "--network", ("*", "a b", "-x", "a;b")),
+            ("create", "--service-account", ("*", "me", "a b@c", "a@b;ls", "A@B")),
+            ("create", "--labels", ("a", "a=b,", "A=b", "a=b c", "a=$HOME", "=b")),
+            ("create", "--data-disk", ("disk", "source=", "source=a;ls", "source=a,mode=ro")),
+            ("up", "--weights", ("a", "a/b/c", "/a/b", "gs://b", "gs://b/a b", "a/b;ls", "-a/b")),
             (
                 "delete",
                 "--name",
@@ -418,7 +476,7 @@ def test_every_number_and_name_is_looked_at(
 ) -> None:
     """One line with the flag and what was found, exit code 2, and nothing asked of the cloud."""
     cloud.ready()
-    words = ["--", "--stage=report", "--config=c", "--workdir=w"] if command in "run ssh" else []
+    words = ["--", "--stage=report", "--config=c", "--workdir=w"] if command in "run ssh up" else []
     flags = [f"{variable}={value}"] if variable.startswith("--") else []
     env: dict[str, Any] = {} if flags else {variable: value}
     said = cloud.tpu(command, *flags, *words, code=2, **env)
@@ -462,6 +520,8 @@ def test_a_host_looks_at_its_arguments_itself(cloud: Cloud, arguments: list[str]
         ("status", "--seconds=5"),
         ("ssh", "--lines=5"),
         ("create", "--restarts=1"),
+        ("create", "--weights=a/b"),
+        ("run", "--wait"),
         ("stop", "--"),
         ("delete", "--spot"),
     ],
@@ -533,3 +593,33 @@ def test_scripts_are_clean() -> None:
     files = sorted(map(str, (ROOT / "launch").glob("*.sh")))
     done = subprocess.run([shellcheck, *files], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_jobset_starts_a_stage_that_there_is() -> None:
+    jobset = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    (program,), (weights,) = pod["containers"], pod["initContainers"]
+    flags = dict(word.split("=", 1) for word in program["command"] if word.startswith("--stage="))
+    assert flags["--stage"] in main.STAGES
+    config, setting = "qwen3vl:4b", program["command"][-1]
+    assert f"--config=configs/{config.replace(':', '.py:')}" in program["command"]
+    folder = command_line.load_config(config, [setting]).model.path
+    assert weights["command"][-1] == folder
+    (mount,) = program["volumeMounts"]
+    assert folder.startswith(mount["mountPath"] + "/") and weights["volumeMounts"] == [mount]
+    assert [volume["name"] for volume in pod["volumes"]] == [mount["name"]]
+    # Kubernetes takes a failure policy only of pods that are never restarted in place.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    codes = {"containerName": program["name"], "operator": "In", "values": [2, 3]}
+    assert pod["restartPolicy"] == "Never" and rule["onExitCodes"] == codes
+
+
+def test_the_image_takes_folders_and_extras_that_there_are() -> None:
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert {"mgsd_jax", "configs", "launch"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = [line.partition("=")[2] for line in lines if line.startswith("ARG EXTRAS=")]
+    assert set(extras.split(",")) <= known["optional-dependencies"].keys()

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config, LoraConfig
 from mgsd_jax.data import batching, positions
@@ -97,7 +98,7 @@ def make_config(options: argparse.Namespace) -> Config:
 def make_prompts(config: Config, model: ModelConfig) -> batching.PromptBatch:
     """Prompts of random text that fill their buckets, the student's with a picture after it."""
     data, rng = config.data, np.random.default_rng(0)
-    side = math.isqrt(data.patch_buckets[-1])
+    side = math.isqrt(config_lib.sizes(data.patch_buckets)[-1])
     grid, merge = (1, side, side), model.vision.spatial_merge_size
     where = positions.interpolation(grid, merge_size=merge, table_side=model.vision.grid_side)
     count = positions.token_count(grid, merge)
@@ -107,7 +108,7 @@ def make_prompts(config: Config, model: ModelConfig) -> batching.PromptBatch:
         return rng.integers(0, min(ids), length).astype(np.int32)
 
     def student() -> Encoded:
-        tokens = text(data.prompt_buckets[-1])
+        tokens = text(config_lib.sizes(data.prompt_buckets)[-1])
         start = len(tokens) - count - 8  # what the chat template writes after the picture
         tokens[start - 1], tokens[start + count] = ids[2], model.vision_end_token_id
         tokens[start : start + count] = model.image_token_id
@@ -117,11 +118,11 @@ def make_prompts(config: Config, model: ModelConfig) -> batching.PromptBatch:
     rows = range(config.distillation.batch_size)
     return batching.prompt_batch(
         [student() for _ in rows],
-        [Encoded(text(data.teacher_buckets[-1]), ()) for _ in rows],
-        student_length=data.prompt_buckets[-1],
-        teacher_length=data.teacher_buckets[-1],
+        [Encoded(text(config_lib.sizes(data.teacher_buckets)[-1]), ()) for _ in rows],
+        student_length=config_lib.sizes(data.prompt_buckets)[-1],
+        teacher_length=config_lib.sizes(data.teacher_buckets)[-1],
         pad_id=0,
-        patch_buckets=data.patch_buckets,
+        patch_buckets=config_lib.sizes(data.patch_buckets),
         max_pictures=1,
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, LoraConfig, OptimConfig
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.parallel import sharding
@@ -81,7 +82,8 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits are held")
     arguments = parser.parse_args()
     recipe: Config = runpy.run_path(str(ROOT / "configs" / "gpu_4b.py"))["get_config"]()
-    prompt, context = recipe.data.prompt_buckets[-1], recipe.data.teacher_buckets[-1]
+    prompt = config_lib.sizes(recipe.data.prompt_buckets)[-1]
+    context = config_lib.sizes(recipe.data.teacher_buckets)[-1]
     longest = max(prompt, context) + arguments.tokens
     settings = recipe.distillation
     found = []

@@ -43,7 +43,8 @@ def rooms(config: config_lib.Config) -> dict[str, int]:
     """The most tokens that a recipe has room for, by kind."""
     data = config.data
     prompt, teacher, record = map(
-        max, (data.prompt_buckets, data.teacher_buckets, data.sequence_buckets)
+        lambda buckets: max(config_lib.sizes(buckets)),
+        (data.prompt_buckets, data.teacher_buckets, data.sequence_buckets),
     )
     return {
         **dict.fromkeys(get_args(config_lib.Mode), prompt),

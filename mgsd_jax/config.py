@@ -33,6 +33,7 @@ Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
 # Sampling parameters that a request to an endpoint may have; servers differ in what they accept.
 Parameter = Literal["max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed"]
+AUTO = "auto"
 SENT: tuple[Parameter, ...] = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 Sink = Literal["tensorboard", "wandb", "trackio"]
 Benchmark = Literal[
@@ -64,7 +65,8 @@ Path = Annotated[str, Items(1), Place()]
 PathOrNone = Annotated[str, Place()]
 Paths = Annotated[tuple[Path, ...], Items()]
 Pattern = Annotated[str, Regex()]
-Buckets = Annotated[tuple[Count, ...], Items(1), FREE]
+# Sizes that a batch is padded to, each a program of its own; auto: see data/buckets.py.
+Buckets = Annotated[tuple[Count, ...] | Literal["auto"], Items(1), FREE]
 Devices = Annotated[int, Between(1, 10**6, also=-1)]
 Pixels = Annotated[int, Between(8, 4096, also=0)]
 Width = Annotated[int, Between(1, 10**5)]
@@ -125,7 +127,8 @@ class DataConfig:
     sprites: Literal["usual", "other"] = "usual"  # other: things drawn as no board has them
     exclude: Paths = ()  # benchmark folders whose boards never enter a split
     prompts: PathOrNone = ""  # folder of text files that replace prompts; '': the built-in ones
-    # lengths that student prompts are padded to, picture included; each is a program of its own
+    # lengths that student prompts are padded to, picture included; each is a program of its own,
+    # and auto measures the run's own prompts
     prompt_buckets: Buckets = (512, 1024)
     teacher_buckets: Buckets = (512, 1024, 2048)  # lengths that prompts with the text are padded to
     sequence_buckets: Buckets = (1024, 2048)  # lengths of a grounding record, prompt and answer
@@ -517,6 +520,13 @@ def _lines(section: Any, prefix: str) -> Iterator[str]:
             items = "".join(f"    {item!r},\n" for item in value)
             line = f"{prefix}{field.name}=(\n{items})"
         yield line
+
+
+def sizes(buckets: tuple[int, ...] | Literal["auto"]) -> tuple[int, ...]:
+    """The buckets as numbers. Raises ValueError for 'auto', which `buckets.fitted` replaces."""
+    if isinstance(buckets, str):
+        raise ValueError(f"buckets: got {buckets!r}, want numbers here")
+    return buckets
 
 
 def picture_size(data: DataConfig, level: int) -> int:

@@ -37,7 +37,8 @@ class Setup:
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     workdir = tmp_path_factory.mktemp("distillation")
     config = tiny_config(pathlib.Path(workdir))
-    longer = tuple(width + 8 for width in config.data.teacher_buckets)  # than the student's prompts
+    # Longer than the student's prompts.
+    longer = tuple(width + 8 for width in c.sizes(config.data.teacher_buckets))
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, teacher_buckets=longer)
     )

@@ -230,13 +230,13 @@ def test_arithmetic_is_that_of_the_stage(config: Config) -> None:
     rows, width = config.distillation.batch_size, config.distillation.sampling.max_new_tokens
     pictured = flops.forward_flops(
         student.config,
-        tokens=config.data.prompt_buckets[-1] + width,
-        patches=config.data.patch_buckets[-1],
+        tokens=config_lib.sizes(config.data.prompt_buckets)[-1] + width,
+        patches=config_lib.sizes(config.data.patch_buckets)[-1],
         predicted=width,
     )
     read = flops.forward_flops(
         student.config,
-        tokens=config.data.teacher_buckets[-1] + width,
+        tokens=config_lib.sizes(config.data.teacher_buckets)[-1] + width,
         patches=0,
         predicted=width,
     )

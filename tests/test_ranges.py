@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -55,6 +55,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
     float: ("fast", None, True, (), [1.0], {}, *NUMBERS),
     bool: (None, 0, 1, 1.0, "yes", [True]),
     str: (None, 3, b"a", ("a",), {}, "a\0b"),
+    Union: (None, 3, 1.5, "some text", {}, (None,), ((),), (object(),)),
     tuple: (None, 3, "some text", {}, (None,), ((),), (object(),)),
     Literal: (None, 0, "", "neither", ["a"], math.nan),
 }
@@ -63,6 +64,7 @@ TEXTS: dict[Any, tuple[str, ...]] = {
     float: ("fast", "", "None", "-2", "1e300", "1e999"),
     bool: ("yes", "", "1", "None"),
     tuple: ("3", "None", "(None,)"),
+    Union: ("3", "None", "(None,)", "automatic"),
     Literal: ("neither", ""),
 }
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 Hint = Any  # an annotation: a type, Annotated[...], Literal[...], tuple[...], X | None
+_UNIONS = (types.UnionType, typing.Union)
 FREE = "free"  # tag of a field that changes no result: a run may be resumed with another value
 
 
@@ -157,8 +158,16 @@ def coerce(value: object, kind: Hint, where: str) -> Any:
         if not isinstance(value, str) or value not in kinds:
             raise wrong
         return value
-    if origin is types.UnionType:  # X | None
-        return None if value is None else coerce(value, kinds[0], where)
+    if origin in _UNIONS:  # X | None, X | Literal
+        if value is None and type(None) in kinds:
+            return None
+        if isinstance(value, str) and get_origin(kinds[1]) is Literal:
+            if value not in get_args(kinds[1]):
+                raise wrong
+            return value
+        if get_origin(kinds[0]) is tuple and not isinstance(value, list | tuple):
+            raise wrong
+        return coerce(value, kinds[0], where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise wrong
@@ -251,7 +260,7 @@ def spell(kind: Hint) -> str:
         if kinds[1:] == (Ellipsis,):
             return f"a tuple, each item {spell(kinds[0])}"
         return f"({'; '.join(map(spell, kinds))})"
-    if origin is types.UnionType:
+    if origin in _UNIONS:
         return " or ".join(map(spell, kinds))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(kind, kind.__name__)
@@ -262,7 +271,9 @@ def _spell(kind: Hint) -> str:
     if origin is Annotated:
         return _spell(kinds[0])
     if origin is Literal:
-        return f"one of {kinds}"
+        return f"one of {kinds}" if len(kinds) > 1 else repr(kinds[0])
+    if origin in _UNIONS:
+        return " or ".join(map(_spell, kinds))
     if origin is tuple:
         inner = ["..." if k is Ellipsis else _spell(k) for k in kinds]
         return f"tuple[{', '.join(inner)}]"

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import Config, TeacherContext
+from mgsd_jax.config import Config, TeacherContext, sizes
 from mgsd_jax.data import batching
 from mgsd_jax.data.benchmarks import benchmark_keys
 from mgsd_jax.data.boards import Board, LazyBoards, read_split
@@ -119,11 +119,11 @@ def grounding_loader(
 
     def measure(examples: Sequence[tuple[Encoded, int]]) -> Sizes:
         rows = [row for row, _ in examples]
-        tokens = batching.token_bucket(rows, data.sequence_buckets, name="an example")
-        return tokens, batching.patch_bucket(rows, data.patch_buckets) if pictures else 0
+        tokens = batching.token_bucket(rows, sizes(data.sequence_buckets), name="an example")
+        return tokens, batching.patch_bucket(rows, sizes(data.patch_buckets)) if pictures else 0
 
-    def pad(examples: Sequence[tuple[Encoded, int]], sizes: Sizes) -> batching.GroundingBatch:
-        length, patches = sizes
+    def pad(examples: Sequence[tuple[Encoded, int]], shape: Sizes) -> batching.GroundingBatch:
+        length, patches = shape
         return batching.grounding_batch(
             examples,
             length=length,
@@ -196,13 +196,13 @@ def prompt_loader(
         students = [example.student for example in examples]
         teachers = [example.teacher for example in examples]
         return (
-            batching.token_bucket(students, data.prompt_buckets, name="a student prompt"),
-            batching.token_bucket(teachers, data.teacher_buckets, name="a teacher prompt"),
-            batching.patch_bucket(students, data.patch_buckets),
+            batching.token_bucket(students, sizes(data.prompt_buckets), name="a student prompt"),
+            batching.token_bucket(teachers, sizes(data.teacher_buckets), name="a teacher prompt"),
+            batching.patch_bucket(students, sizes(data.patch_buckets)),
         )
 
-    def pad(examples: Sequence[PromptExample], sizes: Sizes) -> PromptRows:
-        student_length, teacher_length, patches = sizes
+    def pad(examples: Sequence[PromptExample], shape: Sizes) -> PromptRows:
+        student_length, teacher_length, patches = shape
         rows = [row for row in examples for _ in range(rollouts)]
         batch = batching.prompt_batch(
             [row.student for row in rows],

@@ -26,6 +26,9 @@ from jax.sharding import Mesh
 from mgsd_jax import config as config_lib
 from mgsd_jax.checks import fields
 from mgsd_jax.config import Config
+from mgsd_jax.data import buckets
+from mgsd_jax.data.encoder import load_encoder
+from mgsd_jax.data.processor import load_processor
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight import kept
@@ -52,6 +55,7 @@ def run(config: Config, workdir: str) -> None:
     if config.preflight.hbm_gib:
         chip = dataclasses.replace(chip, hbm_gib=config.preflight.hbm_gib)
     check_batches(config, mesh)
+    config = _fitted(config)
 
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,16 @@ def run(config: Config, workdir: str) -> None:
         text = render(config, mesh, chip, list(results.values()), _command())
         (folder / "preflight.md").write_text(text)
     print((folder / "preflight.md").read_text())
+
+
+def _fitted(config: Config) -> Config:
+    """The config with numbers in place of 'auto', which need the tokenizer of `model.path`."""
+    data = config.data
+    given = (data.prompt_buckets, data.teacher_buckets, data.sequence_buckets, data.patch_buckets)
+    if config_lib.AUTO not in given:
+        return config
+    encoder = load_encoder(data, load_processor(config.model.path))
+    return dataclasses.replace(config, data=buckets.fitted(encoder, config).data)
 
 
 def _command() -> str:

@@ -79,7 +79,7 @@ def _grounding(config: Config, mesh: Mesh) -> Iterator[Program]:
     model = make_model(config, settings.student, mesh)
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
     state, frozen = _state(config, model, settings.optim, settings.lora, tx)
-    rows, length = settings.batch_size, config.data.sequence_buckets[-1]
+    rows, length = settings.batch_size, config_lib.sizes(config.data.sequence_buckets)[-1]
     batch = _records(config, model, rows)
     update, _ = grounding.make_update(model, settings, tx)
     work = roofline.update_work(
@@ -105,7 +105,8 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
     rows, *asked = config_lib.update_rows(settings).values()
     width = settings.sampling.max_new_tokens
     yield from _rollout(config, student, variables, rows, settings.sampling, held)
-    prompt, context = config.data.prompt_buckets[-1], config.data.teacher_buckets[-1]
+    prompt = config_lib.sizes(config.data.prompt_buckets)[-1]
+    context = config_lib.sizes(config.data.teacher_buckets)[-1]
     batch = DistillationBatch(
         student=_inputs(config, student, rows, prompt, has_picture=True),
         teacher=_inputs(config, teacher, rows, context, has_picture=False),
@@ -174,7 +175,7 @@ def _rollout(
             kept - roofline.chip_bytes(variables),
             roofline.layout_work(variables, laid_out),
         )
-    length, slots = config.data.prompt_buckets[-1], sampling.max_new_tokens
+    length, slots = config_lib.sizes(config.data.prompt_buckets)[-1], sampling.max_new_tokens
     inputs = _placed(_inputs(config, model, rows, length, has_picture=True), mesh)
     # How many ids end a row shapes the program, which ones does not.
     banned = (model.config.image_token_id, model.config.video_token_id)
@@ -245,7 +246,7 @@ def _inputs(config: Config, model: Qwen3VL, rows: int, length: int, *, has_pictu
 
 
 def _records(config: Config, model: Qwen3VL, rows: int) -> GroundingBatch:
-    length = config.data.sequence_buckets[-1]
+    length = config_lib.sizes(config.data.sequence_buckets)[-1]
     return GroundingBatch(
         _inputs(config, model, rows, length, has_picture=True),
         targets=_array((rows, length), jnp.int32),
@@ -254,7 +255,7 @@ def _records(config: Config, model: Qwen3VL, rows: int) -> GroundingBatch:
 
 
 def _patches(config: Config) -> int:
-    return config.data.patch_buckets[-1]
+    return config_lib.sizes(config.data.patch_buckets)[-1]
 
 
 def _array(shape: tuple[int, ...], dtype: DTypeLike) -> Any:  # stands for a jax.Array

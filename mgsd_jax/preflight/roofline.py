@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
 from mgsd_jax.model.flops import block_weights, decode_flops, forward_flops, layer_weights
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -106,7 +107,7 @@ def update_work(
     recomputed = 0 if config.model.remat == "none" else 1
     flops, gathered, reduced = 0.0, 0.0, 0.0
     for place, (model, length, predicted, has_picture) in enumerate(readers):
-        patches = config.data.patch_buckets[-1] if has_picture else 0
+        patches = config_lib.sizes(config.data.patch_buckets)[-1] if has_picture else 0
         forward = forward_flops(model.config, tokens=length, patches=patches, predicted=predicted)
         passes = 1 if place else 2 + recomputed
         flops += rows * forward * (1 if place else 3 + recomputed)

@@ -94,10 +94,10 @@ def _inputs(encoder: Encoder, encoded: Sequence[Encoded], mode: Mode) -> Inputs:
     buckets = encoder.data.teacher_buckets if mode == "text" else encoder.data.prompt_buckets
     return batching.to_inputs(
         encoded,
-        length=batching.token_bucket(encoded, buckets, name=f"a {mode} prompt"),
+        length=batching.token_bucket(encoded, config_lib.sizes(buckets), name=f"a {mode} prompt"),
         side="left",
         pad_id=encoder.processor.pad_id,
-        patch_buckets=encoder.data.patch_buckets,
+        patch_buckets=config_lib.sizes(encoder.data.patch_buckets),
         max_pictures=1,
     )
 

@@ -19,7 +19,7 @@ from etils import epath
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, DistillationConfig
-from mgsd_jax.data import loaders, segments
+from mgsd_jax.data import buckets, loaders, segments
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.boards import Board
@@ -248,7 +248,7 @@ def run(config: Config, workdir: str) -> None:
         )
         teacher = loading.load_teacher(settings, config, mesh, student)
         processor = student.processor
-        encoder = load_encoder(config.data, processor)
+        encoder = buckets.fitted(load_encoder(config.data, processor), config)
         loader = _prompts(config, training, encoder, batches.process_share(mesh))
 
         # Three programs a step: lay the weights out for decoding; sample; then teacher, student,

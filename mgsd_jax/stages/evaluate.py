@@ -19,7 +19,7 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, EvaluateConfig, Mode
-from mgsd_jax.data import benchmarks, loaders
+from mgsd_jax.data import benchmarks, buckets, loaders
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board, case_name
 from mgsd_jax.data.encoder import load_encoder
@@ -258,6 +258,7 @@ def _local_asker(source: str, config: Config, boards: Sequence[Board]) -> Asker:
     loaded = loading.load(source, config, mesh, is_frozen=True)
     base = load_encoder(config.data, loaded.processor)
     encoder = BenchmarkEncoder(base.processor, base.prompts, base.data)
+    encoder = buckets.fitted(encoder, config, boards)
     answer = make_answerer(loaded.model, encoder, settings, config.seed)
     variables = sharding.make_layout(mesh, loaded.model.dtype)({"params": loaded.params})
 

@@ -16,7 +16,7 @@ from etils import epath
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, DistillationConfig, GroundingConfig
-from mgsd_jax.data import loaders
+from mgsd_jax.data import buckets, loaders
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.data.records import check_kinds
@@ -138,7 +138,7 @@ def run(config: Config, workdir: str) -> None:
         # Records from the training boards, and fixed ones from the validation boards.
         make_loader = functools.partial(
             loaders.grounding_loader,
-            encoder=load_encoder(config.data, student.processor),
+            encoder=buckets.fitted(load_encoder(config.data, student.processor), config),
             mixture=settings.mixture,
             batch_size=settings.batch_size,
             process=batches.process_share(mesh),

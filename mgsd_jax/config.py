@@ -257,6 +257,19 @@ class DistillationConfig:
     # Share of the rows that are questions about a picture, learned as in grounding, in place of
     # rollouts; their gradient has this share of the step. See optimizer.blend.
     grounding_share: Decay = 0.0
+    # Above 0 a token weighs as much as another board would change the teacher's distribution over
+    # it, divided by the mean of its response, and this at most. See lessons.contrast_weights.
+    contrast_cap: Amount = 0.0
+    # Weight of a response that neither states the board right nor solves it; below 1, one that
+    # was truncated has none. It applies once the success on the validation boards, in (0, 1], has
+    # reached wrong_weight_from; 0: from the start.
+    wrong_weight: Share = 1.0
+    wrong_weight_from: Share = 0.0
+    # Above 0 a policy gradient of success is added to the divergence with this weight, its baseline
+    # the running success of the same task and level.
+    success_weight: Amount = 0.0
+    # Above 0 every second row learns from a rollout of 1 to so many steps before, not a new one.
+    replay_steps: CountOrNone = 0
     sampling: SamplingConfig = SamplingConfig()
     # Lengths that the responses of a step are cut to before the update, the smallest that holds all
     # of them; (): sampling.max_new_tokens. Each length is a program of its own.
@@ -458,6 +471,7 @@ def check(config: Config) -> Config:
             f"distillation.grounding_share: got {share}, which is {asked} of "
             f"{stage2.batch_size} prompts, want 1 to {stage2.batch_size - 1}"
         )
+    _check_replay(stage2)
     rows = {"grounding": [stage1.batch_size], "distillation": [*update_rows(stage2).values()]}
     for stage, settings in (("grounding", stage1), ("distillation", stage2)):
         parts = settings.microbatches
@@ -465,6 +479,19 @@ def check(config: Config) -> Config:
             want = " and of ".join(map(str, rows[stage]))
             raise ValueError(f"{stage}.microbatches: got {parts}, want a divisor of {want}")
     return config
+
+
+def _check_replay(settings: DistillationConfig) -> None:
+    rows = settings.batch_size - record_prompts(settings)
+    found = ""
+    if settings.objective == "sampled_reverse_kl":
+        found = "objective sampled_reverse_kl, want an exact divergence: old rollouts are not its"
+    elif settings.rollouts > 1:
+        found = f"{settings.rollouts} rollouts a prompt, want 1"
+    elif rows % 2:
+        found = f"{rows} prompts, want an even number"
+    if settings.replay_steps and found:
+        raise ValueError(f"distillation.replay_steps: got {settings.replay_steps} with {found}")
 
 
 def record_prompts(settings: DistillationConfig) -> int:

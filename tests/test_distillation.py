@@ -14,6 +14,7 @@ from test_losses import hellinger
 from mgsd_jax import config as c
 from mgsd_jax.config import resolve
 from mgsd_jax.data import loaders, segments
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.sampling import sampler
@@ -75,7 +76,7 @@ def teacher_params(setup: Setup) -> Any:
 
 
 def one_update(
-    setup: Setup, weights: Any = None, records: Any = None, **options: Any
+    setup: Setup, weights: Any = None, records: Any = None, parts: Any = (), **options: Any
 ) -> tuple[Any, ...]:
     """(state, loss, statistics) after an update with these settings."""
     settings = dataclasses.replace(setup.config.distillation, **options)
@@ -88,6 +89,9 @@ def one_update(
     batch = distillation.DistillationBatch(
         batch.student, batch.teacher, setup.sampled.tokens, setup.sampled.mask, weights
     )
+    parts = dict(parts)
+    state = dataclasses.replace(state, memory=parts.pop("memory", None))
+    batch = batch._replace(**parts)
     state, measured, stats = update(state, setup.frozen, teacher_params(setup), batch, records)
     return jax.device_get((state, measured["loss"], stats))
 
@@ -261,6 +265,63 @@ def test_records_take_their_share_of_the_step(setup: Setup) -> None:
     assert measured["loss"].weight == np.asarray(records.loss_mask).sum()
 
 
+def shifted(prompt: Inputs) -> Inputs:
+    """The prompts with each row's made that of the row after it."""
+    assert prompt.pictures is None
+    rows = jax.tree.map(lambda x: np.roll(x, -1, axis=0), prompt._replace(positions=None))
+    return rows._replace(positions=np.roll(prompt.positions, -1, axis=1))
+
+
+def test_tokens_weigh_by_what_another_board_would_change(setup: Setup) -> None:
+    other = shifted(setup.prompts.batch.teacher)
+    p, q = both_logprobs(setup)
+    elsewhere = plain_logprobs(setup, other, teacher_params(setup))
+    kl, changed = (
+        np.zeros(setup.sampled.mask.shape, np.float64),
+        np.zeros(setup.sampled.mask.shape, np.float64),
+    )
+    kl[setup.sampled.mask] = (np.exp(p) * (p - q)).sum(-1)
+    changed[setup.sampled.mask] = (np.exp(q) * (q - elsewhere)).sum(-1)
+    mean = changed.sum(1, keepdims=True) / setup.sampled.mask.sum(1, keepdims=True)
+    weights = np.minimum(changed / mean, 1.5)
+    assert 0 < (changed / mean > 1.5).sum() < setup.sampled.mask.sum()  # the cap is met
+    loss = one_update(setup, parts={"other": other}, contrast_cap=1.5)[1]
+    assert float(loss.weight) == pytest.approx(weights.sum(), rel=1e-3)
+    assert float(loss.value) == pytest.approx((weights * kl).sum() / weights.sum(), rel=1e-3)
+
+
+def outcomes(weight: Any, success: Any) -> lessons.Outcomes:
+    ones = np.ones(4, bool)
+    return lessons.Outcomes(np.float32(weight), np.float32(success), np.zeros(4, np.int32), ones)
+
+
+def test_rows_weigh_by_their_outcome_once_the_gate_is_open(setup: Setup) -> None:
+    found = outcomes([1, 0.25, 0, 1], [1, 0, 0, 1])
+    weights = setup.sampled.mask * found.weight[:, None]
+    want = {True: one_update(setup, weights), False: one_update(setup)}
+    for is_open, (state, loss, _) in want.items():
+        parts = {"outcomes": found, "memory": lessons.Memory(is_open=np.bool_(is_open))}
+        again = one_update(setup, parts=parts, wrong_weight=0.25)
+        close(again[0].params, state.params)
+        close(again[1], loss)
+        assert bool(again[0].memory.is_open) is is_open
+
+
+def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
+    """The loss is that of -A log p(token) beside the divergence, A against a baseline of 0.75."""
+    p, q = both_logprobs(setup)
+    count = setup.sampled.mask.sum(1)
+    success = np.array([1, 0, 1, 0])
+    advantage = np.repeat(success - 0.75, count)
+    want = ((np.exp(p) * (p - q)).sum(-1) - 0.5 * advantage * of_sampled(setup, p)).mean()
+    memory = lessons.Memory(tried=np.float32([4]), solved=np.float32([3]))
+    parts = {"outcomes": outcomes(np.ones(4), success), "memory": memory}
+    state, loss, _ = one_update(setup, parts=parts, success_weight=0.5)
+    assert float(loss.value) == pytest.approx(want, rel=1e-4)
+    np.testing.assert_allclose(state.memory.tried, [0.9 * 4 + 4], rtol=1e-6)
+    np.testing.assert_allclose(state.memory.solved, [0.9 * 3 + 2], rtol=1e-6)
+
+
 def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(setup: Setup) -> None:
     state, loss, _ = one_update(setup, teacher_decay=1.0)
     close(state.average, setup.trained)
@@ -304,6 +365,11 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
         "token_weights": (("plan", 2.0),),
         "reference_share": 0.5,
         "grounding_share": 0.5,
+        "contrast_cap": 4.0,
+        "wrong_weight": 0.3,
+        "wrong_weight_from": 0.0,
+        "success_weight": 0.1,
+        "replay_steps": 2,
         "response_buckets": (32, 64),
         "sampling": c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
     }

@@ -722,3 +722,50 @@ def test_an_unknown_divergence_or_a_parameter_that_it_has_not_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         compute(make_case(), settings(**options))
+
+
+def test_signed_weights_and_a_vocab_mask_of_cross_entropy_match_float64() -> None:
+    rng = np.random.default_rng(3)
+    hidden, head = rng.normal(size=(6, 8)), rng.normal(size=(12, 8))
+    targets, weights = rng.integers(0, 9, 6), np.array([1.0, -2.0, 0.5, 0.0, 3.0, -1.0])
+    mask = np.arange(12) < 9
+    scores = np.where(mask, hidden @ head.T, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    d_scores = weights[:, None] * (p - np.eye(12)[targets])
+
+    def loss(hidden: Any, head: Any) -> Any:
+        return losses.token_cross_entropy(
+            hidden,
+            head,
+            jnp.int32(targets),
+            jnp.float32(weights),
+            token_chunk=4,
+            vocab_mask=jnp.asarray(mask),
+        )[0]
+
+    arrays = jnp.float32(hidden), jnp.float32(head)
+    value, found = jax.value_and_grad(loss, argnums=(0, 1))(*arrays)
+    want = -(weights * np.log(p[np.arange(6), targets])).sum()
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(found[0], d_scores @ head, atol=1e-5)
+    np.testing.assert_allclose(found[1], d_scores.T @ hidden, atol=1e-5)
+
+
+def test_the_divergence_of_two_readings_matches_float64_and_teaches_nothing() -> None:
+    rng = np.random.default_rng(4)
+    one, two, head = rng.normal(size=(5, 8)), rng.normal(size=(5, 8)), rng.normal(size=(12, 8))
+    counted, mask = np.array([1, 1, 0, 1, 1], bool), np.arange(12) != 3
+    one[2] = np.nan  # is not read
+
+    def kl(one: Any, two: Any, head: Any) -> Any:
+        options: Any = {"token_chunk": 2, "vocab_mask": jnp.asarray(mask)}
+        return losses.token_kl(one, two, head, jnp.asarray(counted), **options)
+
+    p, q = (np.where(mask, x @ head.T, -1e30) for x in (one, two))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    want = np.where(counted, (np.exp(p) * (p - q)).sum(-1), 0.0)
+    arrays = jnp.float32(one), jnp.float32(two), jnp.float32(head)
+    np.testing.assert_allclose(kl(*arrays), want, rtol=1e-4, atol=1e-6)
+    for gradient in jax.grad(lambda *a: kl(*a).sum(), argnums=(0, 1, 2))(*arrays):
+        assert not np.asarray(gradient).any()

@@ -36,6 +36,8 @@ ZERO_IS_FINE = {
     *("distillation.sampling.temperature", "evaluate.sampling.temperature"),
     *("distillation.teacher_decay", "distillation.teacher_noise", "distillation.reference_share"),
     *("distillation.forward_kl_mix", "distillation.token_kl_cap", "distillation.grounding_share"),
+    *("distillation." + n for n in ("contrast_cap", "wrong_weight", "wrong_weight_from")),
+    *("distillation.success_weight", "distillation.replay_steps"),
     *("guards.truncated", "guards.repeated", "guards.first_kl", "guards.logprob_gap"),
     *("evaluate.endpoint_retries", "preflight.hbm_gib"),
 }

@@ -303,3 +303,33 @@ def test_drafts_are_right_responses_and_change_nothing_else() -> None:
     short = next(prompts(batch_size=6, has_drafts=True, response_length=5))
     assert short.batch.draft is not None
     np.testing.assert_array_equal(short.batch.draft, drafted.batch.draft[:, :5])
+
+
+def test_every_second_row_is_one_of_the_steps_before() -> None:
+    steps, size = 3, 2
+    plain = prompts(batch_size=size)
+    mixed = prompts(batch_size=2 * size, replay_steps=steps)
+    seen, ages = [], set()
+    for step in range(12):
+        rows = next(mixed)
+        seen.append(next(plain))
+        assert rows.boards[0::2] == seen[-1].boards
+        slots = rows.batch.slots
+        assert slots is not None and set(slots[0::2]) == {step % (steps + 1)}
+        for row, slot in enumerate(slots[1::2]):
+            at = [s for s in range(max(0, step - steps), step or 1) if s % (steps + 1) == slot]
+            assert len(at) == 1, (step, slot)  # 1 to 3 steps before, and the first repeats itself
+            ages.add(step - at[0])
+            assert rows.boards[2 * row + 1] == seen[at[0]].boards[row]
+            want = seen[at[0]].batch.teacher.tokens[row]
+            np.testing.assert_array_equal(rows.batch.teacher.tokens[2 * row + 1], want)
+    assert ages == {0, 1, 2, 3}
+
+
+def test_the_other_board_of_a_row_is_another_of_its_level() -> None:
+    plain, both = (next(prompts(batch_size=4, has_others=one)) for one in (False, True))
+    assert plain.batch.other is None and both.batch.other is not None
+    assert plain.boards == both.boards
+    np.testing.assert_array_equal(plain.batch.teacher.tokens, both.batch.teacher.tokens)
+    differs = (both.batch.other.tokens != both.batch.teacher.tokens).any(1)
+    assert differs.all()

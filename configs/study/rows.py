@@ -49,6 +49,10 @@ _ONE_PLAN = "data.teacher_buckets=(44,64,128)"
 _ALL_PLANS = "data.teacher_buckets=(44,128,512,1408)"  # a board may have dozens of shortest plans
 _WEIGHTS = "distillation.token_weights="
 _QUESTIONS = "distillation.grounding_share="
+_GATE, _GATE_LATE = "distillation.wrong_weight=0.3", "distillation.wrong_weight_from=0.3"
+_CONTRAST = "distillation.contrast_cap=4.0"
+_REPLAY = "distillation.replay_steps=19"
+_VERIFIER = "distillation.success_weight="
 _ROLLOUTS_4 = ("distillation.batch_size=16", "distillation.rollouts=4")
 _GROUNDED_TEACHER = "distillation.teacher={study}/grounded_all/{seed}/grounding"
 # An update of distillation takes 1.45 times as long: 60 of one are 41 of the other.
@@ -156,6 +160,13 @@ GROUPS = {
     "options": (
         _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
+        _jsd("gate", "Wrong responses weigh 0.3", _GATE),
+        _jsd("gate_late", "The same from 30 % success on", _GATE, _GATE_LATE),
+        _jsd("contrast", "Tokens weigh by what another board changes", _CONTRAST),
+        # The update has as many rows; half of the decoding is saved.
+        _jsd("replay", "Every second row is of the last 19 steps", _REPLAY),
+        _jsd("verifier_3", "Policy gradient of success, weight 0.003", _VERIFIER + "0.003"),
+        _jsd("verifier_10", "Policy gradient of success, weight 0.01", _VERIFIER + "0.01"),
     ),
 }
 ROWS = tuple(

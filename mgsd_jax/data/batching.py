@@ -43,6 +43,8 @@ class PromptBatch(NamedTuple):
     row_ids: np.ndarray  # [B] int32, the row's number in the batch of all processes
     references: References | None = None  # responses that stand in for the student's own
     draft: np.ndarray | None = None  # [B, R] int32 guesses of the student's own; NO_TOKEN: none
+    other: Inputs | None = None  # what the teacher reads of another board of the same level
+    slots: np.ndarray | None = None  # [B] int32 where a row's rollout is kept for replay
 
 
 def bucket(n: int, buckets: Sequence[int], *, name: str = "length") -> int:
@@ -180,19 +182,24 @@ def prompt_batch(
         raise ValueError(
             f"rows: got {len(student)} student and {len(teacher)} teacher prompts, want as many"
         )
-    asked, taught = (
-        to_inputs(
-            rows,
-            length=length,
-            side="left",
-            pad_id=pad_id,
-            patch_buckets=patch_buckets,
-            max_pictures=max_pictures,
-        )
-        for rows, length in ((student, student_length), (teacher, teacher_length))
+    asked = to_inputs(
+        student,
+        length=student_length,
+        side="left",
+        pad_id=pad_id,
+        patch_buckets=patch_buckets,
+        max_pictures=max_pictures,
     )
+    taught = text_inputs(teacher, length=teacher_length, pad_id=pad_id)
     row_ids = np.arange(first_row, first_row + len(student), dtype=np.int32)
     return PromptBatch(asked, taught, row_ids)
+
+
+def text_inputs(rows: Sequence[Encoded], *, length: int, pad_id: int) -> Inputs:
+    """Left-padded prompts without pictures."""
+    return to_inputs(
+        rows, length=length, side="left", pad_id=pad_id, patch_buckets=(), max_pictures=0
+    )
 
 
 def references(responses: Sequence[np.ndarray | None], *, length: int, pad_id: int) -> References:

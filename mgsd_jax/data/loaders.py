@@ -145,6 +145,8 @@ class PromptExample(NamedTuple):
     board: Board
     reference: np.ndarray | None  # [R] tokens of a right response
     draft: np.ndarray | None  # [R] tokens that the response is guessed to be
+    other: Encoded | None = None  # what the teacher reads of another board
+    slot: int = 0  # where its rollout is kept
 
 
 class PromptRows(NamedTuple):
@@ -168,6 +170,8 @@ def prompt_loader(
     reference_share: float = 0.0,
     response_length: int = 0,
     has_drafts: bool = False,
+    has_others: bool = False,
+    replay_steps: int = 0,
     process: tuple[int, int] = (0, 1),
     agree: Agree = tuple,
 ) -> Loader[PromptExample, PromptRows]:
@@ -175,8 +179,10 @@ def prompt_loader(
 
     The teacher reads the board with a share `noise` of its facts wrong, or another board of the
     same task and level. A share of the prompts comes with a right response, padded to
-    `response_length`, and with `has_drafts` each with a guess of its response. Row ids are those of
-    the batch of all processes.
+    `response_length`, with `has_drafts` each with a guess of its response, and with `has_others`
+    with the teacher's prompt about another board. With `replay_steps` every second row is one of
+    such a number of batches before (`Interleaved`), and rows say where their rollouts lie. Row ids
+    are those of the batch of all processes.
     """
     data, pad_id = encoder.data, encoder.processor.pad_id
 
@@ -190,11 +196,13 @@ def prompt_loader(
             board,
             reference,
             encoder.draft(board) if has_drafts else None,
+            encoder.teacher(_another(boards, board, rng), context) if has_others else None,
         )
 
     def measure(examples: Sequence[PromptExample]) -> Sizes:
         students = [example.student for example in examples]
         teachers = [example.teacher for example in examples]
+        teachers += [example.other for example in examples if example.other is not None]
         return (
             batching.token_bucket(students, sizes(data.prompt_buckets), name="a student prompt"),
             batching.token_bucket(teachers, sizes(data.teacher_buckets), name="a teacher prompt"),
@@ -221,10 +229,47 @@ def prompt_loader(
         drafts = [row.draft for row in rows if row.draft is not None]
         if drafts:
             batch = batch._replace(draft=batching.pad_drafts(drafts, response_length))
+        others = [row.other for row in rows if row.other is not None]
+        if others:
+            read = batching.text_inputs(others, length=teacher_length, pad_id=pad_id)
+            batch = batch._replace(other=read)
+        if replay_steps:
+            batch = batch._replace(slots=np.array([row.slot for row in rows], np.int32))
         return PromptRows(batch, tuple(row.board for row in rows))
 
-    examples = _examples(boards, example, encoder, batch_size, seed, process)
-    return Loader(examples, measure, pad, agree)
+    def earlier(examples: Sequence[PromptExample]) -> Sequence[PromptExample]:
+        return Interleaved(examples, batch_size // 2, replay_steps, seed)
+
+    arrange = earlier if replay_steps else None
+    found = _examples(boards, example, encoder, batch_size, seed, process, arrange)
+    return Loader(found, measure, pad, agree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(Sequence[PromptExample]):
+    """Each example of a batch, followed by one that a batch of 1 to `steps` before had in its row.
+
+    Which one is a function of (seed, step, row), so a resumed run replays the same. The first
+    batch, which has none before it, repeats itself. Rollouts are kept in `steps` + 1 slots, in
+    turn: the one that a step fills is none that it reads.
+    """
+
+    examples: Sequence[PromptExample]
+    batch_size: int  # without the repeated ones
+    steps: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:  # a Sequence's takes slices too, this one does not
+        place, is_earlier = divmod(index, 2)
+        step, row = divmod(place, self.batch_size)
+        if is_earlier and step:
+            rng = np.random.default_rng((self.seed, step, row))
+            step -= 1 + int(rng.integers(min(self.steps, step)))
+        example = self.examples[step * self.batch_size + row]
+        return example._replace(slot=step % (self.steps + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,14 +332,20 @@ def _examples(
     batch_size: int,
     seed: int,
     process: tuple[int, int],
+    arrange: Callable[[Sequence[Example]], Sequence[Example]] | None = None,
 ) -> grain.DatasetIterator[list[Example]]:
-    """Lists of this process's examples of a batch; the boards are shuffled anew each epoch."""
+    """Lists of this process's examples of a batch; the boards are shuffled anew each epoch.
+
+    `arrange` may give the endless examples another order.
+    """
     workers, count = encoder.data.workers, process[1]
     if not boards:
         raise ValueError("boards: got none, want at least one to train on")
     if batch_size % count:
         raise ValueError(f"batch_size: got {batch_size}, want a multiple of {count} processes")
     examples = grain.MapDataset.source(boards).seed(seed).shuffle().repeat().random_map(example)
+    if arrange is not None:
+        examples = grain.MapDataset.source(arrange(cast(Any, examples)))
     if count > 1:
         examples = grain.MapDataset.source(_Share(cast(Any, examples), batch_size, process))
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)

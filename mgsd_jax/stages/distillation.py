@@ -5,9 +5,10 @@ Axes: B rollouts, R response tokens, D width, V vocabulary.
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,7 @@ from mgsd_jax.config import Config, DistillationConfig
 from mgsd_jax.data import buckets, loaders, segments
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.batching import GroundingBatch
-from mgsd_jax.data.boards import Board
-from mgsd_jax.data.encoder import Encoder, load_encoder
+from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
 from mgsd_jax.model.qwen3vl import Qwen3VL
@@ -58,6 +58,9 @@ class DistillationBatch(NamedTuple):
     mask: jax.Array  # [B, R] bool, True through the first end token
     # [B, R] float32 of the tokens in the loss; None: the mask
     weights: jax.Array | np.ndarray | None = None
+    other: Inputs | None = None  # what the teacher reads of another board, to weigh tokens by
+    outcomes: lessons.Outcomes | None = None  # of the rows, where they weigh
+    policy: jax.Array | None = None  # [B, R] float32 weights of -log p(token), see lessons.weigh
 
 
 BATCH_AXES: PyTree = DistillationBatch(
@@ -66,6 +69,7 @@ BATCH_AXES: PyTree = DistillationBatch(
     tokens=sessions.FIRST,
     mask=sessions.FIRST,
     weights=sessions.FIRST,
+    policy=sessions.FIRST,
 )
 
 
@@ -104,18 +108,44 @@ def loss_fn(
         if batch.weights is None
         else jnp.asarray(batch.weights).reshape(-1)
     )
+    head, teacher_head = (qwen3vl.head(v["params"]) for v in (variables, teacher_variables))
+    targets = batch.tokens.reshape(-1)
+    if batch.other is not None:
+        others = response_hidden(teacher, teacher_variables, batch.other, batch.tokens, batch.mask)
+        changed = losses.token_kl(
+            teachers,
+            others,
+            teacher_head,
+            valid,
+            token_chunk=settings.token_chunk,
+            vocab_mask=jnp.asarray(vocab_mask),
+            mesh=student.mesh,
+        )
+        changed = changed.reshape(batch.mask.shape)
+        changed = lessons.contrast_weights(changed, batch.mask, settings.contrast_cap)
+        weights *= changed.reshape(-1)
     loss, stats = losses.distill(
         students,
-        qwen3vl.head(variables["params"]),
+        head,
         teachers,
-        qwen3vl.head(teacher_variables["params"]),
+        teacher_head,
         weights,
         settings=settings,
-        targets=batch.tokens.reshape(-1),
+        targets=targets,
         vocab_mask=jnp.asarray(vocab_mask),
         valid=valid,
         mesh=student.mesh,
     )
+    if batch.policy is not None:
+        loss += losses.token_cross_entropy(
+            students,
+            head,
+            targets,
+            batch.policy.reshape(-1),
+            token_chunk=settings.token_chunk,
+            vocab_mask=jnp.asarray(vocab_mask),
+            mesh=student.mesh,
+        )[0]
     return loss, (weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats))
 
 
@@ -151,12 +181,18 @@ def make_update(
         else:
             teacher_variables = {"params": teacher_params or frozen["params"]}
 
+        if batch.outcomes is not None:
+            weights, policy, memory = lessons.weigh(
+                batch.outcomes, batch.mask, batch.weights, state.memory, settings
+            )
+            batch = batch._replace(weights=weights, policy=policy, outcomes=None)
+            state = dataclasses.replace(state, memory=memory)
         grads, loss, stats = optimizer.accumulate(
             functools.partial(loss_of, frozen=frozen, teacher_variables=teacher_variables),
             state.params,
             batch,
             settings.microbatches,
-            BATCH_AXES,
+            BATCH_AXES._replace(other=None if batch.other is None else sessions.INPUT_AXES),
         )
         rate = optimizer.learning_rate(state, settings.optim, settings.steps)
         measured: Metrics = {"loss": loss, "lr": rate}
@@ -176,7 +212,7 @@ def make_update(
 
 
 def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -> float:
-    """FLOPs of an update: one teacher forward, and three times the student's."""
+    """FLOPs of an update: the teacher's forwards, and three times the student's."""
     rows, predicted = batch.tokens.shape
     pictures = batch.student.pictures
     patches = 0 if pictures is None else pictures.patches.shape[1] * pictures.patches.shape[2]
@@ -185,42 +221,7 @@ def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -
         forward_flops(model.config, tokens=length, patches=p, predicted=predicted)
         for model, length, p in zip((student, teacher), lengths, (patches, 0), strict=True)
     )
-    return rows * (3 * students + teachers)
-
-
-def _prompts(
-    config: Config, training: Sequence[Board], encoder: Encoder, share: tuple[int, int]
-) -> loaders.PromptLoader:
-    """Prompts of the training boards, for both readers, and records of a share of the rows."""
-    settings = config.distillation
-    asked = config_lib.record_prompts(settings)
-    prompts = loaders.prompt_loader(
-        training,
-        encoder,
-        context=settings.teacher_context,
-        batch_size=settings.batch_size - asked,
-        rollouts=settings.rollouts,
-        seed=config.seed,
-        noise=settings.teacher_noise,
-        teacher_board=settings.teacher_board,
-        reference_share=settings.reference_share,
-        response_length=settings.sampling.max_new_tokens,
-        has_drafts=settings.sampling.draft_tokens > 0,
-        process=share,
-        agree=processes.largest,
-    )
-    if not asked:
-        return prompts
-    records = loaders.grounding_loader(
-        training,
-        encoder,
-        mixture=(("questions", 1.0),),
-        batch_size=asked * settings.rollouts,
-        seed=config.seed + 1,  # another order, or a board's records would follow its prompts
-        process=share,
-        agree=processes.largest,
-    )
-    return loaders.WithRecords(prompts, records)
+    return rows * (3 * students + teachers * (1 if batch.other is None else 2))
 
 
 def run(config: Config, workdir: str) -> None:
@@ -249,7 +250,7 @@ def run(config: Config, workdir: str) -> None:
         teacher = loading.load_teacher(settings, config, mesh, student)
         processor = student.processor
         encoder = buckets.fitted(load_encoder(config.data, processor), config)
-        loader = _prompts(config, training, encoder, batches.process_share(mesh))
+        loader = lessons.load_prompts(config, training, encoder, batches.process_share(mesh))
 
         # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
         # gradient and update in one.
@@ -265,10 +266,14 @@ def run(config: Config, workdir: str) -> None:
         update = make_update(student.model, teacher.model, settings, tx, processor.banned_ids)
         answer = answers.make_answerer(student.model, encoder, config.evaluate)
         rng = batches.make_key(config.seed, mesh)
-        choose = jax.jit(lessons.with_references)
+        choose, take_new = jax.jit(lessons.with_references), jax.jit(lessons.new_rows)
+        replay = jax.jit(
+            functools.partial(lessons.replay, eos_ids=processor.eos_ids, pad_id=processor.pad_id)
+        )
         cut = jax.jit(lessons.first_tokens, static_argnums=1)
 
         state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
+        state = dataclasses.replace(state, memory=lessons.init_memory(config, mesh))
         opened = sessions.open_session(
             claim,
             config,
@@ -286,13 +291,17 @@ def run(config: Config, workdir: str) -> None:
                 prompts = next(loader)
             with session.timers.phase("rollout"):
                 asked = batches.to_global(prompts.batch, mesh)
+                new = asked if asked.slots is None else take_new(asked)
                 sampled = sampler.rollout(
                     lay_out(tree.combine(state.params, frozen)),
-                    asked.student,
+                    new.student,
                     jax.random.fold_in(rng, step),
-                    asked.row_ids,
-                    asked.draft,
+                    new.row_ids,
+                    new.draft,
                 )
+                if asked.slots is not None:
+                    memory, sampled = replay(state.memory, sampled, asked.slots)
+                    state = dataclasses.replace(state, memory=memory)
                 learned = choose(sampled, asked.references)
                 # The rows of this process: what it sampled, and what it learns from.
                 own = own_learned = batches.to_local(sampled)
@@ -307,30 +316,44 @@ def run(config: Config, workdir: str) -> None:
                     )
             groups = segments.segments(processor, own_learned.tokens, own_learned.mask)
             weights = batches.to_global(lessons.token_weights(groups, settings), mesh)
+            # Rows are judged before the update only where they weigh by what they came to.
+            judge = functools.partial(lessons.judge, processor, prompts.boards, own)
+            judged = judge() if lessons.needs_outcomes(settings) else None
             batch = DistillationBatch(
-                asked.student, asked.teacher, learned.tokens, learned.mask, weights
+                asked.student,
+                asked.teacher,
+                learned.tokens,
+                learned.mask,
+                weights,
+                asked.other,
+                batches.to_global(lessons.outcomes(judged, prompts, own, config), mesh),
             )
             started = time.perf_counter()
             records = batches.to_global(prompts.records, mesh)
             state, measured, stats = update(state, frozen, teacher.params, batch, records)
             # The host scores the rollouts while the device works on the update.
-            responses = segments.decode_rows(processor, own.tokens, own.mask)
-            measured |= monitor.rollout_metrics(prompts.boards, responses, own.truncated, own.mask)
+            drawn = lessons.drawn(prompts.batch)
+            measured |= monitor.rollout_metrics(
+                prompts.boards[drawn],
+                (judged or judge())[drawn],
+                own.truncated[drawn],
+                own.mask[drawn],
+            )
             if asked.draft is not None:
                 measured |= monitor.draft_metrics(
-                    groups, lessons.is_sampled(own.mask, prompts), own.guessed
+                    groups, lessons.is_sampled(own.mask, prompts.batch), own.guessed
                 )
             stats = batches.to_local(stats)
             spent["update"] = time.perf_counter() - started
             measured |= monitor.token_metrics(groups, stats)
             measured |= guards.rollout_measures(
                 own_learned.tokens,
-                lessons.is_sampled(own_learned.mask, prompts),
+                lessons.is_sampled(own_learned.mask, prompts.batch),
                 own.logprobs,
                 stats.student_logprob,
                 settings.sampling,
             )
-            measured["tokens_per_s/rollout"] = own.mask.sum() / spent["rollout"]
+            measured["tokens_per_s/rollout"] = own.mask[drawn].sum() / spent["rollout"]
             flops = update_flops(student.model, teacher.model, batch)
             if records is not None:
                 flops += grounding.update_flops(student.model, records)
@@ -340,4 +363,5 @@ def run(config: Config, workdir: str) -> None:
                     given = answer(lay_out(tree.combine(state.params, frozen)), held_out, "picture")
                     measured |= monitor.validation_metrics(held_out, given)
                     session.show(step + 1, monitor.shown_answers(held_out, given, encoder.picture))
+                state = lessons.after_validation(state, measured["val/success"], settings)
             session.finish_step(step + 1, state, measured)

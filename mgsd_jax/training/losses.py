@@ -13,6 +13,7 @@ token to token; only one that is common to all, a normaliser, may also be applie
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mgsd_jax.config import DistillationConfig
@@ -28,19 +29,47 @@ def token_cross_entropy(
     weights: jax.Array,
     *,
     token_chunk: int,
+    vocab_mask: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, TargetStats]:
     """sum_t w_t * -log p(target_t) as a float32 scalar, and statistics [N] of every target.
 
-    hidden [N, D], head [V, D], targets [N] int32, weights [N] float32. Gradients go to hidden and
+    hidden [N, D], head [V, D], targets [N] int32, weights [N] float32 of either sign, vocab_mask
+    [V] True where a token may be chosen at all (None: everywhere). Gradients go to hidden and
     head only; the head's is skipped where it is not asked for. Rows of weight 0 are not read:
     their hidden may be NaN and their target anything. Raises ValueError where shapes disagree.
     """
     _check_rows(hidden.shape[0], targets=targets, weights=weights)
     _check_head("head", hidden, head)
+    counted = weights != 0
     return fused_loss(
-        _cross_entropy_chunk, token_chunk, mesh, hidden, head, weights, weights != 0, targets, None
+        *(_cross_entropy_chunk, token_chunk, mesh),
+        *(hidden, head, weights, counted, targets, vocab_mask),
     )
+
+
+def token_kl(
+    p_hidden: jax.Array,
+    q_hidden: jax.Array,
+    head: jax.Array,
+    counted: jax.Array,
+    *,
+    token_chunk: int,
+    vocab_mask: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """KL(p || q) [N] in nats of two readings by one model, 0 where not counted; no gradient.
+
+    p_hidden and q_hidden [N, D], head [V, D], counted [N] bool, vocab_mask as in `distill`.
+    """
+    _check_rows(p_hidden.shape[0], q_hidden=q_hidden, counted=counted)
+    p_hidden, q_hidden, head = jax.lax.stop_gradient((p_hidden, q_hidden, head))
+    head = head.astype(p_hidden.dtype)
+    weights = jnp.zeros(counted.shape, jnp.float32)
+    shared = (head, vocab_mask)
+    return fused_loss(
+        *(_kl_chunk, token_chunk, mesh, p_hidden, head, weights, counted, q_hidden, shared)
+    )[1]
 
 
 def distill(
@@ -99,9 +128,27 @@ def distill(
 
 
 def _cross_entropy_chunk(
-    shard: Shard, logits: jax.Array, targets: jax.Array, _: None
+    shard: Shard, logits: jax.Array, targets: jax.Array, vocab_mask: jax.Array | None
 ) -> tuple[jax.Array, TargetStats, jax.Array]:
-    return divergences.cross_entropy(divergences.distribution(logits, targets, shard=shard))
+    p = divergences.distribution(logits, targets, vocab_mask, shard)
+    return divergences.cross_entropy(p)
+
+
+def _kl_chunk(
+    shard: Shard,
+    logits: jax.Array,
+    q_hidden: jax.Array,
+    shared: tuple[jax.Array, jax.Array | None],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    head, vocab_mask = shared
+    targets = jnp.zeros(logits.shape[0], jnp.int32)  # of no meaning here
+    p, q = (
+        divergences.distribution(one, targets, vocab_mask, shard)
+        for one in (logits, head_logits(q_hidden, head))
+    )
+    ratio = divergences.log_ratio(p, q)
+    kl = shard.sum(divergences.kl_terms(p.probs, q.probs, ratio))[:, 0]
+    return kl, kl, jnp.zeros_like(logits)
 
 
 def _divergence_chunk(

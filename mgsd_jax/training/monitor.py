@@ -5,12 +5,14 @@ Axes: B batch, R response tokens.
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import facts
+from mgsd_jax.envs.base import Outcome
 from mgsd_jax.evaluation import rules, scoring
 from mgsd_jax.evaluation.routes import draw_route
 from mgsd_jax.parallel.means import Mean
@@ -20,19 +22,34 @@ from mgsd_jax.workdir.sinks import Picture
 SHOWN = 8  # boards of a validation, the same ones every time
 
 
+class Judged(NamedTuple):
+    """What a rollout came to."""
+
+    outcome: Outcome
+    state_exact: bool
+
+
+def judge_rollouts(boards: Sequence[Board], responses: Sequence[str]) -> list[Judged]:
+    """What each response came to on its board."""
+    judged = []
+    for board, response in zip(boards, responses, strict=True):
+        outcome = rules.judge(board.state, board.task, response)
+        stated = facts.read_facts(board.task, response)
+        exact = facts.measure(board.task, board.state, stated)["state_exact"]
+        judged.append(Judged(outcome, bool(exact)))
+    return judged
+
+
 def rollout_metrics(
-    boards: Sequence[Board], responses: Sequence[str], truncated: np.ndarray, mask: np.ndarray
+    boards: Sequence[Board], judged: Sequence[Judged], truncated: np.ndarray, mask: np.ndarray
 ) -> dict[str, Mean]:
     """Parsed, legal, success, optimal overall and by task; response length; truncated share."""
     sums: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
-    for board, response in zip(boards, responses, strict=True):
-        outcome = rules.judge(board.state, board.task, response)
+    for board, (outcome, exact) in zip(boards, judged, strict=True):
         for name in ("parsed", "legal", "success", "optimal"):
             one = Mean(float(getattr(outcome, name)), 1.0)
             sums[f"rollout/{name}"] += one
             sums[f"rollout/{name}/{board.task}"] += one
-        stated = facts.read_facts(board.task, response)
-        exact = facts.measure(board.task, board.state, stated)["state_exact"]
         sums["rollout/state_exact"] += Mean(float(exact), 1.0)
     sums["rollout/length"] = Mean(float(mask.sum()), float(len(boards)))
     sums["rollout/truncated"] = Mean(float(np.sum(truncated)), float(len(boards)))

@@ -34,6 +34,7 @@ class TrainState:
     params: Params  # trainable parameters only
     opt_state: optax.OptState
     average: Params = None  # a moving average of params in float32, where one is kept
+    memory: PyTree = None  # what options of a stage keep from step to step, see lessons.Memory
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
@@ -209,7 +210,9 @@ def update(
         "param_norm": optax.tree.norm(_float32(moved)),
         "skipped_update": skipped.astype(jnp.float32),
     }
-    state = TrainState(train_state.step + 1, moved, opt_state, train_state.average)
+    state = dataclasses.replace(
+        train_state, step=train_state.step + 1, params=moved, opt_state=opt_state
+    )
     return state, metrics
 
 

@@ -1,0 +1,89 @@
+"""The options of distillation as pure functions, against numbers worked out by hand."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgsd_jax.config import DistillationConfig, OptimConfig
+from mgsd_jax.data.batching import NO_TOKEN
+from mgsd_jax.parallel.means import Mean
+from mgsd_jax.sampling.sampler import Rollout
+from mgsd_jax.training import lessons, optimizer
+
+SETTINGS = DistillationConfig(OptimConfig(lr=0.0))
+
+
+def test_contrast_weights_have_the_mean_of_one_and_a_cap() -> None:
+    kl = np.float32([[0, 0, 1, 7], [2, 2, 2, 50], [0, 0, 0, 9], [1, 3, 0, 0]])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]], bool)
+    want = [[0, 0, 0.5, 3.5], [1, 1, 1, 0], [1, 1, 1, 0], [0, 2, 0, 0]]
+    np.testing.assert_allclose(lessons.contrast_weights(kl, mask, 4.0), want, rtol=1e-6)
+    np.testing.assert_allclose(lessons.contrast_weights(kl, mask, 3.0)[0], [0, 0, 0.5, 3])
+
+
+def weigh(memory: lessons.Memory, success: Any, **options: Any) -> tuple[Any, Any, lessons.Memory]:
+    """Four rows of two tokens, the last of which is no rollout of this step."""
+    found = lessons.Outcomes(
+        weight=np.float32([1, 0.25, 0, 1]),
+        success=np.float32(success),
+        cell=np.int32([0, 0, 1, 1]),
+        is_sampled=np.array([True, True, True, False]),
+    )
+    mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1]], bool)
+    settings = dataclasses.replace(SETTINGS, **options)
+    return lessons.weigh(found, mask, None, memory, settings)
+
+
+def test_the_baseline_is_the_running_success_of_the_task_and_level() -> None:
+    nothing = jnp.zeros(2)
+    memory = lessons.Memory(tried=nothing, solved=nothing)
+    weights, policy, memory = weigh(memory, [1, 0, 1, 1], success_weight=2.0)
+    np.testing.assert_array_equal(weights, [[1, 1], [1, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(policy, np.zeros((4, 2)))  # nothing to compare with
+    np.testing.assert_allclose(memory.tried, [2, 1])
+    np.testing.assert_allclose(memory.solved, [1, 1])
+    _, policy, memory = weigh(memory, [1, 1, 0, 1], success_weight=2.0)
+    # Baselines of 1/2 and 1: advantages of 1/2, 1/2 and -1, twice each.
+    np.testing.assert_allclose(policy, [[1, 1], [1, 0], [-2, -2], [0, 0]])
+    np.testing.assert_allclose(memory.tried, [0.9 * 2 + 2, 0.9 + 1], rtol=1e-6)
+    np.testing.assert_allclose(memory.solved, [0.9 + 2, 0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("success", "is_open"), [(0.29, False), (0.3, True)])
+def test_the_gate_opens_at_a_success_of_validation_and_stays_open(
+    success: float, is_open: bool
+) -> None:
+    settings = dataclasses.replace(SETTINGS, wrong_weight=0.25, wrong_weight_from=0.3)
+    memory = lessons.Memory(is_open=jnp.bool_(False))
+    state = optimizer.TrainState(jnp.int32(0), {}, (), memory=memory)
+    state = lessons.after_validation(state, Mean(success, 1.0), settings)
+    later = lessons.after_validation(state, Mean(0.0, 1.0), settings)
+    assert bool(state.memory.is_open) is bool(later.memory.is_open) is is_open
+    weights, policy, _ = weigh(later.memory, [1, 0, 0, 1], wrong_weight=0.25)
+    rows = [1, 0.25, 0, 1] if is_open else [1, 1, 1, 1]
+    np.testing.assert_allclose(weights[:, 0], rows)
+    assert policy is None
+
+
+def rollout(tokens: Any) -> Rollout:
+    tokens = np.int32(tokens)
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    return Rollout(tokens, tokens > 0, zeros - 1, zeros[:, 0] > 0, zeros > 0)
+
+
+def test_a_replayed_row_is_what_its_slot_holds() -> None:
+    memory = lessons.Memory(responses=jnp.full((3, 2, 3), NO_TOKEN, jnp.int32))
+    first, second = rollout([[5, 9, 0], [6, 7, 8]]), rollout([[1, 2, 9], [9, 0, 0]])
+    options: dict[str, Any] = {"eos_ids": (9,), "pad_id": 0}
+    memory, both = lessons.replay(memory, first, np.int32([0, 0, 0, 0]), **options)
+    np.testing.assert_array_equal(both.tokens, [[5, 9, 0], [5, 9, 0], [6, 7, 8], [6, 7, 8]])
+    # The new rows go to slot 1; one old row is of slot 0, the other what was just written.
+    _, both = lessons.replay(memory, second, np.int32([1, 0, 1, 1]), **options)
+    np.testing.assert_array_equal(both.tokens, [[1, 2, 9], [5, 9, 0], [9, 0, 0], [9, 0, 0]])
+    np.testing.assert_array_equal(both.mask, both.tokens > 0)
+    _, both = lessons.replay(memory, second, np.int32([2, 0, 2, 0]), **options)
+    np.testing.assert_array_equal(both.truncated, [False, False, False, True])  # 6 7 8 has no end
+    np.testing.assert_array_equal(both.logprobs[:, 0], [-1, 0, -1, 0])

@@ -1,7 +1,8 @@
 """The three runs that make the nano base model, which plans well from text and sees poorly.
 
 Command:   bash launch/nano_base.sh WORKDIR
-           (configs/nano_base.py:text, then :sight, then :finish)
+           (configs/nano_base.py:text, then :sight, then :finish; with `plans` after WORKDIR a base
+           that has seen plans in its prompt, configs/nano_base.py:text,plans and so on)
 Hardware:  2 CPU cores; half an hour, ten minutes and six minutes.
 Expected:  see docs/nano.md.
 
@@ -21,11 +22,37 @@ _PICTURE_OPTIM = c.OptimConfig(lr=1e-3, warmup=0.05, b2=0.99)
 
 
 def get_config(run: str = "text") -> c.Config:
-    """One of the runs; each continues with the model of the one before."""
+    """One of the runs; each continues with the model of the one before.
+
+    'text,plans' and so on make a base that has also seen plans in its prompt.
+    """
     runs = {"text": text, "sight": sight, "finish": finish}
-    if run not in runs:
-        raise ValueError(f"run: got {run!r}, want text, sight or finish")
-    return runs[run]()
+    name, _, variant = run.partition(",")
+    if name not in runs or variant not in ("", "plans"):
+        raise ValueError(f"run: got {run!r}, want text, sight or finish, perhaps with ',plans'")
+    return with_plans(runs[name]()) if variant else runs[name]()
+
+
+def with_plans(config: c.Config) -> c.Config:
+    """The run with a shortest plan below the state in half of its text prompts.
+
+    Without it a decoder has never had a plan in its prompt, and what a teacher makes of one says
+    little of plans.
+    """
+    mixture: list[tuple[str, float]] = []
+    for kind, share in config.grounding.mixture:
+        if kind == "plan_from_text":
+            mixture += [(kind, share / 2), ("plan_from_text_and_plan", share / 2)]
+        else:
+            mixture.append((kind, share))
+    return dataclasses.replace(
+        config,
+        # The longest prompt with a plan and its response, MiniBehaviour's.
+        data=dataclasses.replace(
+            config.data, sequence_buckets=(*config.data.sequence_buckets, 128)
+        ),
+        grounding=dataclasses.replace(config.grounding, mixture=tuple(mixture)),
+    )
 
 
 def text() -> c.Config:

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Makes the nano base model that the quickstart starts from, anew:
-#   bash launch/nano_base.sh WORKDIR
+#   bash launch/nano_base.sh WORKDIR [plans]
+# With `plans` a base that has seen plans in its prompt, which the study's rows of plans start from.
 # Copy WORKDIR/export over mgsd_jax/assets/nano_base to ship it.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_package "${EXTRAS:-}"
 
-WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR}
+WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR [plans]}
+VARIANT=${2:-}
 mkdir -p "$WORKDIR"
 trap 'exit 130' INT
 run() {
-  "$VENV/bin/python" -m mgsd_jax.main --config="configs/nano_base.py:$1" "${@:2}"
+  "$VENV/bin/python" -m mgsd_jax.main --config="configs/nano_base.py:$1${VARIANT:+,$VARIANT}" "${@:2}"
 }
 run sight --stage=init --workdir="$WORKDIR"
 run text --stage=grounding --workdir="$WORKDIR/text" --set model.path="$WORKDIR/init"

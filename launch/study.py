@@ -66,11 +66,12 @@ def commands(row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
     training = [command(row.stage, workdir, study, *row.settings)] if row.stage else []
     names = {"": ("base", "{model}"), "grounding": ("grounded", "{workdir}/grounding")}
     model = names.get(row.stage, ("distilled", "{workdir}/distillation"))
+    base = [setting for setting in row.settings if setting.startswith("model.")]
     boards: list[tuple[str, ...]] = [()]
-    if row.name in ELSEWHERE_ROWS or row.group == "options":
+    if row.name in ELSEWHERE_ROWS or row.group in ("options", "plans"):
         boards += [(*some, f"evaluate.folder={{workdir}}/{name}") for name, some in ELSEWHERE]
     return training + [
-        command("evaluate", workdir, study, f"evaluate.models=({model!r},)", *settings)
+        command("evaluate", workdir, study, f"evaluate.models=({model!r},)", *base, *settings)
         for settings in boards
     ]
 

@@ -333,3 +333,16 @@ def test_the_other_board_of_a_row_is_another_of_its_level() -> None:
     np.testing.assert_array_equal(plain.batch.teacher.tokens, both.batch.teacher.tokens)
     differs = (both.batch.other.tokens != both.batch.teacher.tokens).any(1)
     assert differs.all()
+
+
+def test_a_record_may_tell_the_plan_that_it_asks_for() -> None:
+    """The base of the study's rows of plans learns to follow the plan in its prompt."""
+    for board in (next(b for b in BOARDS if b.task == task) for task in ("maze", "minibehaviour")):
+        rng = np.random.default_rng(0)
+        messages, answer = records_lib.RECORDS["plan_from_text_and_plan"].make(
+            ENCODER.prompts, board, ENCODER.picture, rng
+        )
+        env = ENVS[board.task]
+        plan = env.spell(env.shortest_plan(board.state))
+        assert messages[0]["content"].endswith(f"One shortest plan: {plan}")
+        assert answer.endswith(f"<answer>{plan}</answer>")

@@ -34,6 +34,12 @@ def _jsd(name: str, title: str, *settings: str) -> Row:
     return _method(name, title, "distillation.objective=jsd", *settings, seeds=MAIN_SEEDS)
 
 
+def _plans(name: str, title: str, *settings: str) -> Row:
+    """Jensen-Shannon alone from the base that has seen plans, three times."""
+    settings = (*_PLANS_BASE, *_ALONE, "distillation.objective=jsd", *settings)
+    return Row(name, title, "distillation", settings, MAIN_SEEDS)
+
+
 def _all(name: str, title: str, *settings: str) -> Row:
     """The same where every parameter is trained, in both stages."""
     student = "distillation.student={study}/grounded_all/{seed}/grounding"
@@ -41,6 +47,7 @@ def _all(name: str, title: str, *settings: str) -> Row:
     return Row(name, title, "distillation", settings, needs="grounded_all")
 
 
+_PLANS_BASE = ("model.path={study}/plans/export",)
 _LONG_GROUNDING = ("grounding.steps=160",)
 _ON_PLANS = (*_LONG_GROUNDING, "grounding.mixture=(('plan_from_picture',1.0),)")
 _ALONE = ("distillation.student={model}", "distillation.steps=160")
@@ -167,6 +174,14 @@ GROUPS = {
         _jsd("replay", "Every second row is of the last 19 steps", _REPLAY),
         _jsd("verifier_3", "Policy gradient of success, weight 0.003", _VERIFIER + "0.003"),
         _jsd("verifier_10", "Policy gradient of success, weight 0.01", _VERIFIER + "0.01"),
+    ),
+    # The base of `bash launch/nano_base.sh {study}/plans plans`, distilled alone.
+    "plans": (
+        Row("plans_base", "Base that has seen plans", "", _PLANS_BASE),
+        _plans("plans_state", "It reads the state", _CONTEXT + "state"),
+        _plans(
+            "plans_one", "It reads the state and one plan", _CONTEXT + "state_and_plan", _ONE_PLAN
+        ),
     ),
 }
 ROWS = tuple(

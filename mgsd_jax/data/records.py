@@ -43,6 +43,15 @@ def _plan_from_text(
     return prompts_lib.teacher(prompts, board.task, board.state), right_response(board, rng)
 
 
+def _plan_from_text_and_plan(
+    prompts: Prompts, board: Board, draw: Draw, rng: np.random.Generator
+) -> Example:
+    """The prompt of a teacher that reads a plan beside the state, and the response by that plan."""
+    messages = prompts_lib.teacher(prompts, board.task, board.state, "state_and_plan")
+    plan = ENVS[board.task].shortest_plan(board.state)  # the one that the prompt tells
+    return messages, prompts_lib.response(board.task, board.state, plan)
+
+
 def _plan_from_picture(
     prompts: Prompts, board: Board, draw: Draw, rng: np.random.Generator
 ) -> Example:
@@ -68,6 +77,7 @@ RECORDS: dict[str, Record] = {
     "questions": Record(_questions, has_picture=True),
     "cells": Record(_cells, has_picture=True),
     "plan_from_text": Record(_plan_from_text, has_picture=False),
+    "plan_from_text_and_plan": Record(_plan_from_text_and_plan, has_picture=False),
     "plan_from_picture": Record(_plan_from_picture, has_picture=True),
 }
 

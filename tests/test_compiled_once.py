@@ -111,9 +111,9 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     def noting_updates(*arguments: Any) -> Callable[..., Any]:
         update = make_update(*arguments)
 
-        def noted(state: Any, frozen: Any, teacher: Any, batch: Any) -> Any:
+        def noted(state: Any, frozen: Any, teacher: Any, batch: Any, records: Any) -> Any:
             updates[(*shape_of(batch.student), batch.teacher.tokens.shape[1])] += 1
-            return update(state, frozen, teacher, batch)
+            return update(state, frozen, teacher, batch, records)
 
         return noted
 

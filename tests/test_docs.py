@@ -177,8 +177,10 @@ def test_python_imports_what_exists(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         for module, names in re.findall(r"^from mgsd_jax\.?([\w.]*) import (.+)$", block, re.M):
             folder = PACKAGE.joinpath(*module.split("."))
-            for name in names.split(", "):
+            for name in (name.partition(" as ")[0] for name in names.split(", ")):
                 is_module = (folder / f"{name}.py").is_file() or (folder / name).is_dir()
+                package = folder / "__init__.py"
+                is_module = is_module or (package.is_file() and name in package.read_text())
                 assert is_module or is_defined(folder.name, name), name
 
 

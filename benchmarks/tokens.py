@@ -1,10 +1,12 @@
-"""The longest prompts, records and answers of the recipes' levels, in a checkpoint's own tokens.
+"""The lengths of prompts, records and answers of the recipes' levels, in a checkpoint's own tokens.
 
     python benchmarks/tokens.py --folder models/Qwen3-VL-4B-Instruct
 
-Needs the folder's tokenizer and settings, no weights. Prints one JSON line: tokens by level and
-kind (a prompt of a mode, a teacher's by context, a grounding record, a right response), and the
-largest bucket of configs/qwen3vl.py that has to hold each of them.
+Needs the folder's tokenizer and settings, no weights. Prints one JSON line: the most tokens by
+level and kind (a prompt of a mode, a teacher's by context, a grounding record, a right response),
+the largest bucket of configs/qwen3vl.py that has to hold each of them, and by kind what a typical
+batch of 32 boards has: the median over batches of its mean, and of its longest, and the share of
+the batches whose longest fits into each of some buckets.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from mgsd_jax.data.records import RECORDS
 from mgsd_jax.sampling import answers
 
 ROOT = pathlib.Path(__file__).parents[1]
+ROWS = 32  # of a batch
+SIZES = (320, 384, 512, 576)  # of buckets
 
 
 def lengths(encoder: Encoder, board: Board, rng: np.random.Generator) -> Iterator[tuple[str, int]]:
@@ -37,6 +41,27 @@ def lengths(encoder: Encoder, board: Board, rng: np.random.Generator) -> Iterato
     for kind in RECORDS:
         yield kind, len(encoder.record(board, kind, rng)[0].tokens)
     yield "response", len(encoder.reference(board, rng))
+
+
+def typical(
+    pool: dict[str, list[tuple[float, int]]], rows: int = ROWS, batches: int = 2000
+) -> dict[str, dict[str, float]]:
+    """Of batches of `rows` boards, drawn by their weights: what the usual one holds, by kind.
+
+    `pool` has (weight, tokens) of some boards of every level.
+    """
+    found = {}
+    for kind, drawn in pool.items():
+        weights, tokens = (np.array(values) for values in zip(*drawn, strict=True))
+        rng = np.random.default_rng(0)
+        rows_of = rng.choice(tokens, (batches, rows), p=weights / weights.sum())
+        longest = rows_of.max(axis=1)
+        found[kind] = {
+            "mean": round(float(np.median(rows_of.mean(axis=1))), 1),
+            "longest": int(np.median(longest)),
+            **{f"within_{size}": round(float((longest <= size).mean()), 3) for size in SIZES},
+        }
+    return found
 
 
 def rooms(config: config_lib.Config) -> dict[str, int]:
@@ -62,6 +87,7 @@ def main() -> None:
     config = runpy.run_path(str(ROOT / "configs" / "qwen3vl.py"))["get_config"]()
     encoder = Encoder(load_processor(arguments.folder), BUILT_IN, config.data)
     longest: dict[str, dict[str, int]] = {}
+    pool: dict[str, list[tuple[float, int]]] = {}
     for levels in config.data.boards:
         for level in levels.levels:
             name, rng = f"{levels.task} {level}", np.random.default_rng(0)
@@ -70,7 +96,8 @@ def main() -> None:
                 for kind, count in lengths(encoder, board, rng):
                     kinds = longest.setdefault(name, {})
                     kinds[kind] = max(kinds.get(kind, 0), count)
-    print(json.dumps({"room": rooms(config), "longest": longest}))
+                    pool.setdefault(kind, []).append((levels.train, count))
+    print(json.dumps({"room": rooms(config), "longest": longest, "batch": typical(pool)}))
 
 
 if __name__ == "__main__":

@@ -344,6 +344,9 @@ class PreflightConfig:
     )
     only: tuple[str, ...] = ()  # programs such as 'distillation/update'; (): all of the stages'
     hbm_gib: Amount = 0.0  # memory of a chip; 0: what libtpu leaves to programs
+    # Tokens of a drafted rollout kept a pass (rollout/kept_a_pass of a run), a row each in the
+    # table of the typical step. 2.8: counted in rollouts of a nano student after grounding.
+    kept_a_pass: Annotated[tuple[Annotated[float, Between(1, 65)], ...], Items(1)] = (1.0, 2.8, 5.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from etils import epath
 from helpers_model import tiny
 from helpers_tiny import ROOT, tiny_config
 from helpers_tpu import tpu_mesh
+from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import preflight
@@ -19,10 +20,11 @@ from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.model import flops
 from mgsd_jax.parallel.chips import CHIPS, Chip
-from mgsd_jax.preflight import kept, roofline
-from mgsd_jax.preflight.programs import Program, make_model, programs_of
-from mgsd_jax.preflight.roofline import Work
-from mgsd_jax.preflight.table import Result, render
+from mgsd_jax.preflight import collectives, kept, lengths, roofline
+from mgsd_jax.preflight.lengths import Lengths
+from mgsd_jax.preflight.programs import make_model, programs_of
+from mgsd_jax.preflight.roofline import Decoding, Work, decoding
+from mgsd_jax.preflight.table import Compiled, Result, render
 from mgsd_jax.weights import released, table
 
 V5E = CHIPS["TPU v5 lite"]
@@ -72,23 +74,28 @@ def test_a_folder_comes_before_its_name(tmp_path: pathlib.Path) -> None:
 
 
 def result(name: str, **fields: float | str | None) -> Result:
-    sizes = {"arguments": 4.0, "temporaries": 5.0, "peak": 9.0, "host": 0.0, "resident": 2.0}
-    times = {"arithmetic": 0.5, "memory": 1.0, "links": 0.25}
+    sizes = {"arguments": 4.0, "temporaries": 5.0, "peak": 9.0, "host": 0.0}
     compiling = {"compile_seconds": 7.0, "compile_cpu_seconds": 6.0}
-    values = {"flops": 1e12, "seconds": times, "tokens": 1000}
-    return Result(name=name, **{**sizes, **compiling, **values, **fields})  # type: ignore[arg-type]
+    compiled = Compiled(**{**sizes, **compiling, **fields})  # type: ignore[arg-type]
+    work = Work(flops=98.5e12, memory=819e9, links=25e9, tokens=1000)
+    return Result(name, resident=2.0, work=work, compiled=compiled)
+
+
+def slice_of(config: Config) -> Mesh:
+    tpu_mesh("v5e:2x2", fsdp=4)  # skips without libtpu
+    return preflight.slice_mesh(config)
 
 
 def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
     config = load_config(str(ROOT / "configs" / "qwen3vl.py:8b"), list(changes))
-    mesh = tpu_mesh(config.preflight.topology, **dataclasses.asdict(config.mesh))
-    return render(config, mesh, chip, results, "python -m x")
+    mesh = slice_of(config)
+    return render(config, mesh, chip, results, (), "python -m x")
 
 
 def test_what_fits_is_one_sentence() -> None:
     text = page([result("distillation/decode"), result("distillation/update")])
     assert "| distillation/update | 4.00 | 5.00 | 9.00 | 2.00 | 11.00 | fits |" in text
-    assert "| distillation/update | 1 | 0.5 | 1 | 0.25 | 1 | 1,000 | 6 | 7 |" in text
+    assert "| distillation/update | 98.5 | 0.5 | 1 | 0.25 | 0 | 1 | 1,000 | 6 | 7 |" in text
     assert "samples 1,000 and reads 1,000 tokens; decode + update take at least 2 s" in text
     assert text.rstrip().endswith("Everything fits.")
 
@@ -118,10 +125,9 @@ def test_too_large_for_the_compiler_is_a_number() -> None:
     mesh = tpu_mesh("v5e:2x2", fsdp=4)
     whole = jax.sharding.NamedSharding(mesh, jax.P())
     array = jax.ShapeDtypeStruct((100, 2**30), jnp.float32, sharding=whole)
-    program = Program("a/b", jax.jit(lambda x: x + 1), (array,), 0, NO_WORK)
-    got = preflight.compile_program(program, V5E, "v5e:2x2")
+    got = preflight.ask_compiler(jax.jit(lambda x: x + 1).lower(array), "a/b", mesh, V5E)
     assert got.error is None and got.peak is not None and got.peak >= 400
-    assert not got.fits(V5E)
+    assert not Result("a/b", 0.0, NO_WORK, got).fits(V5E)
 
 
 def test_a_wrong_topology_is_named(config: Config) -> None:
@@ -134,11 +140,107 @@ def test_a_wrong_topology_is_named(config: Config) -> None:
         preflight.run(wrong, "unused")
 
 
+# ----------------------------------------------------------------------------------- how fast it is
+
+
+def test_hops_and_links_of_a_slice() -> None:
+    """A side of 16 of v5e, or of 4 of v5p, is a ring: half as far, and two links a corner."""
+    assert [V5E.hops(side) for side in (1, 2, 4, 16)] == [0, 1, 3, 8]
+    assert [V5E.links(sides) for sides in ([1, 1], [4, 1], [4, 4], [16, 4])] == [0, 1, 2, 3]
+    assert CHIPS["TPU v5"].hops(4) == 2 and CHIPS["TPU v5"].links([2, 2, 2]) == 3
+
+
+COLLECTIVES = """
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  ROOT %c = bf16[] add(%a, %b)
+}
+%layer (x: bf16[8,64]) -> bf16[8,64] {
+  %r = bf16[8,64]{1,0:T(8,128)} all-reduce(%x), replica_groups=GROUPS, to_apply=%add
+  ROOT %s = (bf16[8,16], bf16[8,64]) all-gather-start(%r), replica_groups={{0,1},{2,3}}
+}
+%count (i: s32[]) -> pred[] {
+  %end = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+%speaks (i: s32[]) -> pred[] {
+  %any = u32[] all-reduce(%i), replica_groups={}, to_apply=%add
+  ROOT %ne = pred[] compare(%any, %zero), direction=NE
+}
+%token (x: bf16[8,64]) -> bf16[8,64] {
+  ROOT %w = bf16[8,64] while(%x), condition=%count, body=%layer
+}
+%compact (x: bf16[8,64]) -> bf16[8,64] {
+  ROOT %p = bf16[8,64] collective-permute(%x), source_target_pairs={{0,3},{3,0}}
+}
+%stage (x: bf16[8,64]) -> bf16[8,64] {
+  %w = bf16[8,64] while(%x), condition=%speaks, body=%token
+  ROOT %c = bf16[8,64] conditional(%p, %w, %w), branch_computations={%compact, %compact}
+}
+ENTRY %main (x: bf16[8,64]) -> bf16[8,64] {
+  ROOT %w = bf16[8,64] while(%x), condition=%speaks, body=%stage
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "groups", ["{{0,1},{2,3}}", "[2,2]<=[4]", "mesh['a'=2,'b'=2] {'b'}", "[2,2]<=[2,2]T(1,0)"]
+)
+def test_a_pass_waits_for_the_collectives_of_its_layers(groups: str) -> None:
+    """Not for those outside the innermost loop whose end is not known. 2 x 2 chips of v5e."""
+    mesh = tpu_mesh("v5e:2x2", fsdp=4)
+    devices = [mesh.devices.flat[i] for i in (0, 1, 3, 2)]  # by rows: places 0 and 1 are neighbours
+    mesh = jax.sharding.Mesh(devices, ("a",))
+    waits = collectives.a_pass(COLLECTIVES.replace("GROUPS", groups), mesh, V5E)
+    assert waits.collectives == 5 * 2 + 1
+    # All-reduce there and back, all-gather once, and the whole slice asked whether a row speaks.
+    assert waits.hops == 5 * (2 + 1) + 2 * 2
+    carried = 5 * (1024 + 512) + 2 * 3 / 4 * 4 / 2
+    assert waits.link_bytes == pytest.approx(carried)
+    assert waits.seconds(V5E) == pytest.approx(carried / 50e9 + 19e-6)
+
+
+def test_groups_of_an_unknown_form_are_named() -> None:
+    mesh = tpu_mesh("v5e:2x2", fsdp=4)
+    with pytest.raises(ValueError, match=r"got groups of an unknown form in \"%r = .*'a':\(1\)2"):
+        collectives.a_pass(COLLECTIVES.replace("GROUPS", "mesh['a'=4] {'a':(1)2}"), mesh, V5E)
+
+
+def test_passes_of_a_rollout() -> None:
+    """By hand: a prompt of 100, caches of 356 and 400 slots (a limit of 300), one token a pass."""
+    assert decoding(100, 300, 1, 200, 1.0) == Decoding(1, 199, 199 * 356, 0, 356)
+    assert decoding(100, 300, 1, 300, 1.0) == Decoding(1, 299, 256 * 356 + 43 * 400, 356, 400)
+    # Four tokens a pass, two of which stay: 64 passes fill the first 256 slots with 129 tokens;
+    # what is left when they are compacted, 127 slots, is enough to go on.
+    assert decoding(100, 300, 4, 129, 2.0) == Decoding(2, 64, 64 * 356, 0, 356)
+    assert decoding(100, 300, 4, 130, 2.0) == Decoding(2, 65, 65 * 356, 356, 356)
+    # Compacted again after 31 more, 65 slots are left, less than a quarter: the cache grows.
+    assert decoding(100, 300, 4, 200, 2.0) == Decoding(2, 100, 95 * 356 + 5 * 432, 3 * 356, 432)
+    # A pass keeps no more than its window; the first token takes none.
+    assert decoding(100, 300, 1, 200, 5.0) == decoding(100, 300, 1, 200, 1.0)
+    assert decoding(100, 300, 1, 1, 1.0).passes == 0
+
+
+def test_a_typical_step_takes_the_smallest_buckets_that_hold_it() -> None:
+    changes = [
+        "data.prompt_buckets=(320,512)",
+        "data.teacher_buckets=(512,576,1536)",
+        "data.sequence_buckets=(512,)",
+        "distillation.response_buckets=(256,512)",
+    ]
+    config = load_config(str(ROOT / "configs" / "qwen3vl.py:8b"), changes)
+    found = lengths.typical(config, 2.0)
+    assert found == Lengths(512, 320, 576, 512, longest=lengths.LONGEST_RESPONSE, kept=2.0)
+    limit = config.distillation.sampling.max_new_tokens
+    assert lengths.most(config) == Lengths(512, 512, 1536, limit, longest=limit)
+
+
 # ------------------------------------------------------------------------------------- what is run
 
 
 def test_a_preflight_keeps_its_table(
-    config: Config, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    config: Config,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two runs, a program each, of the same configuration: one table of both."""
     tpu_mesh("v5e:2x2", fsdp=4)
@@ -150,6 +252,8 @@ def test_a_preflight_keeps_its_table(
     assert found["distillation/decode"]["error"] is None
     assert 0 < found["distillation/decode"]["arguments"] <= found["distillation/decode"]["peak"]
     assert (tmp_path / "out" / "preflight.md").read_text() in capsys.readouterr().out
+    # Three layers with two sums each, the embedding, the logits, and whether a row still speaks.
+    assert found["distillation/decode"]["collectives"] == 9
     other = config_lib.override(config, ["seed=1", "preflight.only=('distillation/layout',)"])
     preflight.run(other, str(tmp_path / "out"))
     found = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]
@@ -167,7 +271,7 @@ def test_less_memory_is_said_and_what_to_change(config: Config, tmp_path: pathli
     advice = text.split("What to change:")[1]
     assert "distillation/layout needs" in advice and "mesh.tensor=4" in advice
     preflight.run(config_lib.override(config, changes[:1]), str(tmp_path / "out"))
-    assert "Everything fits" in (tmp_path / "out" / "preflight.md").read_text()
+    assert "Everything else fits" in (tmp_path / "out" / "preflight.md").read_text()
 
 
 def test_a_run_that_does_not_fit_ends_in_an_answer(
@@ -242,6 +346,9 @@ def test_arithmetic_is_that_of_the_stage(config: Config) -> None:
     )
     assert found.flops == pytest.approx(rows * (3 * pictured + read) / mesh.size)
     assert more.flops == pytest.approx(rows * (4 * pictured + read) / mesh.size)
+    named = config_lib.override(config, ["model.remat=save_names"])
+    less = {p.name: p.work for p in programs_of(named, mesh)}["distillation/update"]
+    assert found.flops < less.flops < more.flops
 
 
 @pytest.mark.slow
@@ -256,7 +363,7 @@ def test_the_decode_loop_of_4b_copies_nothing(draft_tokens: int) -> None:
         f"evaluate.sampling.draft_tokens={draft_tokens}",
     ]
     config = load_config(str(ROOT / "configs" / "qwen3vl.py:4b"), changes)
-    mesh = tpu_mesh("v5e:4x4", **dataclasses.asdict(config.mesh))
+    mesh = slice_of(config)
     decode = {program.name: program for program in programs_of(config, mesh)}["evaluate/decode"]
     program = decode.lower().compile()
     memory = program.memory_analysis()
@@ -272,9 +379,9 @@ def test_a_second_preflight_compiles_nothing(
     compiler = preflight._compile
     calls: list[int] = []
 
-    def counting(lowered: jax.stages.Lowered) -> dict[str, float]:
+    def counting(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, float]:
         calls.append(1)
-        return compiler(lowered)
+        return compiler(lowered, mesh, chip)
 
     monkeypatch.setattr(preflight, "_compile", counting)
     only = config_lib.override(config, ["preflight.only=('distillation/layout',)"])
@@ -287,12 +394,12 @@ def test_a_second_preflight_compiles_nothing(
     preflight.run(config_lib.override(only, ["preflight.topology=v6e:2x2"]), str(tmp_path / "c"))
     assert len(calls) == 2
 
-    def failing(lowered: jax.stages.Lowered) -> dict[str, float]:
+    def failing(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, float]:
         raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
 
     mesh = tpu_mesh("v5e:2x2", fsdp=4)
     array = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
-    program = Program("a/b", jax.jit(lambda x: x + 1), (array,), 0, NO_WORK)
+    lowered = jax.jit(lambda x: x + 1).lower(array)
     for asked, error in ((failing, "INTERNAL: a fault"), (compiler, None)):
         monkeypatch.setattr(preflight, "_compile", asked)
-        assert preflight.compile_program(program, V5E, "v5e:2x2").error == error
+        assert preflight.ask_compiler(lowered, "a/b", mesh, V5E).error == error

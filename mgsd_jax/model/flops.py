@@ -44,16 +44,18 @@ def forward_flops(config: ModelConfig, *, tokens: int, patches: int, predicted: 
     return flops
 
 
+def named_flops(config: ModelConfig, tokens: int) -> float:
+    """FLOPs of what `remat.SAVED` names in a row's forward pass: q, k, v and attention."""
+    text = config.text
+    heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    projections = 2.0 * text.num_hidden_layers * text.hidden_size * heads
+    return tokens * (projections + attention_flops(config, tokens))
+
+
 def attention_flops(config: ModelConfig, keys: int) -> float:
     """FLOPs of one token's attention over S keys in all layers of the decoder."""
     text = config.text
     return 4.0 * keys * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-
-
-def decode_flops(config: ModelConfig, *, slots: int) -> float:
-    """FLOPs of one more token of one row, over a cache of S slots that is read in full."""
-    token = forward_flops(config, tokens=1, patches=0, predicted=1)
-    return token + attention_flops(config, slots)
 
 
 def peak_flops() -> float | None:

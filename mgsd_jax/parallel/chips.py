@@ -1,6 +1,12 @@
 """What the makers' sheets say of a chip, and how much of its memory a program may have."""
 
 import dataclasses
+from collections.abc import Sequence
+
+# What it takes data to go from one chip of a TPU slice to the next, however small they are. Source:
+# https://jax-ml.github.io/scaling-book/sharding, "A note on ICI latency". The same page measured
+# 8 us for a small gather over three hops of v5e, so that 2.7 us a hop is what one may meet.
+HOP_SECONDS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,14 +17,27 @@ class Chip:
     flops: float  # dense bfloat16 peak, FLOP/s
     hbm_gib: float  # what libtpu 0.0.52 leaves to programs: a little less than the sheet says
     hbm_bytes_per_s: float
-    link_bytes_per_s: float  # between chips, in one direction, all links of a chip together
+    link_bytes_per_s: float  # of one link to a neighbour in one direction; of a GPU all together
+    ring: int = 0  # a side of this length, or a multiple of it, is closed to a ring; 0: none is
+
+    def hops(self, side: int) -> int:
+        """From a chip to the farthest of a row of chips."""
+        return side // 2 if self._is_ring(side) else side - 1
+
+    def links(self, sides: Sequence[int]) -> int:
+        """To the neighbours of a corner of a slice: one along each side, two where it is a ring."""
+        return sum(1 + self._is_ring(side) for side in sides if side > 1)
+
+    def _is_ring(self, side: int) -> bool:
+        return self.ring > 0 and side % self.ring == 0
 
 
-# By `jax.Device.device_kind`. Sources: https://docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p}.
+# By `jax.Device.device_kind`. Sources: https://docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p}; rings
+# and what a link carries: https://jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
-    "TPU v5 lite": Chip("v5e", 197e12, 15.75, 819e9, 200e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 31.24, 1600e9, 400e9),
-    "TPU v5": Chip("v5p", 459e12, 95.73, 2765e9, 600e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75, 819e9, 50e9, ring=16),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.24, 1600e9, 100e9, ring=16),
+    "TPU v5": Chip("v5p", 459e12, 95.73, 2765e9, 100e9, ring=4),
 }
 
 # By the same name, and of NVIDIA's data sheets: bfloat16 without sparsity, NVLink in one direction.

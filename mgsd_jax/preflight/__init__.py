@@ -4,10 +4,11 @@
       --set preflight.topology=v5e:4x4
 
 libtpu compiles for a topology without a TPU. No weights are made or read. `preflight.json` and
-`preflight.md` in the workdir hold the table; they are rewritten after every program.
+`preflight.md` in the workdir hold the tables; they are rewritten after every program.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -30,10 +31,12 @@ from mgsd_jax.data import buckets
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.data.processor import load_processor
 from mgsd_jax.parallel import batches, sharding
+from mgsd_jax.parallel.axes import AXES
 from mgsd_jax.parallel.chips import CHIPS, Chip
-from mgsd_jax.preflight import kept
-from mgsd_jax.preflight.programs import Program, programs_of
-from mgsd_jax.preflight.table import Result, render
+from mgsd_jax.preflight import collectives, kept
+from mgsd_jax.preflight.lengths import typical
+from mgsd_jax.preflight.programs import programs_of
+from mgsd_jax.preflight.table import Compiled, Result, Typical, render
 
 GIB = 2.0**30
 # How libtpu 0.0.52 says that a program needs more memory than there is, in two wordings.
@@ -59,24 +62,26 @@ def run(config: Config, workdir: str) -> None:
 
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = _earlier(folder / "preflight.json", config)
-    programs = list(programs_of(config, mesh))
+    compiled = _earlier(folder / "preflight.json", config)
+    programs, steps = list(programs_of(config, mesh)), typical_steps(config, mesh)
     for program in programs:
         if config.preflight.only and program.name not in config.preflight.only:
             continue
         logging.info("preflight: compiles %s", program.name)
-        results[program.name] = result = compile_program(program, chip, config.preflight.topology)
-        logging.info("preflight: %s: %s", program.name, result.verdict(chip))
-        results = {p.name: results[p.name] for p in programs if p.name in results}
+        compiled[program.name] = ask_compiler(program.lower(), program.name, mesh, chip)
+        results = [
+            Result(one.name, one.resident / GIB, one.work, compiled.get(one.name, Compiled()))
+            for one in programs
+        ]
         content = {
             "config": config_lib.to_dict(config),
             "chip": dataclasses.asdict(chip),
             "mesh": dict(mesh.shape),
             "libtpu": importlib.metadata.version("libtpu"),
-            "results": {name: dataclasses.asdict(result) for name, result in results.items()},
+            "results": {r.name: r.to_json(mesh, chip) for r in results if r.name in compiled},
         }
         (folder / "preflight.json").write_text(json.dumps(content, indent=1) + "\n")
-        text = render(config, mesh, chip, list(results.values()), _command())
+        text = render(config, mesh, chip, results, steps, _command())
         (folder / "preflight.md").write_text(text)
     print((folder / "preflight.md").read_text())
 
@@ -91,14 +96,24 @@ def _fitted(config: Config) -> Config:
     return dataclasses.replace(config, data=buckets.fitted(encoder, config).data)
 
 
+def typical_steps(config: Config, mesh: Mesh) -> list[Typical]:
+    """What every program has to do in the typical step, for each number of tokens kept a pass."""
+    found = []
+    for count in config.preflight.kept_a_pass:
+        lengths = typical(config, count)
+        works = {program.name: program.work for program in programs_of(config, mesh, lengths)}
+        found.append(Typical(lengths, works))
+    return found
+
+
 def _command() -> str:
     """The command line without `preflight.only`: the table holds all programs in the end."""
     words = " ".join(map(shlex.quote, sys.argv[1:]))
     return "python -m mgsd_jax.main " + re.sub(r" ?--set[ =]\S*preflight\.only=\S+", "", words)
 
 
-def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
-    """The results of an earlier run whose configuration differs in `preflight.only` at most."""
+def _earlier(file: pathlib.Path, config: Config) -> dict[str, Compiled]:
+    """What the compiler said in an earlier run with this config, `preflight.only` aside."""
     if not file.is_file():
         return {}
     found, mine = fields.read_json(file), config_lib.to_dict(config)
@@ -107,10 +122,10 @@ def _earlier(file: pathlib.Path, config: Config) -> dict[str, Result]:
         values.pop("only", None)
     if theirs != mine or found.get("libtpu") != importlib.metadata.version("libtpu"):
         return {}
-    names = {field.name for field in dataclasses.fields(Result)}
-    if any(not isinstance(values, dict) or set(values) != names for values in results.values()):
+    names = {field.name for field in dataclasses.fields(Compiled)}
+    if any(not isinstance(values, dict) or not names <= set(values) for values in results.values()):
         return {}  # of another version of this program
-    return {name: Result(**values) for name, values in results.items()}
+    return {name: Compiled(**{key: of[key] for key in names}) for name, of in results.items()}
 
 
 def slice_mesh(config: Config) -> Mesh:
@@ -128,7 +143,7 @@ def slice_mesh(config: Config) -> Mesh:
             f"preflight.topology: got {name!r}, want a name such as v5e:4x4, v6e:2x4, v5p:2x2x2 "
             f"({str(error).splitlines()[0]})"
         ) from None
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     return sharding.make_mesh(**sizes, devices=topology.devices)
 
 
@@ -153,48 +168,41 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         batches.check_batch(mesh, f"{stage}.batch_size", rows, parts)
 
 
-def compile_program(program: Program, chip: Chip, devices: str) -> Result:
-    """What the compiler reports about a program; its failure is a result too.
-
-    `devices` names the chips that it is compiled for, which the program itself does not.
-    """
+def ask_compiler(lowered: jax.stages.Lowered, name: str, mesh: Mesh, chip: Chip) -> Compiled:
+    """What the compiler reports about a program, now or before; its failure is a result too."""
     started, worked = time.perf_counter(), time.process_time()
-    error = None
+    # The program itself does not name the chips that it is compiled for.
+    parts = ", ".join(field.name for field in dataclasses.fields(Compiled))
+    devices = f"{chip.name}, sides {collectives.sides(mesh)}; {parts}"
+    compiler = functools.partial(_compile, mesh=mesh, chip=chip)
     try:
-        said = kept.ask(program.lower(), program.name, devices, _compile)
+        return Compiled(**kept.ask(lowered, name, devices, compiler))
     except jax.errors.JaxRuntimeError as problem:
         error = str(problem).splitlines()[0]
-        said = _seconds_since(started, worked)
-    return Result(
-        name=program.name,
-        resident=program.resident / GIB,
-        flops=program.work.flops,
-        seconds=program.work.seconds(chip),
-        tokens=program.work.tokens,
-        error=error,
-        **said,
-    )
+        return Compiled(error=error, **_seconds_since(started, worked))
 
 
-def _compile(lowered: jax.stages.Lowered) -> dict[str, float]:
-    """Sizes in GiB, and seconds of compilation; of a program that is too large, its peak."""
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, float]:
+    """The numbers of a `Compiled`; of a program that is too large, its peak."""
     started, worked = time.perf_counter(), time.process_time()
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
         assert memory is not None
-        sizes = {
+        said = {
             "arguments": memory.argument_size_in_bytes / GIB,
             "temporaries": memory.temp_size_in_bytes / GIB,
             "host": memory.host_temp_size_in_bytes / GIB,
             "peak": memory.peak_memory_in_bytes / GIB,
+            **dataclasses.asdict(collectives.a_pass(compiled.as_text() or "", mesh, chip)),
         }
     except jax.errors.JaxRuntimeError as problem:
         found = _TOO_LARGE.search(str(problem))
         if found is None:
             raise
         number, unit = [group for group in found.groups() if group is not None]
-        sizes = {"peak": float(number) * _UNITS[unit]}
-    return sizes | _seconds_since(started, worked)
+        said = {"peak": float(number) * _UNITS[unit]}
+    return said | _seconds_since(started, worked)
 
 
 def _seconds_since(started: float, worked: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Every program of a run, to be lowered from abstract arguments: shapes and layouts, no weights.
 
-These are the programs that the stages call, made by the same functions. Shapes are the largest
-that the config allows: its longest buckets, full batches, one picture per prompt.
+These are the programs that the stages call, made by the same functions, for full batches of one
+picture a prompt.
 Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch channels.
 """
 
@@ -25,6 +25,7 @@ from mgsd_jax.model.attention import kernel_for
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.preflight import roofline
+from mgsd_jax.preflight.lengths import Lengths, most
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation, grounding
@@ -52,11 +53,14 @@ class Program:
         return self.jitted.lower(*self.arguments)
 
 
-def programs_of(config: Config, mesh: Mesh) -> Iterator[Program]:
-    """The programs of `config.preflight.stages`, in the order in which a run comes to them."""
+def programs_of(config: Config, mesh: Mesh, lengths: Lengths | None = None) -> Iterator[Program]:
+    """The programs of `config.preflight.stages`, in the order in which a run comes to them.
+
+    Their shapes are those of `lengths`, by default the largest that the config allows.
+    """
     make = {"grounding": _grounding, "distillation": _distillation, "evaluate": _evaluate}
     for stage in config.preflight.stages:
-        for program in make[stage](config, mesh):
+        for program in make[stage](config, mesh, lengths or most(config)):
             yield dataclasses.replace(program, name=f"{stage}/{program.name}")
 
 
@@ -74,13 +78,13 @@ def make_model(config: Config, path: str, mesh: Mesh | None) -> Qwen3VL:
 # ----------------------------------------------------------------------------------------- stages
 
 
-def _grounding(config: Config, mesh: Mesh) -> Iterator[Program]:
+def _grounding(config: Config, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
     settings = config.grounding
     model = make_model(config, settings.student, mesh)
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
     state, frozen = _state(config, model, settings.optim, settings.lora, tx)
-    rows, length = settings.batch_size, config_lib.sizes(config.data.sequence_buckets)[-1]
-    batch = _records(config, model, rows)
+    rows, length = settings.batch_size, lengths.record
+    batch = _records(config, model, rows, length)
     update, _ = grounding.make_update(model, settings, tx)
     work = roofline.update_work(
         config, mesh, state.params, [(model, length, length, True)], rows, settings.microbatches
@@ -88,7 +92,7 @@ def _grounding(config: Config, mesh: Mesh) -> Iterator[Program]:
     yield Program("update", update, (state, frozen, _placed(batch, mesh)), 0, work)
 
 
-def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
+def _distillation(config: Config, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
     settings = config.distillation
     student = make_model(config, settings.student, mesh)
     teacher = make_model(config, settings.teacher, mesh)
@@ -103,10 +107,8 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
     variables = tree.combine(state.params, frozen)
 
     rows, *asked = config_lib.update_rows(settings).values()
-    width = settings.sampling.max_new_tokens
-    yield from _rollout(config, student, variables, rows, settings.sampling, held)
-    prompt = config_lib.sizes(config.data.prompt_buckets)[-1]
-    context = config_lib.sizes(config.data.teacher_buckets)[-1]
+    yield from _rollout(config, student, variables, rows, settings.sampling, lengths, held)
+    prompt, context, width = lengths.prompt, lengths.teacher, lengths.response
     batch = DistillationBatch(
         student=_inputs(config, student, rows, prompt, has_picture=True),
         teacher=_inputs(config, teacher, rows, context, has_picture=False),
@@ -124,7 +126,7 @@ def _distillation(config: Config, mesh: Mesh) -> Iterator[Program]:
         rows,
         settings.microbatches,
     )
-    records = [_placed(_records(config, student, number), mesh) for number in asked]
+    records = [_placed(_records(config, student, number, lengths.record), mesh) for number in asked]
     yield Program("update", update, (*held, _placed(batch, mesh), *records), 0, work)
 
 
@@ -137,12 +139,12 @@ def _is_student_without_adapters(config: Config) -> bool:
     return settings.lora.rank > 0 and base == settings.teacher
 
 
-def _evaluate(config: Config, mesh: Mesh) -> Iterator[Program]:
+def _evaluate(config: Config, mesh: Mesh, lengths: Lengths) -> Iterator[Program]:
     settings = config.evaluate
     model = make_model(config, settings.models[0][1], mesh)
     variables = {"params": _read_only(_params(config, model), model)}
     rows = settings.batch_size
-    yield from _rollout(config, model, variables, rows, settings.sampling, variables)
+    yield from _rollout(config, model, variables, rows, settings.sampling, lengths, variables)
 
 
 def _rollout(
@@ -151,6 +153,7 @@ def _rollout(
     variables: Tree,
     rows: int,
     sampling: SamplingConfig,
+    lengths: Lengths,
     held: object,
 ) -> Iterator[Program]:
     """The change of layout, the prefill and the decode loop, while `held` stays where it is.
@@ -175,7 +178,7 @@ def _rollout(
             kept - roofline.chip_bytes(variables),
             roofline.layout_work(variables, laid_out),
         )
-    length, slots = config_lib.sizes(config.data.prompt_buckets)[-1], sampling.max_new_tokens
+    length, limit = lengths.prompt, sampling.max_new_tokens
     inputs = _placed(_inputs(config, model, rows, length, has_picture=True), mesh)
     # How many ids end a row shapes the program, which ones does not.
     banned = (model.config.image_token_id, model.config.video_token_id)
@@ -183,9 +186,14 @@ def _rollout(
     row_ids = _placed(_array((rows,), jnp.int32), mesh)
     draft = None
     if sampling.draft_tokens:
-        draft = _placed(_array((rows, sampling.max_new_tokens), jnp.int32), mesh)
+        draft = _placed(_array((rows, limit), jnp.int32), mesh)
     programs = sampler.programs(laid_out, inputs, _key(mesh), row_ids, draft)
-    works = roofline.rollout_works(model, laid_out, rows, length, slots, _patches(config))
+    window, longest = 1 + sampling.draft_tokens, min(lengths.longest, limit)
+    loop = roofline.decoding(length, limit, window, longest, lengths.kept)
+    works = {
+        "prefill": roofline.prefill_work(model, laid_out, rows, length, _patches(config)),
+        "decode": roofline.decode_work(model, laid_out, rows, window, loop, longest),
+    }
     for name, (jitted, arguments) in programs.items():
         yield Program(name, jitted, arguments, kept, works[name])
 
@@ -245,8 +253,7 @@ def _inputs(config: Config, model: Qwen3VL, rows: int, length: int, *, has_pictu
     )
 
 
-def _records(config: Config, model: Qwen3VL, rows: int) -> GroundingBatch:
-    length = config_lib.sizes(config.data.sequence_buckets)[-1]
+def _records(config: Config, model: Qwen3VL, rows: int, length: int) -> GroundingBatch:
     return GroundingBatch(
         _inputs(config, model, rows, length, has_picture=True),
         targets=_array((rows, length), jnp.int32),

@@ -1,13 +1,14 @@
 """The least time that a program can take: arithmetic, memory traffic and links, each at its peak.
 
 All of it is computed from the configuration: compilers count the body of a loop once and a kernel
-not at all. Traffic is what cannot be avoided: weights are read once a pass, the cache once a token,
+not at all. Traffic is what cannot be avoided: weights and cache are read once a pass of decoding,
 gathered parts once a microbatch and pass. Activations are left out, so a real step takes longer.
+Decoding waits besides for the collectives of every pass (`collectives.py`).
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,29 @@ from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
-from mgsd_jax.model.flops import block_weights, decode_flops, forward_flops, layer_weights
+from mgsd_jax.model.flops import (
+    attention_flops,
+    block_weights,
+    forward_flops,
+    layer_weights,
+    named_flops,
+)
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import axes
 from mgsd_jax.parallel.chips import Chip
+from mgsd_jax.sampling.decoding import cache_stages, least_room
 from mgsd_jax.tree import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What a decode loop does until its longest response has ended."""
+
+    kept: float  # tokens of a pass that stay
+    passes: int
+    read: int  # slots of the cache that attention reads, over all passes
+    moved: int  # slots that are read and written when the cache is compacted, or grows
+    slots: int  # of the cache in the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +47,53 @@ class Work:
 
     flops: float
     memory: float  # bytes to and from its memory
-    links: float  # bytes that it receives from other chips
+    links: float  # bytes that it receives from other chips while it computes
     tokens: int  # of the batch, over all chips; for a rollout those sampled
+    loop: Decoding | None = None  # in which nothing is computed while links carry
 
-    def seconds(self, chip: Chip) -> dict[str, float]:
-        """The time of each part at the chip's peak; the longest is the roofline."""
+    def seconds(self, chip: Chip, sides: Sequence[int], wait: float = 0.0) -> dict[str, float]:
+        """The time of each part at the peak of a chip in a slice with these sides.
+
+        A pass of decoding waits `wait` seconds.
+        """
+        speed = chip.link_bytes_per_s * max(1, chip.links(sides))
         return {
             "arithmetic": self.flops / chip.flops,
             "memory": self.memory / chip.hbm_bytes_per_s,
-            "links": self.links / chip.link_bytes_per_s,
+            "links": self.links / speed,
+            "waits": 0.0 if self.loop is None else self.loop.passes * wait,
         }
+
+
+def roofline(seconds: Mapping[str, float]) -> float:
+    """The least time of a program whose parts take so long."""
+    return max(seconds[part] for part in ("arithmetic", "memory", "links")) + seconds["waits"]
+
+
+def decoding(prompt: int, limit: int, window: int, longest: int, kept: float) -> Decoding:
+    """The passes of a rollout after prompts of T tokens whose longest response has `longest`.
+
+    A pass runs `window` tokens a row, and `kept` of them stay, if there are as many; at most
+    `limit` are sampled. The first token comes from the prefill. The cache grows as
+    `decoding.decode` lets it grow.
+    """
+    kept = min(kept, window)
+    stages = cache_stages(prompt, limit, window)
+    passes = read = moved = 0
+    length, said = prompt, 1.0
+    for slots in stages:
+        least = window
+        while said < longest and length + least <= slots:
+            turns = min((slots - length) // window, math.ceil((longest - said) / kept))
+            passes, read = passes + turns, read + turns * slots
+            length, said = length + turns * window, said + turns * kept
+            if window > 1 and said < longest:
+                moved, length = moved + slots, prompt + math.ceil(said)
+                least = least_room(slots, window, is_last=slots == stages[-1])
+        if said >= longest:
+            return Decoding(kept, passes, read, moved, slots)
+        moved += slots
+    return Decoding(kept, passes, read, moved, stages[-1])
 
 
 def total_bytes(values: object) -> int:
@@ -59,35 +115,50 @@ def layout_work(before: object, after: object) -> Work:
     return Work(flops=0.0, memory=read + written, links=written, tokens=0)
 
 
-def rollout_works(
-    model: Qwen3VL, variables: Tree, rows: int, length: int, steps: int, patches: int
-) -> dict[str, Work]:
-    """The work of a prefill of `rows` prompts of `length` tokens, and of `steps` decode steps."""
+def prefill_work(model: Qwen3VL, variables: Tree, rows: int, length: int, patches: int) -> Work:
+    """The work of a prefill of `rows` prompts of `length` tokens."""
+    local_rows = rows // axes.parts(model.mesh, axes.dividing(model.mesh, axes.BATCH, rows))
+    flops = forward_flops(model.config, tokens=length, patches=patches, predicted=1)
+    return Work(
+        flops=rows * flops / _chips(model),
+        memory=chip_bytes(variables) + length * _slot_bytes(model, rows),
+        links=length * _reduced_bytes(model, local_rows),
+        tokens=rows * length,
+    )
+
+
+def decode_work(
+    model: Qwen3VL, variables: Tree, rows: int, window: int, loop: Decoding, tokens: int
+) -> Work:
+    """The work of a decode loop that samples so many tokens a row.
+
+    A pass runs a `window` of tokens a row, and reads the weights once for all of them.
+    """
+    token = forward_flops(model.config, tokens=1, patches=0, predicted=1)
+    flops = loop.passes * token + attention_flops(model.config, loop.read)
+    slots = loop.read + 2 * loop.moved
+    language = chip_bytes(variables["params"]["language"])
+    return Work(
+        flops=rows * window * flops / _chips(model),
+        memory=loop.passes * language + slots * _slot_bytes(model, rows),
+        links=0.0,
+        tokens=rows * tokens,
+        loop=loop,
+    )
+
+
+def _chips(model: Qwen3VL) -> int:
+    assert model.mesh is not None
+    return model.mesh.size
+
+
+def _slot_bytes(model: Qwen3VL, rows: int) -> float:
+    """Bytes of one slot of the cache on one chip."""
     text, mesh = model.config.text, model.mesh
-    assert mesh is not None
-    local_rows = rows // axes.parts(mesh, axes.dividing(mesh, axes.BATCH, rows))
-    tensor = axes.parts(mesh, axes.dividing(mesh, "tensor", text.num_key_value_heads))
-    slots = length + steps
-    weights, language = chip_bytes(variables), chip_bytes(variables["params"]["language"])
-    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim // tensor
-    cache = local_rows * slot * jnp.dtype(model.dtype).itemsize  # bytes a slot
-    reduced = _reduced_bytes(model, local_rows)
-    prefill = forward_flops(model.config, tokens=length, patches=patches, predicted=1)
-    decode = decode_flops(model.config, slots=slots)
-    return {
-        "prefill": Work(
-            flops=rows * prefill / mesh.size,
-            memory=weights + cache * length,
-            links=length * reduced,
-            tokens=rows * length,
-        ),
-        "decode": Work(
-            flops=steps * rows * decode / mesh.size,
-            memory=steps * (language + cache * slots),
-            links=steps * reduced,
-            tokens=rows * steps,
-        ),
-    }
+    split = axes.parts(mesh, axes.dividing(mesh, axes.BATCH, rows))
+    split *= axes.parts(mesh, axes.dividing(mesh, "tensor", text.num_key_value_heads))
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return rows * numbers * jnp.dtype(model.dtype).itemsize / split
 
 
 def update_work(
@@ -100,17 +171,24 @@ def update_work(
 ) -> Work:
     """The work of one update. A reader is (model, T, tokens at the head, whether it sees pictures).
 
-    The first reader learns: it runs forward, forward again if `remat` recomputes, and backward at
-    twice the cost. The others run forward only.
+    The first reader learns: it runs forward, forward again as far as `remat` did not keep what it
+    computed, and backward at twice the cost. The others run forward only.
     """
     fsdp, tensor = axes.parts(mesh, axes.BATCH), mesh.shape["tensor"]
-    recomputed = 0 if config.model.remat == "none" else 1
+    remat = config.model.remat
     flops, gathered, reduced = 0.0, 0.0, 0.0
     for place, (model, length, predicted, has_picture) in enumerate(readers):
         patches = config_lib.sizes(config.data.patch_buckets)[-1] if has_picture else 0
         forward = forward_flops(model.config, tokens=length, patches=patches, predicted=predicted)
-        passes = 1 if place else 2 + recomputed
-        flops += rows * forward * (1 if place else 3 + recomputed)
+        passes, again = 1, 0.0
+        if place == 0:
+            passes = 2 if remat == "none" else 3
+            again = 2 * forward
+            if remat != "none":
+                again += forward
+            if remat in ("save_names", "offload"):
+                again -= named_flops(model.config, length)
+        flops += rows * (forward + again)
         gathered += passes * _weight_bytes(model) / tensor
         reduced += passes * length * _reduced_bytes(model, rows // fsdp)
     state = chip_bytes(trained)

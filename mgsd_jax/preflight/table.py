@@ -1,60 +1,110 @@
 """The results of a preflight as markdown: a row for each program, the steps, and what to change."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
 from mgsd_jax.config import Config, DistillationConfig, EvaluateConfig
 from mgsd_jax.parallel import axes
 from mgsd_jax.parallel.chips import Chip
+from mgsd_jax.preflight import lengths
+from mgsd_jax.preflight.collectives import Waits, sides
+from mgsd_jax.preflight.lengths import Lengths
+from mgsd_jax.preflight.roofline import Work, roofline
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """One program, compiled or not. Sizes in GiB a chip."""
+class Compiled:
+    """What the compiler said of a program, if it was asked. GiB a chip; None if it gave up."""
 
-    name: str  # 'distillation/update'
-    compile_seconds: float
-    compile_cpu_seconds: float  # of all threads of the compiler
-    resident: float  # of arrays that are held meanwhile but are not its arguments
-    flops: float  # of one chip in one call
-    seconds: dict[str, float]  # arithmetic, memory, links, each at its peak
-    tokens: int  # of the batch
-    arguments: float | None = None  # None if the compiler gave up
+    compile_seconds: float = 0.0
+    compile_cpu_seconds: float = 0.0  # of all threads of the compiler
+    arguments: float | None = None
     temporaries: float | None = None
     host: float | None = None  # in the host's memory, for one chip
     peak: float | None = None  # of the program, arguments included
     error: str | None = None  # the compiler's first line if it failed for another reason
+    # The `Waits` of a pass of a decode loop.
+    collectives: float = 0.0
+    hops: float = 0.0
+    link_bytes: float = 0.0
+
+    @property
+    def waits(self) -> Waits:
+        return Waits(self.collectives, self.hops, self.link_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One program, compiled or not."""
+
+    name: str  # 'distillation/update'
+    resident: float  # GiB of arrays that are held meanwhile but are not its arguments
+    work: Work  # of one chip in one call, in the longest step
+    compiled: Compiled
 
     @property
     def total(self) -> float | None:
-        """The most that a chip holds while the program runs."""
-        return None if self.peak is None else self.peak + self.resident
+        """The most GiB that a chip holds while the program runs."""
+        return None if self.compiled.peak is None else self.compiled.peak + self.resident
+
+    def seconds(self, mesh: Mesh, chip: Chip) -> dict[str, float]:
+        """As `Work.seconds`, in the longest step."""
+        return self.work.seconds(chip, sides(mesh), self.compiled.waits.seconds(chip))
+
+    def to_json(self, mesh: Mesh, chip: Chip) -> dict[str, object]:
+        """All numbers of a program, flat."""
+        return {
+            "resident": self.resident,
+            "flops": self.work.flops,
+            "tokens": self.work.tokens,
+            "seconds": self.seconds(mesh, chip),
+            **dataclasses.asdict(self.compiled),
+        }
 
     @property
-    def roofline(self) -> float:
-        """Seconds, at least."""
-        return max(self.seconds.values())
+    def is_compiled(self) -> bool:
+        return self.total is not None or self.compiled.error is not None
+
+    @property
+    def waits_unseen(self) -> bool:
+        """Whether it decodes, and no compiled program says what it waits for."""
+        return self.work.loop is not None and self.compiled.temporaries is None
 
     def fits(self, chip: Chip) -> bool:
         return self.total is not None and self.total <= chip.hbm_gib
 
     def verdict(self, chip: Chip) -> str:
-        if self.error is not None:
+        if self.compiled.error is not None:
             return "compiler fault"
         return f"{'fits' if self.fits(chip) else 'does not fit'} ({self.total:.2f} GiB)"
 
 
-def render(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result], command: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """A typical step: its lengths, and what each program has to do in it."""
+
+    lengths: Lengths
+    works: Mapping[str, Work]  # by the name of the program
+
+
+def render(
+    config: Config,
+    mesh: Mesh,
+    chip: Chip,
+    results: Sequence[Result],
+    typical: Sequence[Typical],
+    command: str,
+) -> str:
     """The page: what fits, how long it takes at least, and what to change if something does not."""
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
         f"# Preflight: {config.model.path} on {config.preflight.topology}",
         "",
         f"`{command}`",
         "",
-        f"{mesh.size} chips of {chip.name}, mesh {sizes}, remat {config.model.remat}, parameters "
+        f"{mesh.size} chips of {chip.name}, mesh {shape}, remat {config.model.remat}, parameters "
         f"{config.model.param_dtype}. A chip has {chip.hbm_gib:g} GiB for programs. GiB a chip:",
         "",
         *_table(
@@ -62,18 +112,24 @@ def render(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result], co
             [(r.name, *_sizes(r), _verdict(r, chip)) for r in results],
         ),
         "",
-        "Least time of one call (arithmetic, memory traffic, links, each at its peak):",
+        "## The longest step",
+        "",
+        "The longest buckets, and every response as long as it may be, one token a pass. Least "
+        "time of one call: the longest of arithmetic, memory traffic and links, each at its peak, "
+        "and what passes of decoding wait for collectives:",
         "",
         *_table(
-            "program, TFLOP a chip, arithmetic s, memory s, links s, roofline s, tokens, "
+            "program, TFLOP a chip, arithmetic s, memory s, links s, waits s, roofline s, tokens, "
             "compile CPU s, compile wall s",
-            [(r.name, *_times(r)) for r in results],
+            [(r.name, *_times(r, mesh, chip)) for r in results],
         ),
         "",
         "CPU time is that of all threads of the compiler; wall time also counts what else the "
         "machine did.",
         "",
-        *_steps(config, results),
+        *_steps(config, mesh, chip, results),
+        "",
+        *typical_step(config, mesh, chip, results, typical),
         "",
         *_advice(config, mesh, chip, results),
         "",
@@ -89,35 +145,40 @@ def _table(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _sizes(result: Result) -> list[str]:
-    found = (result.arguments, result.temporaries, result.peak, result.resident, result.total)
+    made = result.compiled
+    found = (made.arguments, made.temporaries, made.peak, result.resident, result.total)
     return ["-" if size is None else f"{size:.2f}" for size in found]
 
 
-def _times(result: Result) -> list[str]:
+def _times(result: Result, mesh: Mesh, chip: Chip) -> list[str]:
+    seconds = result.seconds(mesh, chip)
+    taken = (result.compiled.compile_cpu_seconds, result.compiled.compile_seconds)
     return [
-        f"{result.flops / 1e12:.4g}",
-        *(f"{result.seconds[part]:.3g}" for part in ("arithmetic", "memory", "links")),
-        f"{result.roofline:.3g}",
-        f"{result.tokens:,}",
-        f"{result.compile_cpu_seconds:.0f}",
-        f"{result.compile_seconds:.0f}",
+        f"{result.work.flops / 1e12:.4g}",
+        *(f"{seconds[part]:.3g}" for part in ("arithmetic", "memory", "links")),
+        "-" if result.waits_unseen else f"{seconds['waits']:.3g}",
+        f"{roofline(seconds):.3g}",
+        f"{result.work.tokens:,}",
+        *(f"{time:.0f}" if result.is_compiled else "-" for time in taken),
     ]
 
 
 def _verdict(result: Result, chip: Chip) -> str:
-    if result.error is not None:
-        return f"compiler fault: {result.error}"
+    if result.compiled.error is not None:
+        return f"compiler fault: {result.compiled.error}"
+    if not result.is_compiled:
+        return "not compiled"
     return "fits" if result.fits(chip) else "**does not fit**"
 
 
-def _steps(config: Config, results: Sequence[Result]) -> list[str]:
+def _steps(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result]) -> list[str]:
     """A sentence for each stage: the tokens of a step (or batch), and its programs' rooflines."""
     lines = []
     for stage in config.preflight.stages:
         mine = {r.name.split("/")[1]: r for r in results if r.name.startswith(f"{stage}/")}
-        seconds = sum(result.roofline for result in mine.values())
+        seconds = sum(roofline(result.seconds(mesh, chip)) for result in mine.values())
         done = {"decode": "samples", "update": "reads"}
-        tokens = [f"{done[part]} {mine[part].tokens:,}" for part in done if part in mine]
+        tokens = [f"{done[part]} {mine[part].work.tokens:,}" for part in done if part in mine]
         if tokens:
             lines.append(
                 f"- {stage}: {' and '.join(tokens)} tokens; {' + '.join(mine)} take at least "
@@ -126,14 +187,90 @@ def _steps(config: Config, results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def typical_step(
+    config: Config,
+    mesh: Mesh,
+    chip: Chip,
+    results: Sequence[Result],
+    typical: Sequence[Typical],
+) -> list[str]:
+    """The second part of the page: the programs' rooflines in a step of typical lengths."""
+    lines = [
+        "## The typical step",
+        "",
+        f"{lengths.ROWS} boards of configs/qwen3vl.py and right responses to them, in the tokens "
+        f"of Qwen3-VL (`benchmarks/tokens.py`): a response has {lengths.RESPONSE} tokens, the "
+        f"longest of the batch {lengths.LONGEST_RESPONSE}. Least times as above, of the programs "
+        "for the buckets that this takes.",
+        "",
+    ]
+    made = {result.name: result for result in results}
+    for stage in config.preflight.stages:
+        rows = [_row(stage, step, made, mesh, chip) for step in typical]
+        if not rows or not all(rows):
+            lines.append(f"- {stage}: its decode is not compiled.")
+        elif stage == "grounding":
+            size, seconds = typical[0].lengths.record, rows[0][-1]
+            lines.append(f"- {stage}: records of {size} tokens; update takes at least {seconds} s.")
+        else:
+            waits = made[f"{stage}/decode"].compiled.waits
+            lines += [
+                f"- {stage}: {_buckets(stage, typical[0].lengths)}. A pass of decoding waits for "
+                f"{waits.collectives:g} collectives over {waits.hops:g} hops between chips, "
+                f"{waits.seconds(chip) * 1e3:.3g} ms.",
+                "",
+                *_table(
+                    "tokens kept a pass, passes, slots of the cache, "
+                    + "".join(f"{name.split('/')[1]} s, " for name in _mine(stage, typical[0]))
+                    + "together s",
+                    list(dict.fromkeys(map(tuple, rows))),  # without drafts all are the same
+                ),
+                "",
+            ]
+    return lines
+
+
+def _mine(stage: str, step: Typical) -> list[str]:
+    return [name for name in step.works if name.startswith(f"{stage}/")]
+
+
+def _buckets(stage: str, size: Lengths) -> str:
+    said = f"prompts of {size.prompt} tokens"
+    if stage == "evaluate":
+        return said
+    return f"{said}, the teacher's of {size.teacher}, responses cut to {size.response}"
+
+
+def _row(
+    stage: str, step: Typical, made: Mapping[str, Result], mesh: Mesh, chip: Chip
+) -> list[str]:
+    """The cells of a step of a stage; none if what its passes wait for is not known."""
+    cells, together = [], 0.0
+    for name in _mine(stage, step):
+        if made[name].waits_unseen:
+            return []
+        work = step.works[name]
+        wait = made[name].compiled.waits.seconds(chip)
+        least = roofline(work.seconds(chip, sides(mesh), wait))
+        together += least
+        cells.append(f"{least:.3g}")
+        if work.loop is not None:
+            loop = [f"{work.loop.kept:g}", f"{work.loop.passes:,}", f"{work.loop.slots:,}"]
+            cells = [*loop, *cells]
+    return [*cells, f"{together:.3g}"]
+
+
 def _advice(config: Config, mesh: Mesh, chip: Chip, results: Sequence[Result]) -> list[str]:
-    bad = [result for result in results if not result.fits(chip)]
+    missing = [result.name for result in results if not result.is_compiled]
+    bad = [result for result in results if result.is_compiled and not result.fits(chip)]
+    if missing and not bad:
+        return [f"Not compiled: {', '.join(missing)}. Everything else fits."]
     if not bad:
         return ["Everything fits."]
     lines = ["What to change:", ""]
     for result in bad:
-        if result.error is not None:
-            lines.append(f"- {result.name}: the compiler failed, {result.error}")
+        if result.compiled.error is not None:
+            lines.append(f"- {result.name}: the compiler failed, {result.compiled.error}")
             continue
         assert result.total is not None
         stage, part = result.name.split("/")

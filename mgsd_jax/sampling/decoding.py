@@ -36,6 +36,21 @@ class Rollout:
     guessed: jax.Array  # [B, R] bool, tokens that a draft held: they cost no pass of the model
 
 
+def cache_stages(prompt: int, max_new_tokens: int, window: int) -> tuple[int, ...]:
+    """Slots of the cache in each stage, after a prompt of T tokens; attention reads them all.
+
+    Without drafts (a window of 1) the last stage holds every token. With them it has room for some
+    passes more, as a pass leaves holes behind guesses that were wrong.
+    """
+    last = max_new_tokens + (0 if window == 1 else SPARE_PASSES * window)
+    return tuple(prompt + new for new in (*(s for s in STAGES if s < last), last))
+
+
+def least_room(slots: int, window: int, *, is_last: bool) -> int:
+    """Slots that have to be free in a compacted cache of a drafted rollout, or it ends or grows."""
+    return window if is_last else max(window, slots // 4)
+
+
 class Static(NamedTuple):
     """What selects a compiled program, besides shapes."""
 
@@ -47,14 +62,8 @@ class Static(NamedTuple):
     use_top_p: bool
 
     def stages(self, prompt: int) -> tuple[int, ...]:
-        """Slots of the cache in each stage, after a prompt of T tokens; attention reads them all.
-
-        Without drafts the last stage holds every token. With them it has room for some passes
-        more, as a pass leaves holes behind guesses that were wrong.
-        """
-        holes = 0 if self.window == 1 else SPARE_PASSES * self.window
-        last = self.max_new_tokens + holes
-        return tuple(prompt + new for new in (*(s for s in STAGES if s < last), last))
+        """The `cache_stages` after a prompt of T tokens."""
+        return cache_stages(prompt, self.max_new_tokens, self.window)
 
 
 class Choice(NamedTuple):
@@ -137,9 +146,7 @@ def decode(
         state, split = fill((state, split))
     else:
         # Compacted, the cache is good for some passes more, or for a larger stage.
-        least = static.window
-        if not is_last:
-            least = max(least, cache.valid.shape[1] // 4)
+        least = least_room(cache.valid.shape[1], static.window, is_last=is_last)
         state, split = jax.lax.while_loop(
             lambda c: has_room(c, least), fill_and_compact, (state, split)
         )

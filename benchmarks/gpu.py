@@ -1,352 +1,144 @@
 """A random Qwen3-VL on one GPU: each phase of a distillation step against the limit of the device.
 
-    python benchmarks/gpu.py [--torch] [--out docs/results/gpu_h200.json]   # 4B, bfloat16
-    python benchmarks/gpu.py --size nano                                    # seconds, on a CPU
+    python benchmarks/gpu.py --all --out docs/results/gpu_h100.json   # 4B, at most 8 minutes
+    python benchmarks/gpu.py --all --size nano                        # the same on a CPU
 
 Prefill and decode: tokens a second, and the share of what arithmetic and memory traffic allow at
 the device's peaks (preflight/roofline.py). Update: time and MFU, which counts no recomputation; all
 parameters are trained where the compiled program fits, else adapters (`trained` says which). Loss:
 exact reverse KL, value and gradients, against its four head products alone, measured and at peak.
---torch adds the same phases in torch and transformers, each side in a process of its own. Weights
-are random, so rollouts run to their full length. Prints one JSON line; times are medians. On a
-device whose peaks are not in chips.py the limits are null.
+--all adds rollouts whose drafts are their own greedy responses with 0, 10 and 30 % of the tokens
+replaced, updates of other response lengths, and the phases in torch and transformers; --torch the
+latter alone. Weights are random, so rollouts run to their full length.
+
+A phase runs in a process of its own. --out is written anew after each, so a kill loses the one that
+is under way. The most important come first; what --budget leaves no time for is named in `skipped`.
+Prints one JSON line; times are medians. On a device whose peaks are not in chips.py the limits are
+null.
 """
 
 import argparse
-import concurrent.futures
-import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import multiprocessing
-import os
 import pathlib
-import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import gpu_case
+import gpu_ours
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.command_line import load_config
-from mgsd_jax.config import Config, LoraConfig
-from mgsd_jax.data import batching, positions
-from mgsd_jax.data.processor import Encoded, PicturePatches
-from mgsd_jax.model.config import ModelConfig
-from mgsd_jax.model.qwen3vl import Qwen3VL, init_params
-from mgsd_jax.parallel import sharding
-from mgsd_jax.parallel.chips import CHIPS, GPUS, Chip
-from mgsd_jax.preflight import programs
-from mgsd_jax.sampling.sampler import Sampler
-from mgsd_jax.stages import distillation
-from mgsd_jax.training import losses, optimizer, sessions, trainable
-from mgsd_jax.weights.released import find_config
+from mgsd_jax.workdir import paths
 
-ROOT = pathlib.Path(__file__).parents[1]
-GIB = 2.0**30
-# (config file, what is set in it): 4B at the lengths of the recipe's prompts, in one microbatch.
-SIZES = {
-    "4b": (
-        "qwen3vl.py:4b",
-        ("data.prompt_buckets=(384,)", "data.teacher_buckets=(512,)"),
-    ),
-    "nano": ("nano.py", ("distillation.optim.trainable=.*",)),
-}
-ROWS = {"4b": 32, "nano": 4}
-RESPONSE = {"4b": 512, "nano": 62}
+Result = dict[str, Any]
+Phase = Callable[[argparse.Namespace], Result]
+ALL_BUDGET = 480.0  # seconds
+STARTING = 20.0  # seconds in which no phase is begun and done
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--size", choices=tuple(SIZES), help="4b on a GPU, else nano")
+    result.add_argument("--size", choices=tuple(gpu_case.SIZES), help="4b on a GPU, else nano")
     result.add_argument("--rows", type=int, help="prompts at once (4b: 32, nano: 4)")
     result.add_argument("--response", type=int, help="tokens sampled a row (4b: 512, nano: 62)")
-    result.add_argument("--rounds", type=int, default=5)
+    result.add_argument("--rounds", type=int, help="calls of each (--all: 2, else 5)")
+    result.add_argument("--guesses", type=int, default=7, help="--all: sampling.draft_tokens")
     result.add_argument("--torch", action="store_true", help="the same in torch beside it")
+    result.add_argument("--all", action="store_true", help="every phase, within the budget")
+    result.add_argument("--budget", type=float, help="seconds in all (--all: 480, else no end)")
     result.add_argument("--out", help="file for the JSON line")
     return result
 
 
-def complete(options: argparse.Namespace) -> argparse.Namespace:
-    """The options with their defaults for this device."""
-    size = options.size or ("4b" if jax.default_backend() == "gpu" else "nano")
-    defaults = {"size": size, "rows": ROWS[size], "response": RESPONSE[size]}
+def complete(options: argparse.Namespace, backend: str = "cpu") -> argparse.Namespace:
+    """The options with their defaults for this backend."""
+    size = options.size or ("4b" if backend == "gpu" else "nano")
+    defaults: Result = {
+        "size": size,
+        "rows": gpu_case.ROWS[size],
+        "response": gpu_case.RESPONSE[size],
+        "rounds": 2 if options.all else 5,
+        "budget": ALL_BUDGET if options.all else None,
+    }
     given = {name: value for name, value in vars(options).items() if value is not None}
     return argparse.Namespace(**defaults | given)
 
 
-def make_config(options: argparse.Namespace) -> Config:
-    """The recipe of this size with the options in it."""
-    name, settings = SIZES[options.size]
-    settings = (
-        *settings,
-        f"distillation.batch_size={options.rows}",
-        "distillation.rollouts=1",
-        "distillation.microbatches=1",
-        f"distillation.sampling.max_new_tokens={options.response}",
-        "preflight.stages=('distillation',)",
-    )
-    return load_config(str(ROOT / "configs" / name), settings)
+def phases(options: argparse.Namespace) -> dict[str, Phase]:
+    """What is measured, the most important first."""
+    every: dict[str, Phase] = {"rollout": gpu_ours.rollout, "drafts": gpu_ours.drafts}
+    first, *others = gpu_case.UPDATES[options.size] if options.all else [options.response]
+    for length in (first, *others):
+        every[f"update {length}"] = functools.partial(_update, response=length)
+    every["loss"] = gpu_ours.loss
+    for name in ("rollout", "update", "loss"):
+        every[f"torch {name}"] = functools.partial(theirs, phase=name)
+    if options.all:
+        last = [f"update {length}" for length in others]
+        order = ["rollout", "drafts", f"update {first}", last[0], "torch rollout", *last[1:]]
+        return {name: every[name] for name in (*order, "torch update", "loss", "torch loss")}
+    chosen = ["rollout", f"update {first}", "loss"]
+    chosen += [f"torch {name}" for name in ("rollout", "update", "loss") if options.torch]
+    return {name: every[name] for name in chosen}
 
 
-def make_prompts(config: Config, model: ModelConfig) -> batching.PromptBatch:
-    """Prompts of random text that fill their buckets, the student's with a picture after it."""
-    data, rng = config.data, np.random.default_rng(0)
-    side = math.isqrt(config_lib.sizes(data.patch_buckets)[-1])
-    grid, merge = (1, side, side), model.vision.spatial_merge_size
-    where = positions.interpolation(grid, merge_size=merge, table_side=model.vision.grid_side)
-    count = positions.token_count(grid, merge)
-    ids = (model.image_token_id, model.video_token_id, model.vision_start_token_id)
-
-    def text(length: int) -> np.ndarray:
-        return rng.integers(0, min(ids), length).astype(np.int32)
-
-    def student() -> Encoded:
-        tokens = text(config_lib.sizes(data.prompt_buckets)[-1])
-        start = len(tokens) - count - 8  # what the chat template writes after the picture
-        tokens[start - 1], tokens[start + count] = ids[2], model.vision_end_token_id
-        tokens[start : start + count] = model.image_token_id
-        patches = rng.standard_normal((side * side, model.vision.patch_channels), np.float32)
-        return Encoded(tokens, (PicturePatches(patches, grid, start, merge, where),))
-
-    rows = range(config.distillation.batch_size)
-    return batching.prompt_batch(
-        [student() for _ in rows],
-        [Encoded(text(config_lib.sizes(data.teacher_buckets)[-1]), ()) for _ in rows],
-        student_length=config_lib.sizes(data.prompt_buckets)[-1],
-        teacher_length=config_lib.sizes(data.teacher_buckets)[-1],
-        pad_id=0,
-        patch_buckets=config_lib.sizes(data.patch_buckets),
-        max_pictures=1,
-    )
+def _update(options: argparse.Namespace, response: int) -> Result:
+    return gpu_ours.update(argparse.Namespace(**vars(options) | {"response": response}))
 
 
-def median_seconds(run: Callable[[], Any], rounds: int) -> float:
-    """Of `rounds` calls, after one that compiles and warms up."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def share(limit: float | None, seconds: float) -> float | None:
-    return None if limit is None else limit / seconds
-
-
-# --------------------------------------------------------------------------------------- our side
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is measured, on which device."""
-
-    config: Config
-    model: Qwen3VL
-    chip: Chip | None  # None: its peaks are not known
-    room: float  # bytes of its memory
-    rounds: int
-
-    @property
-    def banned(self) -> tuple[int, int]:
-        return self.model.config.image_token_id, self.model.config.video_token_id
-
-
-def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """All phases in JAX, and what they were measured on."""
-    # By default XLA takes three quarters of a GPU: 4B with its moments needs more.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    options = complete(options)
-    config = make_config(options)
-    device = jax.devices()[0]
-    model = programs.make_model(config, config.distillation.student, None)
-    room = (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    case = Case(config, model, (CHIPS | GPUS).get(device.device_kind), room, options.rounds)
-    prompts = jax.device_put(make_prompts(config, model.config))
-    make_params = jax.jit(functools.partial(init_params, model.config))
-    params = make_params(jax.random.key(0))
-    result = {
-        "benchmark": "gpu",
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "size": options.size,
-        "rows": options.rows,
-        "prompt": prompts.student.tokens.shape[1],
-        "teacher_prompt": prompts.teacher.tokens.shape[1],
-        "response": options.response,
-        "rounds": options.rounds,
-        "dtype": config.model.compute_dtype,
-        **measure_rollout(case, params, prompts),
-    }
-    result["update"] = measure_update(case, params, prompts)
-    jax.tree.map(lambda leaf: leaf.delete(), params)
-    result["loss"] = measure_loss(case, options.rows * options.response)
-    return result
-
-
-def limits(case: Case) -> dict[str, float]:
-    """Seconds that each program of a step takes at the least; {} where the chip is not known."""
-    if case.chip is None:
-        return {}
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    found = programs.programs_of(case.config, mesh)
-    return {p.name.partition("/")[2]: max(p.work.seconds(case.chip).values()) for p in found}
-
-
-def measure_rollout(case: Case, params: Any, prompts: batching.PromptBatch) -> dict[str, Any]:
-    """A rollout of one token is the prefill; what a longer one takes more is the decode loop."""
-    settings, inputs = case.config.distillation.sampling, prompts.student
-    rows, length = inputs.tokens.shape
-    width = settings.max_new_tokens
-
-    def seconds(width: int) -> float:
-        sampling = dataclasses.replace(settings, max_new_tokens=width)
-        sampler = Sampler(case.model, sampling, eos_ids=(), banned_ids=case.banned, pad_id=0)
-        key = jax.random.key(0)
-        return median_seconds(
-            lambda: sampler.rollout({"params": params}, inputs, key, prompts.row_ids), case.rounds
-        )
-
-    limit, first = limits(case), seconds(1)
-    step = (seconds(width) - first) / (width - 1)
-    least = limit["decode"] / width if limit else None
-    return {
-        "prefill": {
-            "seconds": first,
-            "tokens_per_s": rows * length / first,
-            "limit_seconds": limit.get("prefill"),
-            "of_limit": share(limit.get("prefill"), first),
-        },
-        "decode": {
-            "step_seconds": step,
-            "tokens_per_s": rows / step,
-            "limit_step_seconds": least,
-            "of_limit": share(least, step),
-        },
-    }
-
-
-def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> dict[str, Any]:
-    settings, model = case.config.distillation, case.model
-    tx = optimizer.make_optimizer(settings.optim, settings.steps)
-    update = distillation.make_update(model, model, settings, tx, case.banned)
-    shape = (settings.batch_size, settings.sampling.max_new_tokens)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, min(case.banned))
-    batch = distillation.DistillationBatch(
-        prompts.student, prompts.teacher, tokens, jnp.ones(shape, bool)
-    )
-    teacher = jax.jit(lambda p: sharding.cast(p, model.dtype))(params)
-
-    def make_state(params: Any, lora: LoraConfig) -> tuple[optimizer.TrainState, Any]:
-        trained, frozen = trainable.split(params, settings.optim, lora, jax.random.key(2))
-        return optimizer.init(trained, tx), sharding.cast(frozen, model.dtype)
-
-    # All parameters if that fits, else the adapters of the recipe's grounding.
-    adapters = dataclasses.replace(case.config.grounding.lora, rank=8)
-    for lora in (LoraConfig(), adapters):
-        abstract = jax.eval_shape(functools.partial(make_state, lora=lora), params)
-        program = update.lower(*abstract, teacher, batch).compile()
-        memory = program.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        if lora.rank:  # the float32 parameters are the caller's, and stay beside the frozen ones
-            needed += sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        if needed < case.room:
-            break
-    else:
-        return {"skipped": f"got {case.room / GIB:.3g} GiB, want {needed / GIB:.3g}"}
-    state, frozen = make_state(params, lora)
-    held = [state]  # donated: where all parameters are trained, `params` are gone from here on
-    del state
-
-    def step() -> Any:
-        held[0], measured, _ = program(held[0], frozen, teacher, batch)
-        return measured
-
-    seconds = median_seconds(step, case.rounds)
-    flops = distillation.update_flops(model, model, batch)
-    return {
-        "trained": f"adapters of rank {lora.rank}" if lora.rank else "all",
-        "seconds": seconds,
-        **sessions.speed(flops, 2 * math.prod(shape), seconds),
-        "loss": float(step()["loss"].value),
-        "needed_gib": needed / GIB,
-    }
-
-
-def measure_loss(case: Case, tokens: int) -> dict[str, Any]:
-    """The fused divergence and its gradients, and the four products that it cannot do without."""
-    text, chunk = case.model.config.text, min(case.config.distillation.token_chunk, tokens)
-    tokens = -(-tokens // chunk) * chunk
-    keys = jax.random.split(jax.random.key(3), 5)
-    normal = functools.partial(jax.random.normal, dtype=case.model.dtype)
-    shapes = ((tokens, text.hidden_size), (text.vocab_size, text.hidden_size))
-    hidden, teacher_hidden = (normal(key, shapes[0]) for key in keys[:2])
-    table, teacher_table = (normal(key, shapes[1]) * 0.02 for key in keys[2:4])
-    targets = jax.random.randint(keys[4], (tokens,), 0, text.vocab_size)
-    weights = jnp.full(tokens, 1.0 / tokens)
-    settings = dataclasses.replace(case.config.distillation, token_chunk=chunk)
-
-    # All arrays are arguments: the compiler would work out what it is given as constants.
-    def loss(hidden: jax.Array, table: jax.Array, *teacher: jax.Array) -> jax.Array:
-        return losses.distill(
-            hidden, table, teacher[0], teacher[1], weights, settings=settings, targets=targets
-        )[0]
-
-    def products(hidden: jax.Array, table: jax.Array, *teacher: jax.Array) -> Any:
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-        def one(d_table: jax.Array, rows: Any) -> Any:
-            mine, other = rows
-            both = product("ND,VD->NV", mine, table) + product("ND,VD->NV", other, teacher[1])
-            both = both.astype(mine.dtype)
-            return d_table + product("NV,ND->VD", both, mine), product("NV,VD->ND", both, table)
-
-        chunks = tuple(x.reshape(-1, chunk, x.shape[-1]) for x in (hidden, teacher[0]))
-        return jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), chunks)
-
-    fused, least = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), jax.jit(products)
-    arrays = (hidden, table, teacher_hidden, teacher_table)
-    seconds = median_seconds(lambda: fused(*arrays), case.rounds)
-    alone = median_seconds(lambda: least(*arrays), case.rounds)
-    bound = 8.0 * tokens * math.prod(shapes[1]) / case.chip.flops if case.chip else None
-    return {
-        "tokens": tokens,
-        "seconds": seconds,
-        "products_seconds": alone,
-        "of_products": share(alone, seconds),
-        "bound_seconds": bound,
-        "of_bound": share(bound, seconds),
-    }
-
-
-# ------------------------------------------------------------------------------------- both sides
-
-
-def theirs(options: argparse.Namespace) -> dict[str, Any]:
-    """The phases in torch and transformers, or why they were left out."""
+def theirs(options: argparse.Namespace, phase: str) -> Result:
+    """A phase in torch and transformers, or why it was left out."""
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         return {"skipped": f"got no {' and no '.join(missing)}"}
     import gpu_torch  # optional, and slow to import
 
-    config = make_config(options)
-    return gpu_torch.measure(options, config, find_config(config.model.path))
+    return gpu_torch.measure(options, phase)
 
 
-def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """The function called in a process of its own, which gives all its memory back."""
+def alone(function: Phase, options: argparse.Namespace, seconds: float | None) -> Result:
+    """The function in a process of its own; {'skipped': why} where it dies or is too slow."""
     fresh = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        return pool.submit(function, *arguments).result()
+    mine, yours = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=_send, args=(yours, function, options), daemon=True)
+    process.start()
+    yours.close()
+    try:
+        if not mine.poll(seconds):
+            return {"skipped": f"not done in the {seconds:.0f} s that were left"}
+        return mine.recv()
+    except EOFError:
+        process.join()
+        return {"skipped": f"ended with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(pipe: Connection, function: Phase, options: argparse.Namespace) -> None:
+    try:
+        result = function(options)
+    except Exception as error:  # the next phase is to run all the same
+        traceback.print_exc()
+        result = {"skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"}
+    pipe.send(result)
+
+
+def merge(result: Result, more: Result) -> None:
+    """Adds `more` to `result`, dict by dict."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(result.get(name), dict):
+            merge(result[name], value)
+        else:
+            result[name] = value
 
 
 def rounded(value: Any) -> Any:
@@ -356,17 +148,41 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def main() -> None:
-    options = parser().parse_args()
-    result = alone(ours, options)
-    if options.torch:
-        chosen = {name: result[name] for name in ("size", "rows", "response")}
-        result["torch"] = alone(theirs, argparse.Namespace(**vars(options) | chosen))
-    line = json.dumps(rounded(result))
-    print(line)
-    if options.out:
-        pathlib.Path(options.out).write_text(line + "\n")
+def measure(options: argparse.Namespace) -> Result:
+    """All phases, each in its process, `options.out` written after each."""
+    begun = time.perf_counter()
+    result: Result = {"benchmark": "gpu", **alone(gpu_ours.describe, options, None)}
+    if "skipped" in result:
+        raise SystemExit(f"no device: {result['skipped']}")
+    options = complete(options, result["backend"])
+    if options.size == "4b" and result["backend"] == "cpu":
+        raise SystemExit("--size: got 4b on a CPU, want nano; JAX found no GPU (jax[cuda12]?)")
+    config = gpu_case.make_config(options)
+    result |= {name: getattr(options, name) for name in ("size", "rows", "response", "rounds")}
+    result |= {
+        "prompt": config_lib.sizes(config.data.prompt_buckets)[-1],
+        "teacher_prompt": config_lib.sizes(config.data.teacher_buckets)[-1],
+        "dtype": config.model.compute_dtype,
+        "phase_seconds": {},
+        "skipped": {},
+    }
+    for name, phase in phases(options).items():
+        started = time.perf_counter()
+        left = None if options.budget is None else options.budget - (started - begun)
+        if left is not None and left < STARTING:
+            found: Result = {"skipped": f"no time left of {options.budget:.0f} s"}
+        else:
+            found = alone(phase, options, left)
+        if isinstance(found.get("skipped"), str):
+            result["skipped"][name] = found["skipped"]
+        else:
+            merge(result, found)
+        result["phase_seconds"][name] = time.perf_counter() - started
+        print(name, json.dumps(rounded(found)), file=sys.stderr, flush=True)
+        if options.out:
+            paths.write_whole(pathlib.Path(options.out), json.dumps(rounded(result)) + "\n")
+    return rounded(result)
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(parser().parse_args())))

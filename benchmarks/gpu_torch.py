@@ -1,63 +1,77 @@
 """The phases of gpu.py in torch and transformers, as one would write them there.
 
-Called by `gpu.py --torch`. Rollouts are transformers' `generate`; the update is AdamW over float32
-parameters under bfloat16 autocast, layers recomputed in the backward pass, a few rows at a time so
-that their logits fit; the loss goes over chunks of tokens. A phase that the GPU has no memory for
-says so. On a CPU (nano) all is float32.
+Called by `gpu.py --torch` and `--all`. Rollouts are transformers' `generate`, 128 tokens at most;
+the update is AdamW over float32 parameters under bfloat16 autocast, layers recomputed in the
+backward pass, a few rows at a time so that their logits fit; the loss goes over chunks of tokens. A
+phase that the GPU has no memory for says so. On a CPU (nano) all is float32.
 """
 
 import argparse
-import contextlib
-import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu import make_prompts
+from gpu_case import make_config, make_prompts
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from mgsd_jax.config import Config
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.config import ModelConfig
+from mgsd_jax.weights.released import find_config
 
+ROLLED = 128  # tokens of a rollout: what a token takes follows from them, and a call ends sooner
 LOGIT_ROWS = 4  # rows of a microbatch: two float32 [rows, R, V] and their gradients are held
 
 
-def measure(options: argparse.Namespace, config: Config, model_config: ModelConfig) -> dict:
-    """{phase: measurements}, with the keys of gpu.py."""
+def measure(options: argparse.Namespace, phase: str) -> dict:
+    """{'torch': {phase: measurements}}, with the keys of gpu.py, or {'skipped': why}."""
     if options.size != "nano" and not torch.cuda.is_available():
         return {"skipped": "torch has no CUDA"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = make_config(options)
     dtype = torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
     torch.manual_seed(0)
-    prompts = make_prompts(config, model_config)
-    make = functools.partial(make_model, model_config, device)
-    settings = config.distillation
-    shape = (options.rows, options.response)
-    response = torch.randint(0, 100, shape, device=device)
-    result: dict[str, Any] = {"torch": torch.__version__}
-    with fits(result, "rollout"):
-        measured = measure_rollout(
-            make(dtype).eval(), to_torch(prompts.student, model_config, device), options
-        )
-        result |= measured
-    with fits(result, "update"):
-        result["update"] = measure_update(
-            make(torch.float32),
-            make(dtype).eval(),
-            [
-                to_torch(reader, model_config, device, response)
-                for reader in (prompts.student, prompts.teacher)
-            ],
-            settings.optim,
-            dtype,
-            options,
-        )
-    with fits(result, "loss"):
-        result["loss"] = measure_loss(model_config, settings.token_chunk, device, dtype, options)
-    return result
+    try:
+        found = PHASES[phase](options, config, device, dtype)
+    except torch.cuda.OutOfMemoryError as error:
+        return {"skipped": str(error).partition(". ")[0]}
+    return {"torch": {"torch": torch.__version__, **found}}
+
+
+def rollout(
+    options: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    model_config = find_config(config.model.path)
+    model = make_model(model_config, device, dtype).eval()
+    inputs = to_torch(make_prompts(config).student, model_config, device)
+    return measure_rollout(model, inputs, options)
+
+
+def update(
+    options: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    model_config, prompts = find_config(config.model.path), make_prompts(config)
+    response = torch.randint(0, 100, (options.rows, options.response), device=device)
+    readers = [
+        to_torch(reader, model_config, device, response)
+        for reader in (prompts.student, prompts.teacher)
+    ]
+    student = make_model(model_config, device, torch.float32)
+    teacher = make_model(model_config, device, dtype).eval()
+    optim = config.distillation.optim
+    return {"update": measure_update(student, teacher, readers, optim, dtype, options)}
+
+
+def loss(
+    options: argparse.Namespace, config: Config, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    model_config, chunk = find_config(config.model.path), config.distillation.token_chunk
+    return {"loss": measure_loss(model_config, chunk, device, dtype, options)}
+
+
+PHASES = {"rollout": rollout, "update": update, "loss": loss}
 
 
 def make_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -65,17 +79,6 @@ def make_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
         return Qwen3VLForConditionalGeneration._from_config(
             Qwen3VLConfig(**config.to_hf()), dtype=dtype
         )
-
-
-@contextlib.contextmanager
-def fits(result: dict[str, Any], phase: str) -> Iterator[None]:
-    """A phase that may need more memory than there is."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        result[phase] = {"skipped": str(error).partition(". ")[0]}
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def median_seconds(run: Callable[[], Any], rounds: int) -> float:
@@ -124,7 +127,8 @@ def measure_rollout(
 
     rows, length = inputs["input_ids"].shape
     first = seconds(1)
-    step = (seconds(options.response) - first) / (options.response - 1)
+    width = min(options.response, ROLLED)
+    step = (seconds(width) - first) / (width - 1)
     return {
         "prefill": {"seconds": first, "tokens_per_s": rows * length / first},
         "decode": {"step_seconds": step, "tokens_per_s": rows / step},

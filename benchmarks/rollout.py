@@ -8,6 +8,13 @@ other load falls on both. Prints one JSON line a batch size: medians by wall and
 the median of the ratios of neighbouring runs. On a machine with other load only the ratio by CPU
 time means something, and only on one core (`taskset -c 0 python ...`): torch's threads spin while
 they wait for each other. Needs torch and transformers. Tokens are compared, not only timed.
+
+    python benchmarks/rollout.py --draft --workdir runs/quickstart
+
+With --draft, rollouts of the nano recipe with and without guesses of a right response
+(`sampling.draft_tokens`), of the base that ships, and of both students that --workdir holds. One
+JSON line a student: tokens kept a pass of the model by segment, passes, the share of equal tokens
+(1.0 in float32), and the time against plain rollouts.
 """
 
 import argparse
@@ -19,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import drafts
 import jax
 import numpy as np
 import torch
@@ -144,10 +152,20 @@ def seconds(run: Callable[[], np.ndarray]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, action="append", required=True)
+    parser.add_argument("--batch", type=int, action="append", help="prompts at once; repeatable")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--draft", action="store_true", help="drafts on the nano recipe instead")
+    parser.add_argument("--workdir", help="--draft: a run of the nano recipe")
+    parser.add_argument("--guesses", type=int, nargs="+", default=[3, 7, 15], help="--draft: K")
+    parser.add_argument("--batches", type=int, default=2, help="--draft: of 64 prompts")
     arguments = parser.parse_args()
+    if arguments.draft:
+        for line in drafts.lines(arguments):
+            print(json.dumps(line), flush=True)
+        return
+    if not arguments.batch:
+        parser.error("--batch or --draft is required")
     params = random_params(0)
     with tempfile.TemporaryDirectory() as folder:
         hf.save_params(params, CONFIG, folder, dtype="float32")

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data import loaders, segments
 from mgsd_jax.data.encoder import load_encoder
-from mgsd_jax.command_line import load_config
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import loading

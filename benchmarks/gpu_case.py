@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data import batching, positions
 from mgsd_jax.data.processor import Encoded, PicturePatches
-from mgsd_jax.command_line import load_config
 from mgsd_jax.weights.released import find_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -18,9 +18,21 @@ ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {
     "4b": (
         "qwen3vl.py:4b",
-        ("data.prompt_buckets=(384,)", "data.teacher_buckets=(512,)"),
+        (
+            "data.prompt_buckets=(384,)",
+            "data.teacher_buckets=(512,)",
+            "data.patch_buckets=(256,)",
+        ),
     ),
-    "nano": ("nano.py", ("distillation.optim.trainable=.*",)),
+    "nano": (
+        "nano.py",
+        (
+            "data.prompt_buckets=(44,)",
+            "data.teacher_buckets=(44,)",
+            "data.patch_buckets=(100,)",
+            "distillation.optim.trainable=.*",
+        ),
+    ),
 }
 ROWS = {"4b": 32, "nano": 4}
 # Response tokens: of rollouts and the loss, and of the updates of --all.

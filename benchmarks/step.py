@@ -11,9 +11,17 @@ of the first updates (the program ends where they differ), the pages of memory t
 ours asks of the system, what calling our jitted update costs right after another one
 (benchmarks/dispatch.py: on caches that no computation has emptied), and what benchmarks/waiting.py
 measures on the nano recipe. Targets: ratio 0.8, waiting_share 0.03.
+
+    python benchmarks/step.py --quarter
+
+With --quarter, no torch: the update of responses padded to 512 tokens against that of the same
+responses cut to a bucket of 128 (`distillation.response_buckets`). One JSON line: the loss of both,
+equal to rounding, and the ratios of their times (alternating runs) and of the compiler's
+temporaries.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import resource
@@ -36,7 +44,7 @@ from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.stages import distillation
-from mgsd_jax.training import optimizer
+from mgsd_jax.training import lessons, optimizer
 from mgsd_jax.weights import hf
 
 BANNED = (CONFIG.image_token_id, CONFIG.video_token_id)
@@ -62,10 +70,18 @@ def count_faults(run: Callable[[], float]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def our_step(
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """An update of ours, to be called again and again."""
+
+    step: Callable[[], float]  # a whole update, its loss returned
+    dispatch: Callable[[], float]  # seconds that calling one takes
+    temporaries: Callable[[], int]  # bytes that the compiler gives to its temporaries
+
+
+def our_update(
     params: dict, teacher_params: dict, batch: distillation.DistillationBatch, microbatches: int
-) -> tuple[Callable[[], float], Callable[[], float]]:
-    """(a whole update, its loss returned; the dispatch of one, in seconds)."""
+) -> Ours:
     model = Qwen3VL(CONFIG)
     tx = optimizer.make_optimizer(OPTIM, 1000)
     settings = DistillationConfig(optim=OPTIM, microbatches=microbatches)
@@ -87,7 +103,60 @@ def our_step(
         jax.block_until_ready(rest)
         return taken
 
-    return step, dispatch
+    def temporaries() -> int:
+        lowered = jax.jit(update, donate_argnums=0).lower(held[0], {}, teacher_params, batch)
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    return Ours(step, dispatch, temporaries)
+
+
+def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, `rounds` times, one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def quarter(options: argparse.Namespace) -> dict[str, Any]:
+    """An update over a whole response limit, and one over the quarter that the responses fill."""
+    whole = 512
+    batch = make_batch(options.batch, whole, said=whole // 4)
+    cut = lessons.first_tokens(batch.tokens, whole // 4)
+    short = batch._replace(tokens=cut, mask=lessons.first_tokens(batch.mask, whole // 4))
+    ours = {
+        name: our_update(random_params(0), random_params(1), one, options.microbatches)
+        for name, one in (("whole", batch), ("quarter", short))
+    }
+    losses = {name: one.step() for name, one in ours.items()}
+    times = alternate({name: one.step for name, one in ours.items()}, options.rounds)
+    sizes = {name: one.temporaries() for name, one in ours.items()}
+    ratios = [a / b for a, b in zip(times["quarter"], times["whole"], strict=True)]
+    return {
+        "batch": options.batch,
+        "responses": [whole, whole // 4],
+        "microbatches": options.microbatches,
+        **{f"{name}_s": round(statistics.median(taken), 3) for name, taken in times.items()},
+        "time_ratio": round(statistics.median(ratios), 3),
+        **{f"{name}_temporaries_mib": round(size / 2**20, 1) for name, size in sizes.items()},
+        "temporaries_ratio": round(sizes["quarter"] / sizes["whole"], 3),
+        **{f"loss_{name}": round(loss, 6) for name, loss in losses.items()},
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def make_batch(rows: int, response: int, said: int) -> distillation.DistillationBatch:
+    """Prompts and random responses of `said` tokens, padded to `response`."""
+    rng = np.random.default_rng(0)
+    tokens: Any = rng.integers(0, 2000, (rows, response)).astype(np.int32)
+    mask: Any = np.broadcast_to(np.arange(response) < said, tokens.shape).astype(np.float32)
+    student = make_inputs(rows, rng)
+    return distillation.DistillationBatch(student, text_inputs(rows, 200, rng), tokens, mask)
 
 
 def their_step(
@@ -151,37 +220,27 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nano-steps", type=int, default=10, help="0: no waiting_share")
+    parser.add_argument("--quarter", action="store_true", help="response buckets instead")
     options = parser.parse_args()
-    rng = np.random.default_rng(0)
+    if options.quarter:
+        print(json.dumps(quarter(options)))
+        return
     params, teacher_params = random_params(0), random_params(1)
-    shape = (options.batch, options.response)
-    tokens: Any = rng.integers(0, 2000, shape).astype(np.int32)
-    mask: Any = np.ones(shape, np.float32)
-    batch = distillation.DistillationBatch(
-        student=make_inputs(options.batch, rng),
-        teacher=text_inputs(options.batch, 200, rng),
-        tokens=tokens,
-        mask=mask,
-    )
+    batch = make_batch(options.batch, options.response, said=options.response)
     with tempfile.TemporaryDirectory() as root:
         student, teacher = (str(Path(root) / name) for name in ("student", "teacher"))
         for folder, weights in ((student, params), (teacher, teacher_params)):
             hf.save_params(weights, CONFIG, folder, dtype="float32")
             (Path(folder) / "config.json").write_text(json.dumps(CONFIG.to_hf()))
         theirs = their_step(student, teacher, batch)
-    ours, dispatch = our_step(params, teacher_params, batch, options.microbatches)
-    runs = {"ours": ours, "torch": lambda: theirs(1)}
+    ours = our_update(params, teacher_params, batch, options.microbatches)
+    runs = {"ours": ours.step, "torch": lambda: theirs(1)}
     if options.microbatches > 1:
         runs["torch_in_parts"] = lambda: theirs(options.microbatches)
     losses = {name: run() for name, run in runs.items()}  # each compiles, or makes its inputs
     if abs(losses["ours"] - losses["torch"]) > 1e-4:
         raise SystemExit(f"not the same computation: the losses of the first updates are {losses}")
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+    times = alternate(runs, options.rounds)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     best = min(list(runs)[1:], key=lambda name: medians[name])
     ratios = [a / b for a, b in zip(times["ours"], times[best], strict=True)]
@@ -193,8 +252,8 @@ def main() -> None:
         "ratio": round(statistics.median(ratios), 3),
         "loss_ours": round(losses["ours"], 6),
         "loss_torch": round(losses["torch"], 6),
-        "page_faults": count_faults(ours),
-        "dispatch_ms": round(1e3 * statistics.median(dispatch() for _ in range(9)), 3),
+        "page_faults": count_faults(ours.step),
+        "dispatch_ms": round(1e3 * statistics.median(ours.dispatch() for _ in range(9)), 3),
         "device": jax.devices()[0].device_kind,
     }
     if options.nano_steps:

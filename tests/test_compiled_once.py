@@ -13,6 +13,7 @@ import pytest
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as c
+from mgsd_jax.data import segments
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation, generate, grounding, init
@@ -117,10 +118,17 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
 
         return noted
 
+    def noting_segments(*arguments: Any) -> np.ndarray:
+        spelled.append(1)
+        return find_segments(*arguments)
+
+    spelled: list[int] = []
+    find_segments = segments.segments
+    monkeypatch.setattr(segments, "segments", noting_segments)
     monkeypatch.setattr(Sampler, "rollout", noting_rollout)
     monkeypatch.setattr(distillation, "make_update", noting_updates)
     distillation.run(config, str(workdir))
-    assert updates.total() == 2 * EPOCH
+    assert updates.total() == 2 * EPOCH == len(spelled)  # responses are taken apart once a step
     assert {shape[1:3] for shape in updates} == {(20, 36), (36, 100)}
     assert {shape[3] for shape in updates} == {36, 70}
     assert compiled.count("jit(update)") == len(updates)

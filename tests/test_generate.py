@@ -93,6 +93,16 @@ def test_boards_read_back_in_order_and_belong_to_their_split(written: pathlib.Pa
     assert len(every) == 35
 
 
+def test_boards_are_read_without_their_pictures(written: pathlib.Path) -> None:
+    """A run draws what it shows from the states: it reads no picture at its start."""
+    before = [list(boards_lib.read_split(written, split)) for split in splits.SPLITS]
+    pictures = [path for path in written.rglob("*") if path.suffix == ".png"]
+    assert pictures
+    for path in pictures:
+        path.unlink()
+    assert [list(boards_lib.read_split(written, split)) for split in splits.SPLITS] == before
+
+
 def test_the_manifest_says_what_is_there(written: pathlib.Path) -> None:
     manifest = json.loads((written / "manifest.json").read_text())
     settings = manifest["settings"]

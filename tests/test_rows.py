@@ -17,7 +17,7 @@ from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data import benchmarks
 from mgsd_jax.data.boards import Board, case_name
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, base
 from mgsd_jax.evaluation import measures, rows, scoring, summary
 from mgsd_jax.stages import evaluate
 from mgsd_jax.workdir import folders
@@ -375,3 +375,15 @@ def test_every_model_of_a_benchmark_is_asked_what_it_saw(
     evaluate.run(make_config(models=models, benchmarks=(("maze_held_out", "x"),)), str(tmp_path))
     want = (("base", "there", BOARDS), ("distilled", f"{tmp_path}/distillation", BOARDS))
     assert told == [*want]
+
+
+@pytest.mark.parametrize("task", ["frozenlake", "maze", "minibehaviour", "sokoban"])
+def test_no_board_file_is_made_for_a_row(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A board file has all shortest plans in it: too much to make and throw away an answer."""
+    env = ENVS[task]
+    level = env.levels[0]
+    board = Board(task, level, 0, env.generate(np.random.default_rng(0), level), None)
+    monkeypatch.setattr(base.Env, "to_text", None)
+    for mode in ("picture", "perception"):
+        row = scoring.score_row(board, mode, scoring.Answer("", False, 1), model="m")
+        assert row["task"] == task

@@ -29,6 +29,7 @@ STAGES = {
     "export": "write a Hugging Face folder that transformers loads",
     "report": "one HTML page: curves, tables, boards with the planned routes",
     "preflight": "compile every program for a TPU slice that is not here: what fits, how fast",
+    "ask": "show the picture of --input to a model: its board, route and plan, or any answer",
     "score": "score the rows of --input (JSON lines: rules, task, task_text, response)",
 }
 
@@ -45,8 +46,8 @@ PROMPTS = flags.DEFINE_string("prompts", None, "Folder of prompt files; same as 
 PROFILE = flags.DEFINE_string(
     "profile", None, "Steps to trace, such as 5:8 (docs/profiling.md); same as metrics.profile."
 )
-INPUT = flags.DEFINE_string("input", None, "score: the JSON lines file to read.")
-OUTPUT = flags.DEFINE_string("output", None, "score: where to write the scored rows.")
+INPUT = flags.DEFINE_string("input", None, "ask: the picture; score: the JSON lines file to read.")
+OUTPUT = flags.DEFINE_string("output", None, "Where ask draws the route; where score writes rows.")
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache",
     None,
@@ -183,9 +184,13 @@ def required(flag: flags.FlagHolder[str | None]) -> str:
 
 def config() -> config_lib.Config:
     """The config that the flags name, checked. Raises ValueError."""
+    return load_config(required(CONFIG), assignments())
+
+
+def assignments() -> list[str]:
+    """What the flags set, as 'a.b=value'."""
     same = {"data.prompts": PROMPTS.value, "metrics.profile": PROFILE.value}
-    given = [f"{field}={value}" for field, value in same.items() if value is not None]
-    return load_config(required(CONFIG), [*SET.value, *given])
+    return [*SET.value, *(f"{field}={value}" for field, value in same.items() if value is not None)]
 
 
 def find_config(name: str) -> str:

@@ -333,6 +333,17 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AskConfig:
+    """What --stage=ask asks, and whom, about the picture of --input."""
+
+    model: Name = "{workdir}/distillation"  # folder of a stage or of a model, or URL of an endpoint
+    task: str = ""  # one of envs.ENVS: ask for the board and a plan
+    question: str = ""  # ask this instead
+    level: Annotated[int, Between(2, 32, also=0)] = 0  # of the board; 0: find it out
+    max_new_tokens: Count = 1024  # longest answer
+
+
+@dataclasses.dataclass(frozen=True)
 class PreflightConfig:
     """Which programs --stage=preflight compiles, and for which TPU slice."""
 
@@ -381,6 +392,7 @@ class Config:
     evaluate: EvaluateConfig
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
+    ask: AskConfig = AskConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     preflight: PreflightConfig = PreflightConfig()

@@ -27,7 +27,17 @@ from mgsd_jax import preflight
 from mgsd_jax.checks import ranges
 from mgsd_jax.command_line import parse_flags
 from mgsd_jax.parallel import processes
-from mgsd_jax.stages import distillation, evaluate, export, generate, grounding, init, report, score
+from mgsd_jax.stages import (
+    ask,
+    distillation,
+    evaluate,
+    export,
+    generate,
+    grounding,
+    init,
+    report,
+    score,
+)
 from mgsd_jax.training import sessions
 from mgsd_jax.workdir import compiled, log, paths
 
@@ -91,14 +101,16 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--stage is required, one of {[*command_line.STAGES]}; see --help")
         if stage == "score":
             return score.run(command_line.required(command_line.INPUT), command_line.OUTPUT.value)
-        config = command_line.config()
-        workdir = command_line.required(command_line.WORKDIR)
         if command_line.PROFILE.value is not None and stage not in JOINT:
             raise ValueError(f"--profile: got --stage={stage}, want one of {[*JOINT]}")
-        ranges.coerce(workdir, config_lib.Path, "--workdir")
         compile_cache = command_line.COMPILE_CACHE.value
         if compile_cache is not None:
             ranges.coerce(compile_cache, config_lib.Path, "--compile_cache")
+        if stage == "ask":
+            return _ask(compile_cache)
+        config = command_line.config()
+        workdir = command_line.required(command_line.WORKDIR)
+        ranges.coerce(workdir, config_lib.Path, "--workdir")
         if stage in JOINT:
             given = (
                 command_line.COORDINATOR.value,
@@ -128,6 +140,20 @@ def main(argv: Sequence[str]) -> int:
         if exit_code == 74:  # threads with something left to write would fail, and say so, again
             processes.end(exit_code)
         return exit_code
+
+
+def _ask(compile_cache: str | None) -> int:
+    """Asks a model about a picture, by the config of its training unless another one is given."""
+    picture, workdir = command_line.required(command_line.INPUT), command_line.WORKDIR.value or ""
+    if workdir:
+        workdir = str(paths.absolute(ranges.coerce(workdir, config_lib.Path, "--workdir")))
+    if command_line.CONFIG.value:
+        config = command_line.config()
+    else:
+        config = ask.find_config(command_line.assignments(), workdir)
+    compiled.keep(compile_cache, workdir, os.environ)
+    ask.run(config, workdir, picture, command_line.OUTPUT.value)
+    return 0
 
 
 # Errors of the system about a path that trying again does not help, with what is wanted instead.

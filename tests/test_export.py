@@ -16,6 +16,7 @@ from helpers_model import Row, random_params, tiny
 from helpers_tiny import tiny_config
 from safetensors.numpy import load_file, save_file
 
+from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, ExportConfig, LoraConfig, NanoConfig
 from mgsd_jax.data.nano_tokenizer import write_tokenizer
@@ -194,6 +195,8 @@ def test_an_earlier_export_of_the_same_source_alone_is_replaced(
         assert {file.name for file in (tmp_path / "out").iterdir()} == WHOLE
         record = json.loads((tmp_path / "out" / export.RECORD).read_text())
         assert record["source"] == "{workdir}/source"
+        given = config_lib.to_dict(config)
+        assert (record["model"], record["data"]) == (given["model"], given["data"])
         (tmp_path / "out" / "stale").touch()
     other = dataclasses.replace(config, export=dataclasses.replace(config.export, source="other"))
     with pytest.raises(ValueError, match="out: got an existing"):

@@ -39,7 +39,7 @@ ZERO_IS_FINE = {
     *("distillation." + n for n in ("contrast_cap", "wrong_weight", "wrong_weight_from")),
     *("distillation.success_weight", "distillation.replay_steps"),
     *("guards.truncated", "guards.repeated", "guards.first_kl", "guards.logprob_gap"),
-    *("evaluate.endpoint_retries", "preflight.hbm_gib"),
+    *("evaluate.endpoint_retries", "preflight.hbm_gib", "ask.level"),
 }
 NOTHING_IS_FINE = {
     *("data.prompts", "data.exclude", "report.runs", "report.model", "preflight.only"),
@@ -48,6 +48,7 @@ NOTHING_IS_FINE = {
     *("metrics.sinks", "metrics.name", "metrics.profile"),
     *("evaluate.reference", "evaluate.reference_only", "evaluate.benchmarks"),
     *("evaluate.endpoint", "evaluate.endpoint_models", "evaluate.endpoint_parameters"),
+    *("ask.task", "ask.question"),
     *("grounding.lora.targets", "distillation.lora.targets"),
     *("grounding.optim.trainable", "distillation.optim.trainable"),
 }

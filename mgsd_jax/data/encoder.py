@@ -14,9 +14,12 @@ from mgsd_jax.data.records import RECORDS, expected, right_response
 from mgsd_jax.envs import ENVS
 
 
-def draw_picture(data: DataConfig, board: Board) -> np.ndarray:
-    """The board in the size, the sprites and the colours of the config, uint8 [H, W, 3]."""
-    size = config_lib.picture_size(data, board.level)
+def draw_picture(data: DataConfig, board: Board, size: int = 0) -> np.ndarray:
+    """The board in the sprites and the colours of the config, uint8 [H, W, 3].
+
+    A side has `size` pixels, or where that is 0 as many as the config says.
+    """
+    size = size or config_lib.picture_size(data, board.level)
     drawn = ENVS[board.task].render(board.state, size, sprites=data.sprites)
     return drawn if data.channels == (0, 1, 2) else drawn[..., list(data.channels)]
 

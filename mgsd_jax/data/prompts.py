@@ -108,6 +108,12 @@ def student(prompts: Prompts, task: str, picture: np.ndarray) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
+def question(text: str, picture: np.ndarray) -> list[Message]:
+    """A question in one's own words about a picture, uint8 [H, W, 3]."""
+    content: list[Message] = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
 def teacher(
     prompts: Prompts, task: str, state: AnyState, context: TeacherContext = "state"
 ) -> list[Message]:

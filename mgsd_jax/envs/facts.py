@@ -203,16 +203,24 @@ def _is_complete(task: str, stated: Stated) -> bool:
 
 def state_from_facts(task: str, stated: Stated) -> Any | None:
     """The board that a response describes, None where it describes none."""
+    try:
+        return stated_board(task, stated)
+    except ValueError:
+        return None
+
+
+def stated_board(task: str, stated: Stated) -> Any:
+    """The board that a response describes. Raises ValueError that says why it describes none."""
     named: dict[str, list[Any]] = {name: [] for name in ("size", "open", *ENVS[task].labels)}
     for name, *values in stated.facts:
         named[name].append(values[0] if len(values) == 1 else tuple(values))
-    sizes = named["size"]
-    if not _is_complete(task, stated) or len(sizes) != 1 or not 0 < sizes[0] <= 64:
-        return None
-    try:
-        for name in ENVS[task].labels:
-            check_inside(sizes[0], name, named[name])
-        check_inside(sizes[0], "open", (cell for cell, _ in named["open"]))
-        return ENVS[task].from_facts(sizes[0], {name: tuple(v) for name, v in named.items()})
-    except ValueError:
-        return None  # facts that make no board
+    missing = [name for name in ("size", *ENVS[task].labels) if name not in stated.labels]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)}: not stated")
+    sizes = sorted(named["size"])
+    if len(sizes) != 1 or not 0 < sizes[0] <= 64:
+        raise ValueError(f"size: got {sizes}, want one of 1 to 64")
+    for name in ENVS[task].labels:
+        check_inside(sizes[0], name, named[name])
+    check_inside(sizes[0], "open", (cell for cell, _ in named["open"]))
+    return ENVS[task].from_facts(sizes[0], {name: tuple(v) for name, v in named.items()})

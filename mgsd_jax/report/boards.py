@@ -37,6 +37,9 @@ _KINDS: Mapping[tuple[bool, bool], tuple[Kind, str]] = {
 # how far a refused move is drawn.
 _LANE, _STUB = 0.11, 0.4
 _ARROWS = {"up": "↑", "down": "↓", "left": "←", "right": "→"}
+# Of routes: they lie on pictures of boards, which are the same on a light and on a dark page.
+_COLOURS = {"good": "#19d3a2", "bad": "#ff7a2f", "hint": "#c9d3dd"}
+_INK = "#10151b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,26 +163,43 @@ def _arrows(plan: Plan) -> str:
 
 
 def _drawing(image: Markup, task: str, state: Sized, plan: Plan, style: str, alt: str) -> Markup:
-    env, marks = ENVS[task], []
-    if plan and all(action in env.actions for action in plan):
-        outcome, cells, unit = env.play(state, plan), env.trace(state, plan), SIDE / state.size
-        moves, hands = [], []
-        for action, here, there in zip(plan, cells, cells[1:], strict=False):
-            if action not in DELTAS:
-                hands.append((_centre(here, unit), action[0].upper()))
-            elif here != there:
-                moves.append((action, _centre(there, unit)))
-        # The action that was refused leaves no cell in the trace: it is drawn as a stub.
-        refused = plan[outcome.steps - 1] if outcome.steps and not outcome.legal else None
-        start, (x, y) = _centre(cells[0], unit), _centre(cells[-1], unit)
-        if refused is not None and refused in DELTAS:
-            down, across = DELTAS[refused]
-            moves.append((refused, (x + _STUB * across * unit, y + _STUB * down * unit)))
-        corners = _lane(start, moves, _LANE * unit)
-        route = _route(start, corners, hands, outcome.success, 0.12 * unit)
-        marks = [tag("g", *route, class_=f"route {style}", style=f"--w:{0.09 * unit:.1f}px")]
     box = f"0 0 {SIDE} {SIDE}"
-    return tag("svg", image, *marks, viewBox=box, role="img", aria_label=alt)
+    marks = route(task, state, plan, style)
+    return tag("svg", image, marks, viewBox=box, role="img", aria_label=alt)
+
+
+def route(task: str, state: Sized, plan: Plan, style: str) -> Markup:
+    """Return the route of a plan as SVG over a board's picture of SIDE x SIDE, needing no CSS.
+
+    It is empty for a plan without actions, or with words that are none.
+    """
+    env = ENVS[task]
+    if not plan or not all(action in env.actions for action in plan):
+        return Markup("")
+    outcome, cells, unit = env.play(state, plan), env.trace(state, plan), SIDE / state.size
+    moves, hands = [], []
+    for action, here, there in zip(plan, cells, cells[1:], strict=False):
+        if action not in DELTAS:
+            hands.append((_centre(here, unit), action[0].upper()))
+        elif here != there:
+            moves.append((action, _centre(there, unit)))
+    # The action that was refused leaves no cell in the trace: it is drawn as a stub.
+    refused = plan[outcome.steps - 1] if outcome.steps and not outcome.legal else None
+    start, (x, y) = _centre(cells[0], unit), _centre(cells[-1], unit)
+    if refused is not None and refused in DELTAS:
+        down, across = DELTAS[refused]
+        moves.append((refused, (x + _STUB * across * unit, y + _STUB * down * unit)))
+    corners = _lane(start, moves, _LANE * unit)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    width, colour = 0.09 * unit, _COLOURS[style]
+    dashes = {"stroke_dasharray": f"{2.2 * width:.1f} {1.8 * width:.1f}", "stroke_linecap": "butt"}
+    content = [
+        tag("polyline", points=line, stroke=_INK, stroke_width=1.9 * width),
+        tag("polyline", points=line, **(dashes if style == "bad" else {})),
+        *_ends(start, corners[-1], hands, outcome.success, 0.12 * unit, width, colour),
+    ]
+    joins = {"stroke_linecap": "round", "stroke_linejoin": "round", "fill": "none"}
+    return tag("g", *content, class_=f"route {style}", stroke=colour, stroke_width=width, **joins)
 
 
 def _centre(cell: Cell, unit: float) -> Point:
@@ -212,29 +232,29 @@ def _right_of(point: Point, action: str, width: float) -> Point:
     return point[0] - width * down, point[1] + width * across
 
 
-def _route(
+def _ends(
     start: Point,
-    corners: Sequence[Point],
+    end: Point,
     hands: Sequence[tuple[Point, str]],
     is_solved: bool,
     size: float,
+    width: float,
+    colour: str,
 ) -> list[Markup]:
-    """A ring at the start, the line, letters at pick and drop, and a disc or a cross at the end."""
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-    end = [tag("circle", r=size)]
+    """A ring at the start, letters at pick and drop, and a disc or a cross at the end."""
+    last = [tag("circle", r=size, fill=colour, stroke=_INK, stroke_width=1.5)]
     if not is_solved:
         arms = f"M{-size:.1f} {-size:.1f} {size:.1f} {size:.1f}"
         arms += f"M{size:.1f} {-size:.1f} {-size:.1f} {size:.1f}"
-        end = [tag("path", class_="casing", d=arms), tag("path", d=arms)]
-    marks = [(start, tag("circle", class_="start", r=2.6 * size))]
-    marks.append((corners[-1], tag("g", *end, class_="end")))
+        last = [tag("path", d=arms, stroke=_INK, stroke_width=1.9 * width), tag("path", d=arms)]
+    marks = [(start, tag("circle", r=2.6 * size, stroke_width=2.5)), (end, tag("g", *last))]
     for i, ((x, y), letter) in enumerate(hands):
         # Beside those that are done at the same place.
         x += 3.6 * size * sum(place == (x, y) for place, _ in hands[:i])
-        text = tag("text", letter, y=0.85 * size, font_size=f"{2.4 * size:.1f}")
-        marks.append(((x, y), tag("g", tag("circle", r=1.7 * size), text, class_="hand")))
-    return [
-        tag("polyline", class_="casing", points=line),
-        tag("polyline", points=line),
-        *(tag("g", mark, transform=f"translate({x:.1f} {y:.1f})") for (x, y), mark in marks),
-    ]
+        font = (
+            f"font:700 {2.4 * size:.1f}px sans-serif;fill:{_INK}"  # over what a page says of text
+        )
+        text = tag("text", letter, y=0.85 * size, text_anchor="middle", stroke="none", style=font)
+        disc = tag("circle", r=1.7 * size, fill="#fff", stroke_width=2)
+        marks.append(((x, y), tag("g", disc, text)))
+    return [tag("g", mark, transform=f"translate({x:.1f} {y:.1f})") for (x, y), mark in marks]

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import DataConfig, EvaluateConfig, Mode
+from mgsd_jax.config import DataConfig, EvaluateConfig, Mode, SamplingConfig
 from mgsd_jax.data import batching
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import Encoder, draw_picture
 from mgsd_jax.data.pictures import read_picture
-from mgsd_jax.data.processor import Encoded, encode
+from mgsd_jax.data.processor import Encoded, Processor, encode
 from mgsd_jax.data.prompts import Message, Prompts
 from mgsd_jax.data.segments import decode_rows
 from mgsd_jax.evaluation.scoring import Answer
@@ -28,6 +28,45 @@ from mgsd_jax.parallel import axes, batches
 from mgsd_jax.sampling.sampler import Sampler
 
 Answerer = Callable[..., list[Answer]]
+Responder = Callable[..., list[Answer]]
+
+
+def make_responder(
+    model: Qwen3VL, processor: Processor, settings: SamplingConfig, seed: int = 0
+) -> Responder:
+    """A function (variables, inputs, row_ids) -> the answers to a batch of prompts, row by row.
+
+    It may also be given drafts, and the number of the try. The rows have to split over the mesh.
+    """
+    sampler = Sampler(
+        model,
+        settings,
+        eos_ids=processor.eos_ids,
+        banned_ids=processor.banned_ids,
+        pad_id=processor.pad_id,
+    )
+    mesh = model.mesh
+    first_rng = batches.make_key(seed, mesh)
+
+    def respond(
+        variables: Any,
+        inputs: Inputs,
+        row_ids: np.ndarray,
+        *,
+        draft: np.ndarray | None = None,
+        attempt: int = 0,
+    ) -> list[Answer]:
+        rng = jax.random.fold_in(first_rng, attempt) if attempt else first_rng
+        asked = batches.to_global((inputs, row_ids, draft), mesh, is_whole=True)
+        sampled = sampler.rollout(variables, asked[0], rng, asked[1], asked[2])
+        sampled = batches.to_every(sampled, mesh)
+        texts = decode_rows(processor, sampled.tokens, sampled.mask)
+        return [
+            Answer(text, bool(sampled.truncated[i]), int(sampled.mask[i].sum()))
+            for i, text in enumerate(texts)
+        ]
+
+    return respond
 
 
 def make_answerer(
@@ -40,18 +79,9 @@ def make_answerer(
     seed, its row and its try alone. On a mesh the variables lie as for rollouts
     (`sharding.make_layout`), every process asks about all boards, and gets all answers.
     """
-    processor = encoder.processor
-    sampler = Sampler(
-        model,
-        settings.sampling,
-        eos_ids=processor.eos_ids,
-        banned_ids=processor.banned_ids,
-        pad_id=processor.pad_id,
-    )
-    mesh = model.mesh
-    first_rng = batches.make_key(seed, mesh)
+    respond = make_responder(model, encoder.processor, settings.sampling, seed)
     # The rows of a full batch, which has to split over the mesh.
-    size = settings.batch_size + -settings.batch_size % axes.parts(mesh, axes.BATCH)
+    size = settings.batch_size + -settings.batch_size % axes.parts(model.mesh, axes.BATCH)
 
     def answer(
         variables: Any,
@@ -64,7 +94,6 @@ def make_answerer(
     ) -> list[Answer]:
         shown = shown_boards(boards, mode) if shown is None else shown
         row_ids = range(len(boards)) if row_ids is None else row_ids
-        rng = jax.random.fold_in(first_rng, attempt) if attempt else first_rng
         answers: list[Answer] = []
         for start in range(0, len(boards), settings.batch_size):
             chosen = slice(start, start + settings.batch_size)
@@ -77,14 +106,8 @@ def make_answerer(
             if settings.sampling.draft_tokens:
                 guesses = [encoder.draft(b, is_perception=mode == "perception") for b in padded]
                 draft = batching.pad_drafts(guesses, settings.sampling.max_new_tokens)
-            asked = batches.to_global((inputs, ids, draft), mesh, is_whole=True)
-            sampled = sampler.rollout(variables, asked[0], rng, asked[1], asked[2])
-            sampled = batches.to_every(sampled, mesh)
-            texts = decode_rows(processor, sampled.tokens, sampled.mask)
-            answers += [
-                Answer(texts[i], bool(sampled.truncated[i]), int(sampled.mask[i].sum()))
-                for i in range(len(boards[chosen]))
-            ]
+            given = respond(variables, inputs, ids, draft=draft, attempt=attempt)
+            answers += given[: len(boards[chosen])]
         return answers
 
     return answer

@@ -52,7 +52,7 @@ def run(config: Config, workdir: str) -> None:
     An earlier export of the same source is replaced; any other folder there is refused. With
     `config.export.check` nothing is written, and the folder is compared with transformers.
     """
-    config = config_lib.resolve(config, workdir)
+    given, config = config, config_lib.resolve(config, workdir)
     settings = config.export
     folder = paths.local(settings.folder, "export.folder")
     if settings.check:
@@ -68,7 +68,9 @@ def run(config: Config, workdir: str) -> None:
         write = _write_adapters if settings.adapters else _write_model
         measured = write(config, partial)
         files.write_json(partial / parity.FILE, measured)
-        files.write_json(partial / RECORD, made_from)
+        # Asking the model shows it pictures as the data section says (stages/ask.py).
+        trained = {name: config_lib.to_dict(getattr(given, name)) for name in ("model", "data")}
+        files.write_json(partial / RECORD, {**made_from, **trained})
     logging.info("%s: exported from %s", folder, settings.source)
 
 

@@ -153,7 +153,7 @@ def test_the_page_says_it_all_and_loads_nothing(runs: list[str], tmp_path: pathl
 
 def contents(comparison: compare.Comparison) -> str:
     """All that is on the page below its head."""
-    sections = compare_page.make_sections(comparison, "command")
+    sections = compare_page.make_sections(comparison)
     return "".join(html for section in sections for html in section.content)
 
 

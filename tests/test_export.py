@@ -11,21 +11,24 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from helpers_auto import make_loadable, run_snippet
 from helpers_kills import Killer
 from helpers_model import Row, random_params, tiny
 from helpers_tiny import tiny_config
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
 from mgsd_jax.config import Config, ExportConfig, LoraConfig, NanoConfig
+from mgsd_jax.data import prompts
 from mgsd_jax.data.nano_tokenizer import write_tokenizer
 from mgsd_jax.data.processor import encode, load_processor
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model import lora
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.stages import export, init, loading, parity
+from mgsd_jax.stages import card, export, init, loading, parity
 from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.workdir import checkpoint, stage_folder
 
@@ -173,10 +176,16 @@ def config(params: dict, source: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(loading, "load", lambda *_: small)
     monkeypatch.setattr(parity, "measure", lambda *_: {"prompts": []})
     settings = ExportConfig(source=str(source), folder=str(tmp_path / "out"))
-    return dataclasses.replace(tiny_config(tmp_path), export=settings)
+    made = dataclasses.replace(tiny_config(tmp_path), export=settings)
+    return dataclasses.replace(
+        made, data=dataclasses.replace(made.data, boards=made.data.boards[:1])
+    )
 
 
-WHOLE = {"model.safetensors", "config.json", parity.FILE, export.RECORD, *export.SIDE_FILES}
+WHOLE = {
+    *("model.safetensors", "config.json", parity.FILE, export.RECORD, *export.SIDE_FILES),
+    *(card.FILE, card.PROMPTS, card.SAMPLE),
+}
 
 
 def test_an_earlier_export_of_the_same_source_alone_is_replaced(
@@ -368,12 +377,12 @@ def exported(nano_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def test_parity_file_is_small_and_names_tokens_and_logits(exported: Exported) -> None:
     file = exported.whole / parity.FILE
     assert file.stat().st_size < 100_000
-    prompts = json.loads(file.read_text())["prompts"]
-    assert len(prompts) == 20
-    assert sum('"image"' in json.dumps(prompt["messages"]) for prompt in prompts) == 15
-    for prompt in prompts:
+    asked = json.loads(file.read_text())["prompts"]
+    assert len(asked) == 20
+    assert sum('"image"' in json.dumps(prompt["messages"]) for prompt in asked) == 15
+    for prompt in asked:
         assert 1 <= len(prompt["tokens"]) == len(prompt["logits"]) <= 8
-    assert len({json.dumps(prompt["logits"]) for prompt in prompts}) > 10
+    assert len({json.dumps(prompt["logits"]) for prompt in asked}) > 10
 
 
 @pytest.mark.parametrize("name", ["whole", "adapters"])
@@ -409,7 +418,33 @@ def test_adapters_of_a_chain_are_one_peft_folder(exported: Exported) -> None:
     assert settings["base_model_name_or_path"] == exported.config.model.path
     assert (settings["r"], settings["lora_alpha"]) == (5, pytest.approx(20 / 3))
     names = {file.name for file in exported.adapters.iterdir()}
-    assert names == {peft.CONFIG_FILE, peft.WEIGHTS_FILE, parity.FILE, export.RECORD}
+    ours = {parity.FILE, export.RECORD, card.FILE, card.PROMPTS, card.SAMPLE}
+    assert names == {peft.CONFIG_FILE, peft.WEIGHTS_FILE, *ours}
+
+
+@pytest.mark.parametrize("name", ["whole", "adapters"])
+def test_the_snippet_of_the_card_asks_as_training_did(
+    name: str,
+    exported: Exported,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The README's own code runs in the folder: tokens and pixels are those of a prompt of ours."""
+    pytest.importorskip("torch")
+    kept = make_loadable(monkeypatch)  # before peft, which would load torchvision by itself
+    pytest.importorskip("peft")
+    folder, config = getattr(exported, name), exported.config
+    found = run_snippet(folder, monkeypatch)
+    picture = np.asarray(Image.open(folder / "sample" / "board.png"))
+    messages = prompts.student(prompts.BUILT_IN, config.data.boards[0].task, picture)
+    want = encode(load_processor(exported.whole), messages, add_generation_prompt=True)
+    assert found["inputs"]["input_ids"][0].tolist() == want.tokens.tolist()
+    np.testing.assert_allclose(
+        found["inputs"]["pixel_values"].numpy(), want.pictures[0].patches, atol=2.0**-22
+    )
+    assert 1 <= len(found["said"]) <= config.evaluate.sampling.max_new_tokens
+    assert capsys.readouterr().out.strip()
+    del kept
 
 
 def test_a_model_without_adapters_has_none_to_export(exported: Exported, tmp_path: Path) -> None:

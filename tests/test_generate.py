@@ -17,6 +17,7 @@ from mgsd_jax.data.benchmarks import benchmark_keys
 from mgsd_jax.envs import ENVS
 from mgsd_jax.stages import generate
 from mgsd_jax.workdir import folders
+from mgsd_jax.workdir.contents import identity
 
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "tests" / "data" / "benchmarks"
@@ -130,6 +131,7 @@ def test_the_same_settings_write_the_same_bytes(written: pathlib.Path) -> None:
     other = written.parent / "other"
     generate.run(make_config(folder=str(other)), "")
     assert contents(written) == contents(other)
+    assert identity(written) == identity(other), "who drew them, and when, tells nothing apart"
     generate.run(dataclasses.replace(make_config(folder=str(other / "x")), seed=1), "")
     assert contents(written).keys() == contents(other / "x").keys()
     assert contents(written) != contents(other / "x")

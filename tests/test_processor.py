@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_auto import without_videos
 from helpers_tokenizer import CHAT_TEMPLATE, write_processor_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,22 +109,6 @@ def processor(plain_folder: Path) -> Processor:
     return load_processor(plain_folder)
 
 
-def hf_processor(folder: Path) -> Any:
-    """transformers' processor of a folder, its video part (which wants torchvision) left out."""
-    from transformers import AutoTokenizer, Qwen3VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    class PictureProcessor(Qwen3VLProcessor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-            return type(argument)
-
-    return PictureProcessor(
-        image_processor=Qwen2VLImageProcessorPil.from_pretrained(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        chat_template=(folder / "chat_template.jinja").read_text(),
-    )
-
-
 def hf_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """PIL pictures, since transformers guesses which axis of an array is colour."""
     return [
@@ -148,7 +133,7 @@ def hf_encode(processor: Any, messages: list[dict[str, Any]], prompt: bool) -> d
 
 @pytest.mark.parametrize("prompt", [True, False])
 def test_encode_equals_transformers(folder: Path, prompt: bool):
-    ours, theirs = load_processor(folder), hf_processor(folder)
+    ours, theirs = load_processor(folder), without_videos(folder)
     for name, messages in CONVERSATIONS.items():
         got = encode(ours, messages, add_generation_prompt=prompt)
         want = hf_encode(theirs, messages, prompt)
@@ -390,7 +375,7 @@ def test_bare_pixel_limits_override_the_size(tmp_path: Path):
     edit(tmp_path / "preprocessor_config.json", min_pixels=2048, max_pixels=4096)
     ours = load_processor(tmp_path).pictures
     assert (ours.min_pixels, ours.max_pixels) == (2048, 4096)
-    theirs = hf_processor(tmp_path).image_processor.size
+    theirs = without_videos(tmp_path).image_processor.size
     assert (theirs["shortest_edge"], theirs["longest_edge"]) == (2048, 4096)
 
 
@@ -399,7 +384,7 @@ def test_rescale_and_resample_of_the_file_are_followed(tmp_path: Path):
     edit(tmp_path / "preprocessor_config.json", rescale_factor=1 / 128, resample=2)
     pixels = picture(50, 90)
     patches, _ = cut_patches(pixels, load_processor(tmp_path).pictures)
-    want = hf_processor(tmp_path).image_processor(Image.fromarray(pixels))["pixel_values"]
+    want = without_videos(tmp_path).image_processor(Image.fromarray(pixels))["pixel_values"]
     np.testing.assert_array_equal(patches, want)
 
 
@@ -431,7 +416,7 @@ def test_a_plain_fast_tokenizer_will_do(tmp_path: Path):
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     processor = load_processor(tmp_path)
     tokens = encode(processor, CONVERSATIONS["picture_last"], add_generation_prompt=True).tokens
-    want = hf_encode(hf_processor(tmp_path), CONVERSATIONS["picture_last"], True)["input_ids"][0]
+    want = hf_encode(without_videos(tmp_path), CONVERSATIONS["picture_last"], True)["input_ids"][0]
     assert tokens.tolist() == want
 
 

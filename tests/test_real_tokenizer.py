@@ -6,9 +6,7 @@ and pixels are held against the parts that do without.
 """
 
 import dataclasses
-import importlib.util
 import json
-import re
 import runpy
 import shutil
 from pathlib import Path
@@ -19,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from helpers_auto import HAS_TORCHVISION, load_torchvision, make_loadable, run_snippet
 from helpers_model import random_params, tiny
 from helpers_tiny import tiny_config
 from PIL import Image
@@ -36,7 +35,6 @@ from mgsd_jax.weights import hf
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "reference" / "qwen3vl_4b"
-HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 RECIPE = load_config(str(ROOT / "configs" / "qwen3vl.py"), [])
 
 pytestmark = pytest.mark.skipif(
@@ -59,48 +57,15 @@ def boards(task: str, level: int, count: int) -> list[Any]:
     return [stream[i] for i in range(count)]
 
 
-def register_operators() -> Any:
-    """Empty operators for a torchvision whose compiled ones do not load beside this torch.
-
-    No processor calls them. Returns what has to be kept as long as torchvision is used.
-    """
-    import torch
-
-    spec = importlib.util.find_spec("torchvision")
-    assert spec is not None and spec.origin is not None
-    source = (Path(spec.origin).parent / "_meta_registrations.py").read_text()
-    names = re.findall(r'register_meta\("(\w+)"\)|register_fake\("torchvision::(\w+)"\)', source)
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in sorted({a or b for a, b in names}):
-        try:
-            torch._C._jit_get_schemas_for_operator(f"torchvision::{name}")[0]
-        except IndexError:
-            library.define(f"{name}() -> Tensor")
-    return library
-
-
 @pytest.fixture(scope="module")
 def theirs() -> Any:
     """transformers' processor of the folder."""
-    if HAS_TORCHVISION:
-        kept = register_operators()
+    with pytest.MonkeyPatch.context() as patch:
+        kept = make_loadable(patch)
         from transformers import AutoProcessor
 
         yield AutoProcessor.from_pretrained(REAL)
         del kept
-        return
-    from transformers import AutoTokenizer, Qwen3VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    class PictureProcessor(Qwen3VLProcessor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-            return type(argument)
-
-    yield PictureProcessor(
-        image_processor=Qwen2VLImageProcessorPil.from_pretrained(REAL),
-        tokenizer=AutoTokenizer.from_pretrained(REAL),
-        chat_template=json.loads((REAL / "chat_template.json").read_text())["chat_template"],
-    )
 
 
 def test_ids_and_end_of_turn(processor: Processor) -> None:
@@ -260,7 +225,7 @@ def test_all_stages_run_by_the_command_line(run: Path) -> None:
 def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
     torch = pytest.importorskip("torch")
     if HAS_TORCHVISION:
-        register_operators()
+        kept = load_torchvision()  # noqa: F841
     import transformers
 
     config, folder = c.resolve(run_config(run), str(run / "run")), run / "run" / "export"
@@ -288,3 +253,19 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
             )
         text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
         assert text == row["response"]
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_card_runs(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    kept = make_loadable(monkeypatch)
+    config, folder = c.resolve(run_config(run), str(run / "run")), run / "run" / "export"
+    found = run_snippet(folder, monkeypatch)
+    assert found["said"].shape[0] <= config.evaluate.sampling.max_new_tokens
+    assert (
+        capsys.readouterr().out.strip()
+        == found["processor"].tokenizer.decode(found["said"], skip_special_tokens=True).strip()
+    )
+    del kept

@@ -19,15 +19,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.envs import ENVS, frozenlake
 from mgsd_jax.envs.base import REASONS
 from mgsd_jax.evaluation.measures import Measure
 from mgsd_jax.evaluation.rows import PlanRow, Row
 from mgsd_jax.evaluation.rules import judge
 from mgsd_jax.evaluation.summary import ERRORS, summarize
-from mgsd_jax.report import boards, curves, evaluation_page, inputs, markup, tables, words
+from mgsd_jax.report import (
+    boards,
+    curves,
+    evaluation_page,
+    findings,
+    inputs,
+    making,
+    markup,
+    tables,
+    words,
+)
 from mgsd_jax.report.evaluation_page import build_report
-from mgsd_jax.workdir import metrics
+from mgsd_jax.workdir import folders, metrics
 
 LEVELS = {"frozenlake": (3, 4), "maze": (3,), "minibehaviour": (5,)}
 BOARDS = 6  # a task and level
@@ -76,9 +87,27 @@ def make_rows() -> list[Any]:
     return rows
 
 
-def write_folder(folder: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
+START: dict[str, Any] = {
+    "time": 100.0,
+    "command": ["/venv/bin/python", "-m", "mgsd_jax.main", "--stage", "evaluate", "<config>"],
+    "commit": "0123456789ab" + 28 * "0",
+    "is_dirty": True,
+    "python": "3.11.7",
+    "cores": 2,
+    "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1},
+    "versions": {"jax": "0.10.2", "grain": None},
+}
+
+
+def write_starts(folder: pathlib.Path, starts: Sequence[Any], *ends: Any) -> None:
+    for name, records in ((folders.RUNS_FILE, starts), (folders.ENDS_FILE, ends)):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_folder(folder: pathlib.Path, rows: Sequence[Row], start: Any = START) -> pathlib.Path:
     """Write an evaluation folder and the curves of a grounding run in it."""
     folder.mkdir()
+    write_starts(folder, [start], {"time": 161.0, "seconds": 61.0, "core_seconds": 90.0})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps(summarize(rows)))
     with metrics.open_writer(folder / "grounding") as writer:
@@ -103,8 +132,7 @@ def folder(sound: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pat
 @pytest.fixture(scope="module")
 def report(folder: pathlib.Path) -> Any:
     runs = {"grounding": folder / "grounding", "distillation": folder / "distillation"}
-    commands = ["python -m mgsd_jax.main --stage evaluate <config>"]
-    return build_report(folder, runs, folder / "out" / "r.html", title="A & B", commands=commands)
+    return build_report(folder, runs, folder / "out" / "r.html", title="A & B")
 
 
 class Tags(html.parser.HTMLParser):
@@ -170,9 +198,10 @@ def test_what_a_model_or_a_user_wrote_stays_text(tmp_path: pathlib.Path) -> None
             row["outcome"] |= {"success": False, "optimal": False, "reason": hostile}
         elif row["mode"] == "perception":
             row["perception"] = {hostile: True}
-    folder = write_folder(tmp_path / "evaluation", rows)
+    start = START | {"command": ["python", "--set", hostile], "versions": {hostile: hostile}}
+    folder = write_folder(tmp_path / "evaluation", rows, start)
     runs = {hostile: folder / "grounding"}
-    path = build_report(folder, runs, tmp_path / "r.html", title=hostile, commands=[hostile])
+    path = build_report(folder, runs, tmp_path / "r.html", title=hostile)
     tags = Tags(path.read_text(encoding="utf-8"))
     assert tags.stack == [] and not tags.of("img")
     assert len(tags.of("script")) == len(tags.of("style")) == 1
@@ -192,12 +221,13 @@ def test_the_template_and_the_style_sheet_are_in_a_wheel() -> None:
 def test_headline_is_computed(report: pathlib.Path) -> None:
     record = json.loads(report.with_suffix(".json").read_text())
     assert record["order"] == "Distilled > grounded > base"
-    verdict = record["verdict"]
+    verdict, against = record["verdict"]
+    assert against == "No task became clearly worse.", "the base alone was asked questions"
     assert verdict.startswith("From the picture alone, the distilled model solves 83.3 %")
     assert "33.3 points more than grounded at 50.0 %" in verdict
     assert "80 %" in verdict and "gap to text input (83.3 points) is closed" in verdict
     text = report.read_text(encoding="utf-8")
-    assert verdict in html.unescape(text)
+    assert verdict in html.unescape(text) and against in text
     assert verdict in report.with_suffix(".md").read_text()
 
 
@@ -243,8 +273,7 @@ def test_the_same_input_gives_the_same_bytes(
     rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
     other = write_folder(tmp_path / "evaluation", [json.loads(row) for row in reversed(rows)])
     runs = {"grounding": other / "grounding", "distillation": other / "distillation"}
-    commands = ["python -m mgsd_jax.main --stage evaluate <config>"]
-    path = build_report(other, runs, other / "r.html", title="A & B", commands=commands)
+    path = build_report(other, runs, other / "r.html", title="A & B")
     assert path.read_bytes() == report.read_bytes()
 
 
@@ -339,11 +368,173 @@ def test_the_verdict_says_when_nothing_is_clear_worse_or_unmeasured() -> None:
     assert "nothing to compare" in verdict
 
 
-def test_ticks_are_round_and_inside() -> None:
-    for low, high in ((0.0, 1.0), (-3.2, 8.9), (1e-7, 3e-7), (1000.0, 1001.0), (-5e6, 9e6)):
+def test_ticks_are_round_inside_and_read_differently() -> None:
+    ends = (*((0.0, 1.0), (-3.2, 8.9), (1e-7, 3e-7), (1000.0, 1001.0), (-5e6, 9e6)),)
+    for low, high in (*ends, (145.1395, 145.1413), (0.99991, 0.99999), (2e6, 2e6 + 9)):
         ticks = curves.nice_ticks(low, high)
+        labels = curves.tick_labels(ticks)
+        assert len(set(labels)) == len(labels)
+        assert [float(label) for label in labels] == pytest.approx(
+            ticks, rel=0, abs=(high - low) / 1e3
+        )
         assert 2 <= len(ticks) <= 6
         assert all(low - 1e-9 * abs(low) <= tick <= high + 1e-9 * abs(high) for tick in ticks)
+
+
+def test_every_metric_of_training_has_words_and_a_unit() -> None:
+    """Those that the stages write: on the page none is called by its name in the code."""
+    sources = [
+        path.read_text()
+        for folder in ("training", "stages")
+        for path in (pathlib.Path(markup.__file__).parents[1] / folder).glob("*.py")
+    ]
+    written = {name for text in sources for name in re.findall(r'"((?:val|rollout)/\w+)"', text)}
+    assert {"val/success", "rollout/length"} <= written
+    for name in written | {
+        "loss",
+        "kl/plan",
+        "questions/loss",
+        "agree_pos/0-3",
+        "seconds",
+        "tokens_per_s/update",
+    }:
+        title, unit, _ = words.metric(name)
+        assert unit != "value", name
+        assert title != name and "_" not in title and "/" not in title
+    assert words.metric("val/success/maze")[:2] == ("Solved boards, validation, Maze", "share")
+    assert words.metric("new_thing/x") == ("New thing, x", "value", len(words.METRICS))
+
+
+def test_a_curve_without_a_value_shows_none_and_one_of_a_single_step_has_one_label() -> None:
+    none = curves.curve_plot(inputs.Curve("loss", (), (), 2))
+    assert "no value; 2 not finite" in none and "<svg" not in none
+    one = curves.curve_plot(inputs.Curve("loss", (7,), (0.5,), 0))
+    assert one.count(">7</text>") == 1 and ">nats a token</text>" in one
+    two = curves.curve_plot(inputs.Curve("loss", (7, 9), (0.5, 0.5), 0))
+    assert ">step</text>" in two and ">7</text>" in two and ">9</text>" in two
+
+
+# What speaks against the headline
+
+
+def asked_rows(rights: dict[tuple[str, str], int], n: int = 60) -> list[Any]:
+    """Answers of models to MiniBehaviour's questions; the first so many of n are right."""
+    (row,) = (r for r in make_rows() if r["mode"] == "perception" and r["id"] == "asked-maze-3-0")
+    return [
+        row
+        | {"model": model, "id": f"{model}-{i}", "index": i}
+        | {"perception": {q: i < k for (m, q), k in rights.items() if m == model}}
+        for model in dict.fromkeys(model for model, _ in rights)
+        for i in range(n)
+    ]
+
+
+def test_a_fall_in_any_question_is_found_and_said() -> None:
+    rights = {("grounded", "printer"): 20, ("distilled", "printer"): 6, ("base", "printer"): 3}
+    rights |= {("grounded", "goal"): 20, ("distilled", "goal"): 19}  # by chance
+    (fall,) = findings.falls(asked_rows(rights))
+    assert (fall.earlier, fall.last) == ("grounded", "distilled")
+    assert (fall.before, fall.after) == (pytest.approx(1 / 3), pytest.approx(0.1))
+    assert fall.difference["high"] < 0
+    said = findings.sentence([fall], were_asked=True)
+    assert said.startswith("What became worse: Maze's question “printer” at 10.0 %, where grounded")
+    assert "reaches 33.3 % (paired −" in said
+    assert "4 more" not in said and "1 more, listed below" in findings.sentence(
+        [fall] * 4, were_asked=True
+    )
+    assert findings.sentence([], were_asked=True).startswith("No task and no question became")
+    assert "33.3 %" in tables.to_markdown(findings.table([fall]))
+    assert findings.falls(asked_rows(rights)[:60]) == [], "one model has nothing to fall from"
+
+
+def test_a_fall_in_planning_is_found_too(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    rows = [
+        row | {"model": {"base": "distilled", "distilled": "base"}.get(row["model"], row["model"])}
+        for row in make_rows()
+        if row["mode"] == "picture"
+    ]
+    rows = [row | {"id": f"{row['model']}-{row['id']}"} for row in rows]
+    found = findings.falls(rows)
+    assert [fall.what for fall in found][:1] == ["planning FrozenLake from the picture"]
+    path = build_report(write_folder(tmp_path / "e", rows), {}, tmp_path / "r.html", title="t")
+    assert "What became worse: planning" in path.read_text(encoding="utf-8")
+    assert "## What became worse" in path.with_suffix(".md").read_text()
+
+
+# How it was made
+
+
+def test_commands_are_told_as_typed() -> None:
+    for argv, want in (
+        (
+            ["/venv/bin/python3", "-m", "mgsd_jax.main", "--x=a b"],
+            "python3 -m mgsd_jax.main '--x=a b'",
+        ),
+        (["/venv/bin/python", "/venv/bin/mgsd_jax", "--stage=ask"], "mgsd_jax --stage=ask"),
+        (["python", "mgsd_jax/main.py", "-v"], "python mgsd_jax/main.py -v"),
+        (["mgsd_jax"], "mgsd_jax"),
+    ):
+        assert making.command_line(argv) == want
+
+
+def test_what_was_set_apart_from_the_recipe_is_told_once(tmp_path: pathlib.Path) -> None:
+    flags = ["--config", "configs/nano.py", "--set=a.lr=1e-3", "--set", "b.steps=7"]
+    flags += ["--set", "model.path=/home/me", "--workdir=x"]
+    write_starts(tmp_path, [START | {"command": ["python", "-m", "p", *flags]}] * 2)
+    made = [making.read_made("grounding", tmp_path)]
+    assert making.recipe(made) == ("configs/nano.py", ["a.lr=1e-3", "b.steps=7"])
+    assert making.facts(made)[0] == "Recipe: configs/nano.py, with a.lr=1e-3, b.steps=7"
+    assert "Code: commit 0123456789ab with changes that are in no commit" in making.facts(made)
+    assert making.recipe([making.read_made("x", tmp_path / "absent")]) == ("", [])
+
+
+def test_costs_are_those_of_the_starts_that_ended(tmp_path: pathlib.Path) -> None:
+    chips = {"platform": "tpu", "kind": "TPU v5e", "count": 16, "processes": 4}
+    starts = [START | {"time": t, "devices": chips} for t in (0.0, 10.0, 20.0)]
+    ends = [{"time": t, "seconds": 3600.0, "core_seconds": 9e9} for t in (5.0, 25.0)]
+    for name, some, ended in (("tpu", starts, ends), ("cpu", [START], [])):
+        (tmp_path / name).mkdir()
+        write_starts(tmp_path / name, some, *ended)
+    made = [making.read_made(name, tmp_path / name) for name in ("tpu", "cpu", "old")]
+    lines = tables.grid(making.costs(made))
+    assert (
+        "| tpu | 16 × TPU v5e, 4 processes | – | – | 2 h 0 min | 32 chip hours | 3 (1 killed) |"
+        in lines
+    )
+    assert "| cpu | 2 CPU cores | – | – | – | – | 1 |" in lines
+    assert "| old | – | – | – | – | – | 0 |" in lines
+    assert [making.duration(s) for s in (None, 37, 151.4, 3700)] == [
+        *("–", "37 s", "2 min 31 s", "1 h 1 min"),
+    ]
+
+
+def test_tokens_of_rollouts_are_counted(tmp_path: pathlib.Path) -> None:
+    """Four steps of (8 - 2) prompts, the share of questions left out, with 3 rollouts each."""
+    settings = {"distillation": {"batch_size": 8, "rollouts": 3, "grounding_share": 0.25}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    curve = inputs.Curve("rollout/length", (1, 2, 3, 4), (10.0, 20.0, 30.0, 40.5), 0)
+    stage = inputs.Stage("distillation", (curve,), None)
+    made = making.read_made("distillation", tmp_path, stage)
+    assert (made.steps, made.tokens) == (4, 100.5 * 6 * 3)
+    (tmp_path / "config.json").unlink()
+    assert making.read_made("distillation", tmp_path, stage).tokens is None
+
+
+def test_the_page_tells_its_commands_prompt_and_answers(report: pathlib.Path) -> None:
+    text, markdown = html.unescape(report.read_text("utf-8")), report.with_suffix(".md").read_text()
+    for page in (text, markdown):
+        assert "python -m mgsd_jax.main --stage evaluate '<config>'" in page
+        assert "Versions: Python 3.11.7, jax 0.10.2" in page
+        assert "1 min 1 s" in page and "0.025 core hours" in page
+    assert BUILT_IN.template("frozenlake", "student") in text
+    examples, exchange = (
+        re.findall(f'<section id="{name}">(.*?)</section>', text, re.DOTALL)[0]
+        for name in ("examples", "exchange")
+    )
+    assert examples.count('<article class="card">') == len(LEVELS)
+    assert exchange.count("<b>&</b> <answer>") == 3
+    drawn = re.findall(r'id="(board\d+)"', text)
+    assert len(drawn) == len(set(drawn)) == text.count('<article class="card">')
 
 
 def test_bins_keep_mean_and_extremes() -> None:
@@ -426,8 +617,9 @@ def test_sections_of_the_page_are_the_sections_of_its_twin(report: pathlib.Path)
     tags = Tags(report.read_text(encoding="utf-8"))
     assert [attrs["id"] for attrs in tags.of("section")] == list(evaluation_page.HEADINGS)
     found = re.findall(r"^## (.*)$", markdown, re.M)
+    left_out = {"examples", "exchange", "boards", "worse"}  # nothing became worse
     assert found == [
-        heading for name, heading in evaluation_page.HEADINGS.items() if name != "boards"
+        heading for name, heading in evaluation_page.HEADINGS.items() if name not in left_out
     ]
 
 

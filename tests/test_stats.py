@@ -34,22 +34,6 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "DRAWS", 500)
 
 
-@pytest.mark.parametrize("n", [1, 7, 50, 1500])
-def test_wilson_is_that_of_scipy(n: int) -> None:
-    for successes in {0, 1, n // 3, n - 1, n}:
-        want = scipy_stats.binomtest(successes, n).proportion_ci(0.95, "wilson")
-        assert stats.wilson(successes, n) == pytest.approx(tuple(want), abs=1e-12)
-
-
-def test_wilson_at_the_ends() -> None:
-    assert stats.wilson(0, 0) == (0.0, 1.0)
-    assert stats.wilson(0, 9)[0] == 0.0 and 0.0 < stats.wilson(0, 9)[1] < 0.4
-    assert stats.wilson(9, 9)[1] == 1.0 and 0.6 < stats.wilson(9, 9)[0] < 1.0
-    for successes, n in ((3, 2), (-1, 2), (0, -1)):
-        with pytest.raises(ValueError, match="got"):
-            stats.wilson(successes, n)
-
-
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), st.dictionaries(
     st.integers(3, 8), st.lists(st.floats(0, 1), min_size=1, max_size=9), min_size=1, max_size=3,

@@ -98,14 +98,14 @@ def test_macro_balances_levels_and_tasks_and_upstream_does_not() -> None:
     assert part["tasks"]["maze"]["levels"]["4"]["n"] == part["macro"]["n"] - 4 == 8
 
 
-def test_wilson_interval_of_a_level() -> None:
+def test_the_interval_of_a_level_is_agresti_and_coulls() -> None:
     rows = series("base", "picture", [True] * 2 + [False] * 8)
     level = summary.summarize(rows)["models"]["base"]["picture"]["tasks"]["maze"]["levels"]["3"]
-    # The two roots of (p - 0.2)^2 = z^2 p (1 - p) / 10.
     z2 = 1.959964**2
-    low, high = sorted(np.roots([1 + z2 / 10, -(0.4 + z2 / 10), 0.04]))
-    assert level["success"]["low"] == pytest.approx(low, abs=1e-6)
-    assert level["success"]["high"] == pytest.approx(high, abs=1e-6)
+    centre = (2 + z2 / 2) / (10 + z2)
+    half = np.sqrt(z2 * centre * (1 - centre) / (10 + z2))
+    assert level["success"]["low"] == pytest.approx(centre - half, abs=1e-6)
+    assert level["success"]["high"] == pytest.approx(centre + half, abs=1e-6)
 
 
 def test_intervals_hold_their_value_and_stay_open_at_0_and_1() -> None:

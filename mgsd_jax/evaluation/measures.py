@@ -86,12 +86,8 @@ def strata(rows: Sequence[R], values: Callable[[list[R]], list[float]]) -> Strat
 
 
 def rate(rows: Sequence[R], get: Getter[R]) -> Measure:
-    """The plain mean over boards with a Wilson interval."""
-    values = board_values(rows, get)
-    if not values:
-        return measure(None)
-    low, high = stats.wilson(sum(values), len(values))
-    return {"value": statistics.fmean(values), "low": low, "high": high, "n": len(values)}
+    """The plain mean over boards, with the interval of `balanced` for one level."""
+    return balanced_values({"": {0: board_values(rows, get)}})
 
 
 def balanced(rows: Sequence[R], get: Getter[R]) -> Measure:

@@ -5,7 +5,7 @@ every level of a task. Boards are drawn at random within a level (a stratum) and
 this is what the intervals and the bootstrap treat as random. Values lie in 0..1 (success, F1,
 progress).
 
-All but `wilson` add two made-up boards to each stratum for its spread, never for its mean: one all
+All add two made-up boards to each stratum for its spread, never for its mean: one all
 right and one all wrong, or for k measures on the same boards, all 2^k combinations of right and
 wrong, each 2 / 2^k of a board. Without them a stratum of 50 successes would claim to have no spread
 at all. Sources: Agresti and Coull, "Approximate is better
@@ -49,24 +49,6 @@ class Difference(NamedTuple):
     high: float
     p_value: float  # two-sided, of no difference
     n: int
-
-
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Return Wilson's score interval (low, high) of a share; (0, 1) at n = 0.
-
-    A sum of values in 0..1 will do for `successes`; the interval is then too wide, never too
-    narrow. Source: Wilson, "Probable inference" (1927).
-    """
-    if n < 0 or not 0 <= successes <= n:
-        raise ValueError(f"got {successes} successes of {n}, want 0 <= successes <= n")
-    if n == 0:
-        return 0.0, 1.0
-    z, share = _Z, successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # At the ends the limits are 0 and 1 exactly, which rounding would miss.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == n else min(1.0, centre + half)
 
 
 def macro_mean(strata: Strata) -> Estimate:

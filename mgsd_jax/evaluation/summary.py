@@ -1,7 +1,7 @@
 """The summary of an evaluation: rates, intervals, diagnostics and errors, computed from its rows.
 
 `macro` and every other measure of a model and mode is level-balanced: the mean over tasks of the
-mean over levels. A measure of one task or level is the plain rate with a Wilson interval. `n`,
+mean over levels. A measure of one task or level is the plain rate over its boards. `n`,
 `errors` and `reasons` of a part count its answers. The summary is JSON: levels are strings, and no
 value is NaN.
 """

@@ -74,6 +74,11 @@ def choose(rows: Sequence[Row]) -> tuple[Pick, ...]:
     return tuple(picks)
 
 
+def examples(picks: Sequence[Pick]) -> list[Pick]:
+    """Return the first board of each task."""
+    return list({pick.board[0]: pick for pick in reversed(picks)}.values())[::-1]
+
+
 def first_answers(rows: Sequence[Row]) -> dict[BoardKey, dict[str, PlanRow]]:
     """Return the first answer of each model to each picture."""
     answers: dict[BoardKey, dict[str, PlanRow]] = {}

@@ -3,25 +3,21 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 
-from mgsd_jax import tree
-from mgsd_jax.checks import fields
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation.measures import Measure, difference, gap_by_task
 from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PlanRow, Row, board_of, plans
 from mgsd_jax.evaluation.summary import MODELS, Summary, error_of, summarize
-from mgsd_jax.report import inputs
+from mgsd_jax.report import inputs, making
 from mgsd_jax.report.boards import first_answers, main_models, spread
 from mgsd_jax.report.inputs import STAGES, Curve, Evaluation, Stage
+from mgsd_jax.report.making import Made
 from mgsd_jax.workdir import paths
-from mgsd_jax.workdir.folders import CONFIG_FILE
 
 _LAST_SHARE = 0.1  # of the steps, what the end of a curve is the mean of
-# Settings that say where things are and how fast they go.
-_PLACES = ("folder", "path", "models", "student", "teacher", "workers", "every", "runs")
 Failure = tuple[str, str, str]  # task, error, reason
 
 
@@ -33,8 +29,13 @@ class Run:
     folder: str
     evaluation: Evaluation
     stages: tuple[Stage, ...]
-    settings: Mapping[str, object]  # 'distillation.optim.lr' -> value
+    made: tuple[Made, ...]  # how each of its stages came about
     result: str  # a model of the evaluation
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """{'distillation.optim.lr': value}; the evaluation's where a stage's differ."""
+        return {name: value for one in self.made for name, value in one.settings.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +108,10 @@ def read_run(folder: str, name: str, model: str = "") -> Run:
         raise ValueError(f"{source}: no answers to pictures found, want some to compare")
     if model and model not in models:
         raise ValueError(f"{source}: got models {models}, want {model!r} (report.model)")
-    settings: dict[str, object] = {}
-    for stage in (*STAGES, "evaluate"):
-        path = source.parent / stage / CONFIG_FILE
-        if path.is_file():
-            leaves = tree.named_leaves(fields.read_json(path))
-            settings |= {key.replace("/", "."): value for key, value in leaves}
     stages = tuple(inputs.read_stage(stage, source.parent / stage) for stage in STAGES)
-    return Run(name, str(root), evaluation, stages, settings, model or main_models(models)[-1])
+    made = [making.read_made(stage.name, source.parent / stage.name, stage) for stage in stages]
+    made.append(making.read_made("evaluate", source, tokens=inputs.count_tokens(evaluation.rows)))
+    return Run(name, str(root), evaluation, stages, tuple(made), model or main_models(models)[-1])
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
@@ -124,7 +121,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     return {
         name: found
         for name, found in values.items()
-        if name.split(".")[-1] not in _PLACES and any(value != found[0] for value in found)
+        if name.split(".")[-1] not in making.PLACES and any(value != found[0] for value in found)
     }
 
 

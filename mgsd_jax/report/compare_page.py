@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from etils import epath
 from markupsafe import Markup
 
-from mgsd_jax.report import boards, curves, inputs, plots, tables
+from mgsd_jax.report import boards, curves, inputs, making, plots, tables
 from mgsd_jax.report import compare as runs_lib
-from mgsd_jax.report.compare import Comparison
+from mgsd_jax.report.compare import Comparison, Run
 from mgsd_jax.report.inputs import PathLike, parts
 from mgsd_jax.report.markup import write
 from mgsd_jax.report.page import PUBLISHED, Section, gallery, missing, tables_html, write_page
-from mgsd_jax.report.tables import Cell, Table, make_table, measure_cell, points_cell
-from mgsd_jax.report.words import DASH, ERRORS, MODES, TASKS, compared, model_label, reason_label
+from mgsd_jax.report.tables import Cell, Table, make_table, points_cell
+from mgsd_jax.report.words import DASH, ERRORS, TASKS, compared, model_label, reason_label
 
 _CURVES = {
     "grounding": ("loss", "val/loss"),
@@ -23,17 +23,17 @@ _CURVES = {
 }
 # Metrics of distillation by response position and by token group.
 _TEACHER = {
-    "kl_pos": "KL to the teacher by position (nats)",
-    "kl": "KL to the teacher by token group (nats)",
-    "agree_pos": "Same next token as the teacher, by position",
-    "agree": "Same next token as the teacher, by token group",
+    "kl_pos": ("KL to the teacher by position", "nats a token"),
+    "kl": ("KL to the teacher by part of the response", "nats a token"),
+    "agree_pos": ("Same next token as the teacher, by position", "share of tokens"),
+    "agree": ("Same next token as the teacher, by part of the response", "share of tokens"),
 }
 _PREFIXES = ("kl", "kl_pos", "agree", "agree_pos")
 _SEGMENTS = ("state", "sentence", "plan", "format")
 _NOTE = (
-    "Level-balanced success from the picture, with 95 % intervals. Differences are paired board by "
-    "board and bootstrapped; their p-values are two-sided and not adjusted for the number of "
-    "comparisons."
+    "Level-balanced success from the picture, with Agresti and Coull's 95 % intervals (every level "
+    "a stratum). Differences are paired board by board and bootstrapped; their p-values are "
+    "two-sided and not adjusted for the number of comparisons."
 )
 
 
@@ -45,8 +45,6 @@ def build_comparison(folders: Sequence[str], out_path: PathLike, *, model: str =
     """
     comparison = runs_lib.compare(folders, model)
     title = f"Comparison of {' and '.join(comparison.results)}"
-    program = "python -m mgsd_jax.main --stage=report --config=... --workdir=..."
-    command = f"{program} --set report.runs={','.join(folders)}"
     record = {
         "title": title,
         "order": headline(comparison),
@@ -64,7 +62,7 @@ def build_comparison(folders: Sequence[str], out_path: PathLike, *, model: str =
         ],
         "settings": runs_lib.differing_settings(comparison.runs),
         "summary": comparison.summary,
-        "commands": [command],
+        "commands": {run.name: making.commands(run.made) for run in comparison.runs},
     }
     lines = [f"# {title}", "", f"**{headline(comparison)}**", ""]
     lines += [
@@ -73,8 +71,8 @@ def build_comparison(folders: Sequence[str], out_path: PathLike, *, model: str =
     return write_page(
         out_path,
         comparison.shown,
-        make_sections(comparison, command),
-        "\n".join([*lines, "```sh", command, "```", ""]),
+        make_sections(comparison),
+        "\n".join([*lines, *(f"- {run.name}: {line}" for run, line in _facts(comparison)), ""]),
         record,
         key=_NOTE + " >: the interval of the difference leaves out 0; ≈: it does not.",
     )
@@ -103,19 +101,12 @@ def tables_of(comparison: Comparison) -> dict[str, list[Table]]:
 
 
 def results_table(comparison: Comparison) -> Table:
-    """A row for each model and what it reads; a column for each task, and their mean."""
+    """Every model from text and from pictures."""
     shown = [*parts(comparison.shown, "text"), *parts(comparison.shown, "picture")]
     known = comparison.shown["models"]
     shown += [part for part in parts(comparison.summary, "picture") if part[0] not in known]
-    columns = {}
-    for task, title in TASKS.items():
-        found = [part["tasks"].get(task) for *_, part in shown]
-        if any(found):
-            columns[title] = [measure_cell(part and part["level_mean"]) for part in found]
-    columns["macro"] = [measure_cell(part["macro"]) for *_, part in shown]
-    labels = [(model_label(name), MODES[mode]) for name, mode, _ in shown]
     note = "Success: a task is the mean over its levels, macro the mean over tasks. " + PUBLISHED
-    return make_table("Results", ("model", "reads"), labels, columns, note)
+    return tables.results("Results", shown, note)
 
 
 def differences_table(comparison: Comparison) -> Table:
@@ -158,7 +149,12 @@ def settings_table(comparison: Comparison) -> Table:
     return make_table("Where the settings differ", ("setting",), labels, columns, note)
 
 
-def make_sections(comparison: Comparison, command: str) -> list[Section]:
+def _facts(comparison: Comparison) -> list[tuple[Run, str]]:
+    """What the folders of each run say of how it was made."""
+    return [(run, line) for run in comparison.runs for line in making.facts(run.made)]
+
+
+def make_sections(comparison: Comparison) -> list[Section]:
     """Return the sections of the page; one with nothing in it is left out."""
     made = tables_html(tables_of(comparison))
     sources = [f"{model_label(run.name)}: {run.result} of {run.folder}" for run in comparison.runs]
@@ -175,7 +171,7 @@ def make_sections(comparison: Comparison, command: str) -> list[Section]:
         "How this was made": [
             *made["settings"],
             write("list", sources),
-            write("commands", command),
+            *(write("details", model_label(run.name), _made(run)) for run in comparison.runs),
         ],
     }
     return [
@@ -183,6 +179,13 @@ def make_sections(comparison: Comparison, command: str) -> list[Section]:
         for heading, found in content.items()
         if found
     ]
+
+
+def _made(run: Run) -> list[Markup]:
+    """Commands, facts and costs of one run."""
+    commands = "\n".join(making.commands(run.made)) or making.NO_COMMANDS
+    costs = write("table", making.costs(run.made))
+    return [write("commands", commands), write("list", making.facts(run.made)), costs]
 
 
 def _curves(comparison: Comparison) -> list[Markup]:
@@ -208,14 +211,15 @@ def _curves(comparison: Comparison) -> list[Markup]:
 
 def _teacher(comparison: Comparison) -> list[Markup]:
     drawn = []
-    for prefix, title in _TEACHER.items():
+    for prefix, (title, unit) in _TEACHER.items():
         series = {run.name: runs_lib.ends(run, prefix) for run in comparison.runs}
         series = {run: found for run, found in series.items() if found}
         names = {name for found in series.values() for name in found}
         joined = prefix.endswith("_pos")
         order = sorted(names, key=_start) if joined else [s for s in _SEGMENTS if s in names]
         if order:
-            drawn.append(curves.categories(title, series, order, comparison.results, joined=joined))
+            runs = comparison.results
+            drawn.append(curves.categories(title, unit, series, order, runs, joined=joined))
     if not drawn:
         return []
     intro = (

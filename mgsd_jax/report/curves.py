@@ -1,16 +1,17 @@
 """Plots with axes: success over levels, metrics over steps, and runs drawn over each other."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
 from mgsd_jax.evaluation.summary import Summary
-from mgsd_jax.report import plots
+from mgsd_jax.report import plots, words
 from mgsd_jax.report.inputs import Curve
 from mgsd_jax.report.markup import tag, write
-from mgsd_jax.report.words import DASH, MODES, TASKS, model_label, percent
+from mgsd_jax.report.words import MODES, TASKS, model_label, percent
 
 Point = tuple[float, float]
 _BINS = 150  # points drawn of a curve
@@ -65,11 +66,21 @@ class Frame:
 
 
 def _of_values(
-    values: Sequence[float], place: tuple[int, int, int, int], x: tuple[float, float]
+    values: Sequence[float], top: int, height: int, x: tuple[float, float]
 ) -> tuple[Frame, list[tuple[float, str]]]:
-    """A frame that holds these values, and the numbers beside it."""
-    frame = Frame(*place, x=x, y=limits(min(values), max(values)))
-    return frame, [(tick, short(tick)) for tick in nice_ticks(*frame.y)]
+    """A frame that holds these values, and the numbers beside it, for which it leaves room."""
+    y = limits(min(values), max(values))
+    ticks = nice_ticks(*y)
+    labels = tick_labels(ticks)
+    left = max(30.0, 8 + 6.3 * max(map(len, labels)))
+    frame = Frame(left, top, 314 - left, height, x=x, y=y)
+    return frame, list(zip(ticks, labels, strict=True))
+
+
+def _step_axis(frame: Frame, first: float, last: float) -> list[tuple[float, str, str]]:
+    """The first and the last step below a plot, and what they are."""
+    ends = [(first, f"{first:,}", "start"), (last, f"{last:,}", "end")]
+    return [ends[0], ((first + last) / 2, "step", "middle"), ends[1]] if first < last else ends[:1]
 
 
 def _panel(
@@ -93,10 +104,11 @@ def level_plot(summary: Summary, task: str) -> Markup:
     ]
     models = list(summary["models"])
     levels = sorted({int(level) for *_, found in series for level in found})
-    frame = Frame(34, 10, 276, 150, x=(0, len(levels)))
+    frame = Frame(34, 20, 276, 140, x=(0, len(levels)))
     width = min(0.7 / len(series), 9 * len(levels) / frame.width)
     names = [(i + 0.5, str(level), "middle") for i, level in enumerate(levels)]
-    drawn = [frame.axes(names, [(at / 100, str(at)) for at in (0, 25, 50, 75, 100)])]
+    ticks = [(at / 100, str(at)) for at in (0, 25, 50, 75, 100)]
+    drawn = [_unit("% solved"), frame.axes(names, ticks)]
     heard = []
     for i, (model, mode, found) in enumerate(series):
         shift = 0.5 + _dodge(i, len(series), width)
@@ -121,23 +133,31 @@ def level_plot(summary: Summary, task: str) -> Markup:
 
 def curve_plot(curve: Curve) -> Markup:
     """Return a metric over steps: the mean of each bin of steps, and a band from low to high."""
+    name, unit, _ = words.metric(curve.name)
     lost = f"; {curve.not_finite} not finite" if curve.not_finite else ""
     if not curve.values:
-        return _panel(curve.name, [], 0, "", last=DASH + lost)
+        return _panel(name, [], 0, "", last="no value" + lost)
     bins = bin_curve(curve)
     first, last = curve.steps[0], curve.steps[-1]
-    frame, y_ticks = _of_values(curve.values, (46, 6, 268, 104), (first, last))
-    x_ticks = [(first, str(first), "start"), (last, f"step {last}", "end")]
+    frame, y_ticks = _of_values(curve.values, 20, 104, (first, last))
     band = [(step, high) for step, _, _, high in bins]
     band += [(step, low) for step, _, low, _ in reversed(bins)]
     line = [(step, mean) for step, mean, _, _ in bins]
-    end = frame.marks(line[-1:], tag("circle", r=3), 1)
-    drawn = [frame.axes(x_ticks, y_ticks), frame.line(band, "polygon"), frame.line(line), *end]
+    disc = frame.marks(line[-1:], tag("circle", r=3), 1)
+    axes = frame.axes(_step_axis(frame, first, last), y_ticks)
+    drawn = [_unit(unit), axes, frame.line(band, "polygon"), frame.line(line), *disc]
+    values = curve.values
+    begin, end, low, high = map(short, (values[0], values[-1], min(values), max(values)))
     alt = (
-        f"{curve.name}: from {short(curve.values[0])} at step {first} to {short(curve.values[-1])} "
-        f"at step {last}, between {short(min(curve.values))} and {short(max(curve.values))}"
+        f"{name} ({unit}): from {begin} at step {first} to {end} at step {last}, "
+        f"between {low} and {high}"
     )
-    return _panel(curve.name, drawn, 132, alt, last=short(curve.values[-1]) + lost)
+    return _panel(name, drawn, 146, alt, last=end + lost)
+
+
+def _unit(unit: str) -> Markup:
+    """The name of the y axis, above it."""
+    return tag("text", unit, x=2, y=11, class_="axis-name")
 
 
 # Several runs in one plot.
@@ -150,20 +170,21 @@ def legend(runs: Sequence[str]) -> Markup:
     return write("legend", list(zip(icons, map(model_label, runs), strict=True)))
 
 
-def overlay(title: str, curves: Mapping[str, Curve], runs: Sequence[str]) -> Markup:
-    """Return one metric of several of the `runs` over steps, the mean of each bin of steps."""
+def overlay(metric: str, curves: Mapping[str, Curve], runs: Sequence[str]) -> Markup:
+    """Return one `metric` of several of the `runs` over steps, the mean of each bin of steps."""
     series = {
         run: [(step, mean) for step, mean, _, _ in bin_curve(curve, 60)]
         for run, curve in curves.items()
     }
     first = min(curve.steps[0] for curve in curves.values())
     last = max(curve.steps[-1] for curve in curves.values())
-    ticks = [(first, str(first), "start"), (last, f"step {last}", "end")]
-    return _overlay(title, series, runs, (first, last), ticks, marked=slice(-1, None))
+    title, unit, _ = words.metric(metric)
+    return _overlay(title, unit, series, runs, (first, last), marked=slice(-1, None))
 
 
 def categories(
     title: str,
+    unit: str,
     series: Mapping[str, Mapping[str, float]],
     names: Sequence[str],
     runs: Sequence[str],
@@ -177,27 +198,30 @@ def categories(
     for run, found in series.items():
         shift = 0.5 + _dodge(runs.index(run), len(runs), width)
         points[run] = [(i + shift, found[name]) for i, name in enumerate(names) if name in found]
-    return _overlay(title, points, runs, (0, len(names)), ticks, marked=slice(None), joined=joined)
+    whole = slice(None)
+    return _overlay(title, unit, points, runs, (0, len(names)), ticks, marked=whole, joined=joined)
 
 
 def _overlay(
     title: str,
+    unit: str,
     series: Mapping[str, Sequence[Point]],
     runs: Sequence[str],
     x: tuple[float, float],
-    x_ticks: Iterable[tuple[float, str, str]],
+    x_ticks: Iterable[tuple[float, str, str]] | None = None,
     *,
     marked: slice,
     joined: bool = True,
 ) -> Markup:
     values = [value for points in series.values() for _, value in points]
-    frame, y_ticks = _of_values(values, (46, 8, 264, 132), x)
-    drawn, heard = [frame.axes(x_ticks, y_ticks)], []
+    frame, y_ticks = _of_values(values, 20, 132, x)
+    below = _step_axis(frame, *x) if x_ticks is None else x_ticks
+    drawn, heard = [_unit(unit), frame.axes(below, y_ticks)], []
     for run, points in series.items():
         drawn += [frame.line(points, **_stroke(run, runs))] if joined else []
         drawn += frame.marks(points[marked], plots.mark(run, "picture", runs), 0.7)
         heard.append(f"{model_label(run)} {', '.join(short(y) for _, y in points[-6:])}")
-    return _panel(title, drawn, 162, f"{title}. {'; '.join(heard)}")
+    return _panel(title, drawn, 174, f"{title} ({unit}). {'; '.join(heard)}")
 
 
 def _stroke(run: str, runs: Sequence[str]) -> dict[str, str]:
@@ -235,12 +259,29 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(first, last + 1)]
 
 
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Return the numbers of an axis, with as many digits as they have: no two read alike."""
+    kind = "f" if 1e-3 <= max(map(abs, ticks)) < 1e6 else "e"
+    most = 1e-3 * (ticks[1] - ticks[0])
+
+    def is_exact(digits: int) -> bool:
+        return all(abs(float(f"{tick:.{digits}{kind}}") - tick) < most for tick in ticks)
+
+    digits = next(filter(is_exact, itertools.count()))
+    return [_short_exponent(f"{tick:.{digits}{kind}}") for tick in ticks]
+
+
 def short(value: float) -> str:
     """Return a number in few characters: '0.412', '1.4e-6', '12.3k'."""
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
-        digits, exponent = f"{value:.1e}".split("e")
-        return f"{digits}e{int(exponent)}"
+        return _short_exponent(f"{value:.1e}")
     if size >= 1e4:
         return f"{value / 1e3:.3g}k"
     return f"{value:.0f}" if size >= 999.5 else f"{value:.3g}"
+
+
+def _short_exponent(text: str) -> str:
+    """'1.4e-6' of '1.4e-06'."""
+    digits, mark, exponent = text.partition("e")
+    return f"{digits}e{int(exponent)}" if mark else text

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from etils import epath
@@ -96,6 +96,12 @@ def read_evaluation(folder: PathLike) -> Evaluation:
             f"{summary_path}: got rows by model and mode {stated}, want {counts} as in {rows_path}"
         )
     return Evaluation(rows, cast(Summary, summary))
+
+
+def count_tokens(rows: Sequence[Row]) -> int | None:
+    """Return how many tokens the models said; None where none of them counted."""
+    said = (row.get("response_tokens") for row in rows)
+    return sum(count for count in said if isinstance(count, int)) or None
 
 
 def read_stage(name: str, folder: PathLike | None) -> Stage:

@@ -39,7 +39,7 @@ def write_page(
 ) -> epath.Path:
     """Write a page and its twins, and return its path.
 
-    `record` is the JSON twin; the page begins with its title, order and, if it has one, verdict.
+    `record` is the JSON twin; the page begins with its title, order and the parts of its verdict.
     `key` says how to read the tiles below, the macro success of the models of `summary`. Raises
     ValueError for a path that does not end in .html.
     """
@@ -56,7 +56,7 @@ def write_page(
         )
         for model, mode, part in plots.featured(summary, "picture", "text")
     ]
-    words = (record["title"], record["order"], record.get("verdict"))
+    words = (record["title"], record["order"], record.get("verdict", ()))
     html = write("page", *words, tiles, key, sections)
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +76,11 @@ def tables_html(made: Mapping[str, Sequence[tables.Table]]) -> dict[str, list[Ma
     return {name: [write("table", table) for table in some] for name, some in made.items()}
 
 
-def gallery(picks: Sequence[Pick], intro: str) -> list[Markup]:
-    """Return boards with their routes, and how to read them."""
+def gallery(picks: Sequence[Pick], intro: str, first: int = 0) -> list[Markup]:
+    """Return boards with their routes, and how to read them; `first` numbers the first of them."""
     how = (
         f"{intro} A ring marks the start. A solid line is a plan that solves the board, a dashed "
         "one fails at its cross; P and D are pick and drop."
     )
-    cards = [card(pick, number) for number, pick in enumerate(picks)]
+    cards = [card(pick, number) for number, pick in enumerate(picks, first)]
     return [write("paragraph", how), write("cards", cards)]

@@ -113,6 +113,17 @@ def count_cell(measure: Measure | None) -> Cell:
 _Shown = Sequence[tuple[str, str, Part]]  # model, mode, what was measured
 
 
+def results(title: str, shown: _Shown, note: str) -> Table:
+    """A row for each model and what it reads; a column for each task, and their mean."""
+    columns = {}
+    for task, name in words.TASKS.items():
+        found = [part["tasks"].get(task) for *_, part in shown]
+        if any(found):
+            columns[name] = [measure_cell(part and part["level_mean"]) for part in found]
+    columns["macro"] = [measure_cell(part["macro"]) for *_, part in shown]
+    return _by_mode(title, shown, columns, note)
+
+
 def _by_mode(title: str, shown: _Shown, columns: Mapping[str, Sequence[Cell]], note: str) -> Table:
     labels = [(words.model_label(model), words.MODES[mode]) for model, mode, _ in shown]
     return make_table(title, ("model", "reads"), labels, columns, note)
@@ -157,7 +168,7 @@ def by_level(summary: Summary, task: str) -> Table:
     for level in sorted({int(level) for *_, part in shown for level in part["levels"]}):
         found = [part["levels"].get(str(level)) for *_, part in shown]
         columns[f"level {level}"] = [_counted(part and part["success"]) for part in found]
-    return _by_mode(words.TASKS[task], shown, columns, "Wilson 95 % intervals.")
+    return _by_mode(words.TASKS[task], shown, columns, "")
 
 
 def passes(summary: Summary) -> list[Table]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from mgsd_jax.envs import ENVS, base
 from mgsd_jax.evaluation.measures import Measure
@@ -31,10 +32,77 @@ RULES = {
     "upstream_reward": "public reward",
     "upstream_eval": "public evaluation",
 }
+# What a metric of training measures, and in what unit, in the order of their curves; of 'a/b' the
+# words for 'a', and b after them.
+_SHARE, _NATS = "share", "nats a token"
+METRICS = {
+    "loss": ("Loss", _NATS),
+    "val/loss": ("Loss, validation", _NATS),
+    "val/success": ("Solved boards, validation", _SHARE),
+    "kl": ("KL to the teacher", _NATS),
+    "val/state_exact": ("States read exactly, validation", _SHARE),
+    "rollout/success": ("Solved boards, training", _SHARE),
+    "token_accuracy": ("Answer tokens right", _SHARE),
+    "questions/loss": ("Loss, questions", _NATS),
+    "questions/token_accuracy": ("Answer tokens right, questions", _SHARE),
+    "rollout/state_exact": ("States read exactly, training", _SHARE),
+    "rollout/optimal": ("Solved the shortest way, training", _SHARE),
+    "teacher_agreement": ("Same next token as the teacher", _SHARE),
+    "student_entropy": ("Entropy of the student", _NATS),
+    "teacher_entropy": ("Entropy of the teacher", _NATS),
+    "agree": ("Same next token as the teacher", _SHARE),
+    "grad_norm": ("Norm of the gradient", "norm"),
+    "update_norm": ("Norm of the update", "norm"),
+    "param_norm": ("Norm of what is trained", "norm"),
+    "skipped_update": ("Updates skipped", "skipped"),
+    "rollout/length": ("Length of a response", "tokens"),
+    "rollout/truncated": ("Cut off at the token limit", _SHARE),
+    "rollout/parsed": ("Readable plans, training", _SHARE),
+    "rollout/legal": ("Legal plans, training", _SHARE),
+    "rollout/repeated": ("Repeated four-token pieces", _SHARE),
+    "rollout/kept_a_pass": ("Tokens kept a pass", "tokens"),
+    "kl_pos": ("KL to the teacher, token", _NATS),
+    "agree_pos": ("Same next token as the teacher, token", _SHARE),
+    "kl_cap_share": ("Tokens at the cap of the KL", _SHARE),
+    "logprob_gap": ("Sampler against trainer", _NATS),
+    "seconds": ("Time of a step", "seconds"),
+    "rollout": ("Time of the rollout", "seconds"),
+    "update": ("Time of the update", "seconds"),
+    "validation": ("Time of the validation", "seconds"),
+    "checkpoint": ("Time of saving", "seconds"),
+    "data": ("Waiting for data", "seconds"),
+    "tflops_per_s": ("Speed of the update", "TFLOP/s"),
+    "tokens_per_s": ("Speed", "tokens/s"),
+    "learning_rate": ("Learning rate", "rate"),
+}
 REASONS = {
     **base.REASONS,
     **{reason: words for env in ENVS.values() for reason, words in env.reasons.items()},
 }
+
+
+class Metric(NamedTuple):
+    """A metric of training as a reader meets it."""
+
+    title: str
+    unit: str  # the name of its y axis
+    rank: int  # of its curve among the others
+
+
+def metric(name: str) -> Metric:
+    """Return the words for a metric of training.
+
+    >>> metric("rollout/success/maze").title
+    'Solved boards, training, Maze'
+    """
+    rest: list[str] = []
+    known = name
+    while known not in METRICS and "/" in known:
+        known, _, part = known.rpartition("/")
+        rest.insert(0, TASKS.get(part, part.replace("_", " ")))
+    title, unit = METRICS.get(known, (known.replace("_", " ").capitalize(), "value"))
+    rank = list(METRICS).index(known) if known in METRICS else len(METRICS)
+    return Metric(", ".join([title, *rest]), unit, rank)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

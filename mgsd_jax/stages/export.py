@@ -15,7 +15,7 @@ from mgsd_jax.checks.fields import read_json
 from mgsd_jax.config import Config
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model.config import ModelConfig
-from mgsd_jax.stages import loading, parity
+from mgsd_jax.stages import card, loading, parity
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.weights.files import FloatType
@@ -67,6 +67,7 @@ def run(config: Config, workdir: str) -> None:
     with files.new_folder(folder, replaces=is_own) as partial:
         write = _write_adapters if settings.adapters else _write_model
         measured = write(config, partial)
+        card.write(config, partial)
         files.write_json(partial / parity.FILE, measured)
         # Asking the model shows it pictures as the data section says (stages/ask.py).
         trained = {name: config_lib.to_dict(getattr(given, name)) for name in ("model", "data")}

@@ -5,6 +5,7 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config
+from mgsd_jax.data import prompts
 from mgsd_jax.report.compare_page import build_comparison
 from mgsd_jax.report.evaluation_page import build_report
 from mgsd_jax.report.inputs import STAGES
@@ -21,16 +22,13 @@ def run(config: Config, workdir: str) -> None:
         path = root / "report" / "comparison.html"
         build_comparison(resolved.report.runs, path, model=config.report.model)
     else:
-        program = "python -m mgsd_jax.main --stage={} --config=... --workdir=..."
-        stages = ("generate", *STAGES, "evaluate", "report")
-        models = ", ".join(f"{name} = {source}" for name, source in config.evaluate.models)
-        made_from = f"models: {models}; teacher context: {config.distillation.teacher_context}"
         path = root / "report" / "index.html"
         build_report(
             resolved.evaluate.folder,
             {name: root / name for name in STAGES},
             path,
             title=f"Planning from pictures: {root.name}",
-            commands=(*map(program.format, stages), made_from),
+            boards_folder=resolved.data.folder,
+            prompts=prompts.load(resolved.data.prompts),
         )
     logging.info("%s: written", path)

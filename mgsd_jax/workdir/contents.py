@@ -26,6 +26,8 @@ def identity(path: epath.PathLike) -> str | None:
     nothing.
     """
     root = epath.Path(path)
+    if (root / MANIFEST).is_file():  # boards drawn twice are the same, whenever that was
+        return f"{zlib.crc32((root / MANIFEST).read_bytes()):08x}"
     if (root / RUNS_FILE).is_file():
         return f"{run_of(root)}, step {last_step(root)}"
     weights = sorted(root.glob("*.safetensors")) if root.is_dir() else []
@@ -34,8 +36,6 @@ def identity(path: epath.PathLike) -> str | None:
         for file in weights:
             checksum = _sampled(file, checksum)
         return f"{checksum:08x}"
-    if (root / MANIFEST).is_file():
-        return f"{zlib.crc32((root / MANIFEST).read_bytes()):08x}"
     return _all_files(root)
 
 

@@ -5,6 +5,7 @@ where the stages take seconds to import.
 """
 
 import importlib.metadata
+import itertools
 import pathlib
 import platform
 import runpy
@@ -85,9 +86,9 @@ traceback.
 
 def program() -> str:
     """The program as it was started: 'mgsd_jax', or 'python -m mgsd_jax.main'."""
-    words = sys.orig_argv
-    if "-m" in words and words[words.index("-m") + 1].startswith("mgsd_jax"):
-        return f"python -m {words[words.index('-m') + 1]}"
+    for flag, module in itertools.pairwise(sys.orig_argv):
+        if flag == "-m" and module.startswith("mgsd_jax"):
+            return f"python -m {module}"
     return "mgsd_jax"
 
 

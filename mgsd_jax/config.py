@@ -264,7 +264,7 @@ class DistillationConfig:
     # was truncated has none. It applies once the success on the validation boards, in (0, 1], has
     # reached wrong_weight_from; 0: from the start.
     wrong_weight: Share = 1.0
-    wrong_weight_from: Share = 0.0
+    wrong_weight_from: Share = 0.0  # success of a validation from which wrong_weight applies
     # Above 0 a policy gradient of success is added to the divergence with this weight, its baseline
     # the running success of the same task and level.
     success_weight: Amount = 0.0

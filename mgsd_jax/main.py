@@ -68,10 +68,10 @@ NEXT = {
 }
 
 
-def next_line(stage: str, workdir: str, words: Sequence[str]) -> str:
+def next_line(stage: str, words: Sequence[str]) -> str:
     """What to do after a stage that was started with these words."""
     if stage == "report":
-        return f"next: open {workdir}/report/ in a browser"
+        return "next: open this page in a browser"
     others, left = [f"--stage={NEXT[stage]}"], iter(words)
     for word in left:
         if word.lstrip("-") == "stage":
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
         with log.compilations_told():
             STAGES[stage](config, str(paths.absolute(workdir)))
         if not are_several or jax.process_index() == 0:
-            logging.info("%s", next_line(stage, workdir, sys.argv[1:]))
+            logging.info("%s", next_line(stage, sys.argv[1:]))
         return 0
     except sessions.Stopped as stopped:  # all processes together
         logging.error("%s", stopped)

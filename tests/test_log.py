@@ -36,11 +36,11 @@ def test_verbosity_1_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lines_are_short_and_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
     handler = logging.ABSLHandler(logging.PythonFormatter())
     monkeypatch.setattr(logging, "get_absl_handler", lambda: handler)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
     log.set_up()
     with tqdm.tqdm(total=3, file=stream, bar_format="the bar"):
         for level, text in ((std_logging.INFO, "usual"), (std_logging.WARNING, "odd")):

@@ -46,12 +46,12 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_stage_ends_with_the_next_command(stage: str, words: list[str], line: str) -> None:
-    said = main.next_line(stage, "/runs/a", words)
+    said = main.next_line(stage, words)
     assert said == f"next: {command_line.program()} {line}"
 
 
 def test_after_the_report_there_is_a_page_to_open() -> None:
-    assert main.next_line("report", "/runs/a", []) == "next: open /runs/a/report/ in a browser"
+    assert main.next_line("report", []) == "next: open this page in a browser"
     assert {*main.NEXT, "report"} == {*main.STAGES}
     assert {*main.NEXT.values()} <= {*main.STAGES}
 

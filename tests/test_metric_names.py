@@ -52,7 +52,8 @@ def written() -> set[str]:
     groups = (np.arange(400) % len(prompts.SEGMENTS))[None]
     stats: Any = TokenStats(*(ones for _ in TokenStats._fields))
     found: set[str] = {"step", "time", "seconds", "loss", "token_accuracy"}
-    found |= monitor.rollout_metrics([board], [""], np.zeros(1), ones).keys()
+    judged = monitor.judge_rollouts([board], [""])
+    found |= monitor.rollout_metrics([board], judged, np.zeros(1), ones).keys()
     found |= monitor.token_metrics(groups, stats).keys()
     found |= monitor.draft_metrics(groups, ones, np.zeros_like(ones)).keys()
     found |= monitor.validation_metrics([board], [Answer("", False, 0)]).keys()

@@ -312,6 +312,6 @@ def test_a_full_disk_is_one_line(light: Base, tmp_path: pathlib.Path) -> None:
         text=True,
         check=False,
     )
-    said = [line for line in done.stderr.splitlines() if line.startswith("E")]
+    said = [line for line in done.stderr.splitlines() if " error: " in line]
     assert done.returncode == 74 and len(said) == 1 and "o space left" in said[0], done.stderr
     assert "Traceback" not in done.stderr

@@ -11,8 +11,10 @@ from email.parser import Parser
 
 import helpers_devices
 import pytest
+import test_metric_names
 
 from mgsd_jax import command_line
+from mgsd_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
@@ -84,6 +86,25 @@ def test_a_recipe_is_found_by_its_name(
     assert command_line.find_config("nano") == "nano"
 
 
+def test_the_command_answers_away_from_the_checkout(
+    installed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for words, said in {
+        ("--help",): "in the order of a whole run",
+        ("--config=nano", "--print_config"): "\ngrounding.steps=40\n",
+        ("--help_config=seed",): "seed = 0\n",
+    }.items():
+        done = subprocess.run(
+            [installed / "bin" / "mgsd_jax", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
     installed: pathlib.Path, tmp_path: pathlib.Path
@@ -113,5 +134,8 @@ def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
     changes = [f"--set={change}" for change in FEW]
     for stage in ("generate", "grounding", "distillation", "evaluate", "export", "report"):
         call(f"--stage={stage}", "--config=nano", "--workdir=run", *changes)
+    for stage in ("grounding", "distillation"):
+        for record in metrics.read_metrics(tmp_path / "run" / stage / "metrics.jsonl"):
+            assert test_metric_names.unlisted(record) == set()
     assert (tmp_path / "run" / "report" / "index.html").is_file()
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()

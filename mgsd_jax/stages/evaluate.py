@@ -157,8 +157,9 @@ def _show(
 ) -> None:
     """Shows that `count` answers of a job came in `seconds`; `left` is rows by mode, and models."""
     left[job.mode] -= count
+    seconds -= progress.take_compiled()  # it does not come again
     for kind in (job.mode, ANY):
-        progress.spend(kind, seconds - progress.take_compiled(), count)
+        progress.spend(kind, seconds, count)
     todo = collections.Counter[str]()
     for kind, number in left.items():
         # A mode that was not asked yet is taken to cost what the others do.

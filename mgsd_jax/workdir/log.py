@@ -41,12 +41,14 @@ def set_up() -> None:
         handler.addFilter(is_shown)
     if not logging.vlog_is_on(1):
         handler.setFormatter(_Lines())
-    # tqdm takes the bar away, writes, and draws it again.
-    handler.python_handler.stream = types.SimpleNamespace(
-        write=lambda text: tqdm.tqdm.write(text, file=sys.stderr, end=""),
-        flush=lambda: sys.stderr.flush(),
-        close=lambda: None,
-    )
+    to_stderr: Any = handler.python_handler
+    if to_stderr.stream is sys.stderr:  # and not a file of --log_dir
+        # tqdm takes the bar away, writes, and draws it again.
+        to_stderr.stream = types.SimpleNamespace(
+            write=lambda text: tqdm.tqdm.write(text, file=sys.stderr, end=""),
+            flush=lambda: sys.stderr.flush(),
+            close=lambda: None,
+        )
     sys.unraisablehook = _hide_closed_loop
     if not any(glob.glob(devices) for devices in _TPUS):
         # Or libtpu, where it is installed, asks a cloud's server about this machine, and complains.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mgsd_jax import config as c
+from mgsd_jax import preflight
 from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
 from mgsd_jax.data import buckets, loaders
@@ -78,6 +79,13 @@ def test_an_evaluation_measures_its_own_boards_exactly() -> None:
     longest = max(len(encoder.teacher(board, "state").tokens) for board in boards)
     assert max(c.sizes(data.teacher_buckets)) == buckets.rounded(longest)
     assert data.patch_buckets == (144,) and data.sequence_buckets == c.AUTO
+
+
+def test_preflight_measures_too_and_says_where_the_tokenizer_is_missing(fitted: Encoder) -> None:
+    assert preflight._fitted(NANO).data == fitted.data
+    config = c.override(NANO, ["model.path=/nowhere"])
+    with pytest.raises(ValueError, match=r"/nowhere/config\.json: not found"):
+        preflight._fitted(config)
 
 
 def test_the_log_says_what_auto_became(caplog: pytest.LogCaptureFixture) -> None:

@@ -61,7 +61,9 @@ def test_in_a_terminal_there_is_a_bar_and_a_line_for_what_is_kept(
             clock[0] += 1.0
             progress.spend("step", 1.0)
             progress.update(step, {"step": 50 - step}, ["loss 1.25"], kept=step == 30)
-    assert "grounding 12/50 steps  00:38 left  loss 1.25 |" in stream.getvalue()
+    shown = stream.getvalue().split("\r")
+    assert " 20%|##        | grounding 10/50 steps" in shown
+    assert " 24%|##4       | grounding 12/50 steps  00:38 left  loss 1.25" in shown
     assert caplog.messages == [
         "grounding 30/50 steps  00:20 left  loss 1.25",
         "grounding 50/50 steps  done  loss 1.25",

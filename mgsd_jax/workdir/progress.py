@@ -126,11 +126,11 @@ def open_progress(
             total=total,
             initial=start,
             file=sys.stderr,
-            bar_format="{desc} |{bar:10}|",
+            desc=f"{name} {start}/{total} {unit}s",
+            bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
             dynamic_ncols=True,
             leave=False,  # its last line is in the log
         )
-        bar.set_description_str(f"{name} {start}/{total} {unit}s")
     now = time.perf_counter()
     monitoring.register_event_duration_secs_listener(note)
     progress = Progress(name, total, unit, is_main, bar, compiled, now, now)

@@ -152,7 +152,8 @@ def _ask(compile_cache: str | None) -> int:
     else:
         config = ask.find_config(command_line.assignments(), workdir)
     compiled.keep(compile_cache, workdir, os.environ)
-    ask.run(config, workdir, picture, command_line.OUTPUT.value)
+    with log.compilations_told():
+        ask.run(config, workdir, picture, command_line.OUTPUT.value)
     return 0
 
 

@@ -113,7 +113,7 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_stage_of_the_help_runs() -> None:
-    assert [*main.STAGES, "score"] == [*command_line.STAGES]
+    assert [*main.STAGES, "ask", "score"] == [*command_line.STAGES]
 
 
 @pytest.mark.parametrize(

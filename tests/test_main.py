@@ -219,6 +219,10 @@ def test_a_bucket_without_its_package_is_one_line() -> None:
             "got --process 1 but no --coordinator, no --processes; want all three",
         ),
         (
+            ("--stage=generate", f"--config={NANO}", "--workdir=x", "--profile=5:8"),
+            "--profile: got --stage=generate, want one of ['grounding', 'distillation', 'eval",
+        ),
+        (
             ("--stage=generate", f"--config={NANO}", "--workdir=x", "--set", "data.a=1"),
             "--set data.a: no field 'a'",
         ),

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import threading
 import types
 from typing import Any
 
@@ -29,6 +30,7 @@ class Tracked:
     def __init__(self, failing: str = "") -> None:
         self.calls: list[tuple[str, Any, dict[str, Any]]] = []
         self.failing = failing
+        self.finish: Any = lambda: self.note("finish")
         self.Image = lambda pixels, caption: ("image", pixels.shape, caption)
 
     def note(self, name: str, /, *args: Any, **options: Any) -> "Tracked":
@@ -105,6 +107,20 @@ def test_a_tracker_that_fails_is_one_warning(
     (events,) = (tmp_path / "tensorboard").glob("events.*")
     content = events.read_bytes()
     assert b"boards/maze" in content and b"success: UU" in content and b"max_new_tokens" in content
+
+
+def test_a_tracker_that_never_ends_is_left_behind(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, held = Tracked(), threading.Event()
+    monkeypatch.setattr(sinks, "wandb", tracker)
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.01)
+    tracker.finish = held.wait
+    with caplog.at_level("WARNING", logger="absl"):
+        write(tmp_path, config_with("wandb", folder=tmp_path), 1)
+    held.set()
+    (said,) = caplog.messages
+    assert "wandb: not all was sent within 0.01 s of the end; the run goes on" in said
 
 
 def test_a_package_that_is_not_there_is_a_line_that_says_what_to_install(

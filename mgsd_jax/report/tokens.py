@@ -28,7 +28,7 @@ class Html:
 def coloured(tokens: Sequence[str], values: Sequence[float], *, most: float) -> Html:
     """The tokens, each on a ground from white (0) to red (`most` and above), the value on hover.
 
-    The square root of the value is what colours, so that small ones are told apart too.
+    The square root of a value colours, so that small ones are told apart too.
     """
     parts = []
     for token, value in zip(tokens, values, strict=True):
@@ -48,10 +48,12 @@ def side_by_side(
 ) -> Html:
     """A table of a row for each token: the token, its value, and what each reader expected there.
 
-    `readers` are {name: logprobs [R, V]}; of each the `top` likeliest tokens are shown in percent.
+    `readers` are {name: logprobs [R, V]}; of each the `top` likeliest tokens are shown, as far as
+    they have a percent.
     """
-    head = tag("tr", *(tag("th", Markup.escape(n)) for n in ("", "token", "KL", *readers)))
-    rows = [head]
+    left = {"style": "text-align:left"}
+    names = ("", "token", "KL", *readers)
+    rows = [tag("tr", *(tag("th", Markup.escape(name), **left) for name in names))]
     for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
         cells = [str(i), tag("code", _visible(token)), f"{value:.3f}"]
         for logprobs in readers.values():
@@ -59,14 +61,14 @@ def side_by_side(
             shown = [
                 tag("code", _visible(spell(int(k)))) + f" {100 * np.exp(logprobs[i, k]):.0f} %"
                 for k in best
+                if np.exp(logprobs[i, k]) >= 0.01
             ]
             cells.append(Markup(" · ").join(shown))
-        rows.append(tag("tr", *(tag("td", cell, style="text-align:left") for cell in cells)))
+        rows.append(tag("tr", *(tag("td", cell, **left) for cell in cells)))
     return Html(tag("table", *rows))
 
 
 def _visible(token: str) -> Markup:
-    """A token with its line ends and outer spaces to be seen; a long one is cut."""
-    text = token.replace("\n", "↵")
-    text = f"{text[:24]}…" if len(text) > 25 else text
-    return Markup.escape(text.replace(" ", "␣") if text.strip() != text else text or "(end)")
+    """A token with its line ends to be seen; a long one is cut."""
+    text = token.strip(" ").replace("\n", "↵")
+    return Markup.escape(f"{text[:24]}…" if len(text) > 25 else text or "(end)")

@@ -126,7 +126,7 @@ def open_writer(
         # In reverse order: the files are closed, copied, and deleted where they are temporary.
         resources.callback(writer.flush)
         resources.callback(lines.close)
-        resources.callback(sinks_lib.tell, writer.sinks, lambda sink: sink.close())
+        resources.callback(sinks_lib.tell, writer.sinks, sinks_lib.close)
         yield writer
 
 

@@ -6,9 +6,11 @@ do, so a tracker that fails is let go with a warning and does not end the run. T
 environment as they do elsewhere.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -28,6 +30,7 @@ with epy.lazy_imports():  # each takes a second or more, and is used by few runs
     import wandb  # pyright: ignore[reportMissingImports]
 
 TENSORBOARD_FOLDER = "tensorboard"
+CLOSE_SECONDS = 60.0
 RUN_FILE = "tracked.json"  # {"id": ...}: a run that is resumed goes on in the same tracked run
 
 
@@ -99,8 +102,32 @@ def tell(sinks: list[Sink], action: Callable[[Sink], None]) -> None:
             _warn(sink.name, error)
 
 
+def close(sink: Sink) -> None:
+    """Closes a sink; a tracker gets `CLOSE_SECONDS` to send what it still has.
+
+    Raises what closing raised, and TimeoutError.
+    """
+    if sink.name == "tensorboard":
+        sink.close()
+        return
+    closing = concurrent.futures.Future[None]()
+
+    def work() -> None:
+        try:
+            closing.set_result(sink.close())
+        except Exception as error:
+            closing.set_exception(error)
+
+    # A daemon: an upload that never ends must not keep the process.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        closing.result(CLOSE_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"not all was sent within {CLOSE_SECONDS:g} s of the end") from None
+
+
 def _warn(name: str, error: Exception) -> None:
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     logging.warning("metrics.sinks: %s: %s; the run goes on without it", name, said)
 
 

@@ -170,6 +170,7 @@ def _wandb(run: Run) -> Sink:
         resume="allow",
         config=run.config,
         dir=str(run.folder),
+        settings=wandb.Settings(quiet=True),  # no table of all metrics on the terminal at the end
     )
     # Its own count of steps cannot go back, and a resumed run repeats the steps since its last
     # checkpoint: they land on the same places of this axis, with the same values.

@@ -28,6 +28,7 @@ from mgsd_jax.stages import (
     loading,
     report,
 )
+from mgsd_jax.training import optimizer
 from mgsd_jax.workdir import checkpoint, contents
 
 
@@ -44,8 +45,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path
 @pytest.fixture(scope="module")
 def trained(base: tuple[Config, pathlib.Path]) -> tuple[Config, pathlib.Path]:
     config, workdir = base
-    grounding.run(config, str(workdir))
-    distillation.run(config, str(workdir))
+    traced = config_lib.override(config, ["metrics.profile=3:3"])
+    grounding.run(traced, str(workdir))
+    distillation.run(traced, str(workdir))
     return config, workdir
 
 
@@ -93,6 +95,24 @@ def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.
     for row in steps:
         assert 0 <= row["rollout/repeated"] < 1 and row["skipped_update"] == 0
         assert row["logprob_gap"] < 1e-4, "sampler and loss compute the same model, in float32"
+
+
+def test_both_stages_tell_the_rate_and_trace_a_step_and_one_shows_boards(
+    trained: tuple[Config, pathlib.Path],
+) -> None:
+    config, workdir = trained
+    for stage, optim in (
+        ("grounding", config.grounding.optim),
+        ("distillation", config.distillation.optim),
+    ):
+        rate = optimizer.make_schedule(optim, 4)
+        rates = [row["lr"] for row in records(workdir / stage)]
+        assert rates == pytest.approx([float(rate(count)) for count in range(4)], rel=1e-6)
+        shown = workdir / stage / "tensorboard"
+        (trace,) = (shown / "plugins" / "profile" / "steps_3-3").glob("*.xplane.pb")
+        assert trace.name == "process_0.xplane.pb" and b"jit_update" in trace.read_bytes()
+        events = b"".join(file.read_bytes() for file in shown.glob("events.*"))
+        assert (b"boards/maze_3_0000" in events) == (stage == "distillation")
 
 
 @pytest.mark.parametrize("stage", ["grounding", "distillation"])

@@ -63,11 +63,16 @@ def test_a_run_goes_on_with_its_model_boards_and_prompts_in_another_place(
     write_model(here / "base")
     for name, file in (("prompts", "a.txt"), ("boards", "manifest.json"), ("sets", "x/1.txt")):
         (here / name / file).parent.mkdir(parents=True)
-        (here / name / file).write_text(name)
+        (here / name / file).write_text('{"version": "1", "groups": []}')
+    for folder in ("base", "boards"):  # made by a stage, which says when
+        (here / folder / "runs.jsonl").write_text("then")
     config = tiny_config(tmp_path)
     claim(tmp_path / "run", config, *settings(here))
     shutil.copytree(here, there)
     shutil.rmtree(here)
+    for folder in ("base", "boards"):
+        (there / folder / "runs.jsonl").write_text("made again elsewhere")
+    (there / "boards" / "manifest.json").write_text('{"version": "2", "groups": []}')
     claim(tmp_path / "run", config, *settings(there))
     for name, file in (
         ("model.path", "base/model.safetensors"),
@@ -76,7 +81,7 @@ def test_a_run_goes_on_with_its_model_boards_and_prompts_in_another_place(
         ("data.exclude", "sets/x/1.txt"),
     ):
         other = shutil.copytree(there, tmp_path / "other")
-        (other / file).write_text("something else")
+        (other / file).write_text('{"groups": ["others"]}')
         with pytest.raises(ValueError, match=f"{name}: got ") as raised:
             claim(tmp_path / "run", config, *settings(other))
         assert "data.folder" in name or "data.folder" not in str(raised.value)

@@ -4,10 +4,12 @@ A copy has the same identity. Nothing here depends on names of folders above it,
 """
 
 import concurrent.futures
+import json
 import zlib
 
 from etils import epath
 
+from mgsd_jax.checks import fields
 from mgsd_jax.data.boards import MANIFEST
 from mgsd_jax.workdir import checkpoint_files
 
@@ -21,21 +23,23 @@ def identity(path: epath.PathLike) -> str | None:
     """What distinguishes a model or a stage from others that have been, or will be, in its folder.
 
     For a stage: when its training first began, and its newest step. For a model: a checksum over
-    samples of its weights. For boards of `generate`: the checksum of their manifest, which has the
+    samples of its weights. For boards of `generate`: a checksum of their manifest, which has the
     hash of every file. For anything else: a checksum of all names and files. None where there is
     nothing.
     """
     root = epath.Path(path)
-    if (root / MANIFEST).is_file():  # boards drawn twice are the same, whenever that was
-        return f"{zlib.crc32((root / MANIFEST).read_bytes()):08x}"
-    if (root / RUNS_FILE).is_file():
-        return f"{run_of(root)}, step {last_step(root)}"
+    # Boards and exports have a record of who made them, too: it is not what they are.
+    if (root / MANIFEST).is_file():
+        boards = fields.read_json(root / MANIFEST) | {"version": None}  # of the package that drew
+        return f"{zlib.crc32(json.dumps(boards, sort_keys=True).encode()):08x}"
     weights = sorted(root.glob("*.safetensors")) if root.is_dir() else []
     if weights:
         checksum = 0
         for file in weights:
             checksum = _sampled(file, checksum)
         return f"{checksum:08x}"
+    if (root / RUNS_FILE).is_file():
+        return f"{run_of(root)}, step {last_step(root)}"
     return _all_files(root)
 
 

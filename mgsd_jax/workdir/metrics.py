@@ -119,7 +119,7 @@ def open_writer(
             step,
             project=settings.project,
             name=settings.name or f"{target.parent.name}/{target.name}",
-            id=sinks_lib.run_id(target, step),
+            id=sinks_lib.run_id(target, step, settings.sinks),
             config={} if config is None else config_lib.to_dict(config),
         )
         writer = Writer(target, folder, lines, sinks_lib.open_sinks(settings, run))

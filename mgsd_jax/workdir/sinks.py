@@ -30,6 +30,7 @@ with epy.lazy_imports():  # each takes a second or more, and is used by few runs
     import wandb  # pyright: ignore[reportMissingImports]
 
 TENSORBOARD_FOLDER = "tensorboard"
+TRACKERS = ("wandb", "trackio")
 CLOSE_SECONDS = 60.0
 RUN_FILE = "tracked.json"  # {"id": ...}: a run that is resumed goes on in the same tracked run
 
@@ -131,8 +132,13 @@ def _warn(name: str, error: Exception) -> None:
     logging.warning("metrics.sinks: %s: %s; the run goes on without it", name, said)
 
 
-def run_id(folder: epath.PathLike, step: int) -> str:
-    """The name of the run at a tracker: a new one at step 0, afterwards the one in `RUN_FILE`."""
+def run_id(folder: epath.PathLike, step: int, sinks: Sequence[str]) -> str:
+    """The name of the run at a tracker: a new one at step 0, afterwards the one in `RUN_FILE`.
+
+    Without a tracker among the sinks there is no name, and no file.
+    """
+    if not {*TRACKERS} & {*sinks}:
+        return ""
     path = epath.Path(folder) / RUN_FILE
     if step > 0 and path.is_file():
         return fields.field(fields.read_json(path), "id", str, path)

@@ -50,6 +50,28 @@ def test_lines_are_short_and_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch
     assert [line[8:] for line in lines if line.startswith(at)] == [" usual", " warning: odd"]
 
 
+@pytest.mark.parametrize(
+    ("given", "device", "is_installed", "want"),
+    [
+        (None, "", True, "cpu"),
+        (None, "", False, None),
+        (None, "/dev/accel*", True, None),
+        (None, "/dev/nvidia*", True, None),
+        ("cuda", "", True, "cuda"),
+    ],
+)
+def test_libtpu_is_not_asked_where_there_is_no_accelerator(
+    given: str | None,
+    device: str,
+    is_installed: bool,
+    want: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(log.glob, "glob", lambda path: [path] if path == device else [])
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda _: is_installed or None)
+    assert log.platforms(given) == want
+
+
 def test_a_compilation_is_told_where_it_takes_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

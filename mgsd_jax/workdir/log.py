@@ -5,8 +5,8 @@
 
 import contextlib
 import glob
+import importlib.util
 import logging as std_logging
-import os
 import pathlib
 import sys
 import threading
@@ -15,12 +15,15 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import tqdm
 from absl import logging
 from jax import monitoring
 
 PACKAGE = str(pathlib.Path(__file__).parents[1])
-_TPUS = ("/dev/accel*", "/dev/vfio/[0-9]*")  # the chips of a TPU host
+# Where an accelerator shows itself: TPUs, NVIDIA's GPUs, AMD's, and GPUs seen from Windows' Linux.
+_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+_VENDORS = "/sys/bus/pci/devices/*/vendor"
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 _SLOW = 2.0  # seconds; a compilation that takes less is not told
 
@@ -50,9 +53,19 @@ def set_up() -> None:
             close=lambda: None,
         )
     sys.unraisablehook = _hide_closed_loop
-    if not any(glob.glob(devices) for devices in _TPUS):
-        # Or libtpu, where it is installed, asks a cloud's server about this machine, and complains.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", platforms(jax.config.jax_platforms))
+
+
+def platforms(given: str | None) -> str | None:
+    """What JAX is to try: the CPU alone where libtpu is installed and there is no accelerator.
+
+    libtpu would look for a TPU and complain that there is none. Else it is what was given; any
+    PCI device of Google's counts as an accelerator.
+    """
+    has_device = any(glob.glob(device) for device in _DEVICES) or any(
+        pathlib.Path(vendor).read_text().strip() == "0x1ae0" for vendor in glob.glob(_VENDORS)
+    )
+    return given if given or has_device or not importlib.util.find_spec("libtpu") else "cpu"
 
 
 def is_shown(record: std_logging.LogRecord) -> bool:

@@ -274,7 +274,8 @@ def call(*flags: str) -> int:
         ("TEXT", ["model=MODEL", "task=maze"], "a.txt: got an unreadable picture"),
         ("CUT", ["model=MODEL", "task=maze"], "b.png: got an unreadable picture"),
         ("FOLDER", ["model=MODEL", "task=maze"], "got an unreadable picture"),
-        ("PNG --output=a.gif", ["model=MODEL", "task=maze"], "--output: got a.gif, want a file"),
+        ("PNG --output=PNG", ["model=MODEL", "task=maze"], "want another file, that ends in"),
+        ("PNG --output=a.gif", ["model=MODEL", "task=maze"], "--output: got a.gif, want another"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(
@@ -334,6 +335,6 @@ def test_the_shipped_base_is_asked(
     settings = (f"model={BASE}", "task=minibehaviour", "max_new_tokens=62")
     assert call(*flags, *(f"--set=ask.{setting}" for setting in settings)) == 0
     said = capsys.readouterr().out
-    assert f"{picture}: 256x256 pixels, shown with 160x160, as in the training" in said
+    assert f"{picture}: 256x256 pixels, resized to 160x160, as in the training" in said
     assert ("It sees, in MiniBehaviour of" in said) or ("makes no board" in said)
     assert output.exists() == (f"The picture with the route: {output}" in said)

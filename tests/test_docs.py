@@ -237,7 +237,7 @@ OUTSIDE = {
     "ssh": "needs a host",
 }
 SHELL = {*("cd", "cp", "rm", "mkdir", "export", "exit", "break", "[", "test", "git", "echo", "set")}
-SHELL |= {"source", "code"}
+SHELL |= {"source", "code", "seq"}
 WORDS = {"do", "then", "else", "{", "!", "if", "while"}  # a command stands after them
 ENDS = {"done", "fi", "}"}
 # What stands for a value of the user's choice in a command.
@@ -247,8 +247,12 @@ STANDS_FOR |= {"$1": "grounding", "$i": "1", "'$STAGE'": "grounding"}
 
 
 def simple_commands(text: str) -> Iterator[list[str]]:
-    """The words of every simple command of a piece of shell."""
-    for line in text.replace("\\\n", " ").splitlines():
+    """The words of every simple command of a piece of shell, those inside $(...) first."""
+    text = text.replace("\\\n", " ")
+    while inner := re.search(r"\$\(([^()]*)\)", text):
+        yield from simple_commands(inner[1])
+        text = text.replace(inner[0], "printed")
+    for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.wordchars += "$@{}!,:[]%+^"
         words: list[str] = []
@@ -370,7 +374,7 @@ def check_asked(text: str) -> None:
     reply = reply_lib.read("maze", answer, 96, pixels, lambda board, size: pixels)
     first, *said = text.rstrip().splitlines()
     assert said[1:-1] == answer_lib.lines(reply)
-    assert first == "picture.png: 96x96 pixels, shown with 96x96, as in the training"
+    assert first == "picture.png: 96x96 pixels, as in the training"
     assert said[-1] == "The picture with the route: picture.route.svg"
 
 
@@ -442,6 +446,7 @@ def test_every_snippet_is_checked(snippet: Snippet, monkeypatch: pytest.MonkeyPa
         "for i in 1 2; do unheard_of $i; done",
         "ssh host 'mgsd_jax --stage=nothing --config=nano --workdir=a'",
         "if true; then",
+        "echo $(for i in $(unheard_of 3); do echo $i; done)",
     ],
 )
 def test_a_wrong_snippet_is_found(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,26 +72,31 @@ def run(config: Config, workdir: str, input_path: str, output_path: str | None =
     config = config_lib.resolve(config, workdir)
     settings = config.ask
     output = Path(output_path or Path(input_path).with_suffix(".route.svg"))
-    if output.suffix not in (".svg", ".png"):
-        raise ValueError(f"--output: got {output}, want a file that ends in .svg or .png")
+    is_picture = output.exists() and output.samefile(input_path)
+    if output.suffix not in (".svg", ".png") or is_picture:
+        raise ValueError(f"--output: got {output}, want another file, that ends in .svg or .png")
     _check_question(settings.task, settings.question)
     width, height = open_picture(input_path, input_path).size  # before a model is loaded
     model = load(settings.model, config)
     reply = ask(
         model, input_path, task=settings.task, question=settings.question, level=settings.level
     )
-    sizes = shown_sizes(config.data, settings.task, settings.level)
-    sizes = sizes if reply.task else [reply.size]
-    shown = " and ".join(f"{size}x{size}" for size in sizes)
-    best = f"; {reply.size}x{reply.size} fits best" if len(sizes) > 1 and reply.board else ""
-    known = "" if config.model == _UNKNOWN.model else ", as in the training"
-    said = [f"{input_path}: {width}x{height} pixels, shown with {shown}{known}{best}", ""]
-    said += answer_lib.lines(reply)
+    _say(f"{input_path}: {width}x{height} pixels{_resized(reply, model.config, (width, height))}\n")
+    for line in answer_lib.lines(reply):
+        _say(line)
     if reply.row is not None and reply.row["plan"]:
         paths.write_whole(output, _drawing(reply, _square(input_path), output.suffix))
-        said.append(f"The picture with the route: {output}")
-    for line in said:
-        _say(line)
+        _say(f"The picture with the route: {output}")
+
+
+def _resized(reply: Reply, config: Config, own: tuple[int, int]) -> str:
+    """What became of the picture on its way to the model."""
+    size = reply.size
+    sizes = shown_sizes(config.data, reply.task, config.ask.level) if reply.task else [size]
+    text = "" if own == (size, size) else f", resized to {size}x{size}"
+    text += "" if config.model == _UNKNOWN.model else ", as in the training"
+    others = " and ".join(f"{other}x{other}" for other in sizes if other != size)
+    return f"{text} (it fits better than {others})" if others and reply.board else text
 
 
 def _drawing(reply: Reply, pixels: np.ndarray, suffix: str) -> bytes:
@@ -209,7 +214,7 @@ def _local_responder(
     return respond
 
 
-def _room(needed: int, buckets: Sequence[int] | Literal["auto"]) -> int:
+def _room(needed: int, buckets: tuple[int, ...] | Literal["auto"]) -> int:
     """The smallest bucket that holds what is needed, or what a new one would have."""
     buckets = () if buckets == config_lib.AUTO else config_lib.sizes(buckets)
     return min((size for size in buckets if size >= needed), default=needed + -needed % _STEP)

@@ -154,7 +154,7 @@ def test_shipped_weights_are_those_of_the_package_that_runs(tmp_path: pathlib.Pa
     assert noted == "{assets}/nano_base"
     assert stage_folder.find_weights(stage) == f"{ASSETS}/nano_base"
     gone = make_stage(tmp_path / "old", f"{ASSETS}/nano_base", "/gone/mgsd_jax/assets/nano_base")
-    assert stage_folder.find_weights(gone, [f"{ASSETS}/nano_base"]) == f"{ASSETS}/nano_base"
+    assert stage_folder.find_weights(gone) == f"{ASSETS}/nano_base"
 
 
 def test_a_teacher_in_another_place_is_known_for_the_students_base(tmp_path: pathlib.Path) -> None:

@@ -38,7 +38,7 @@ def write(config: Config, folder: Path) -> None:
     _write_prompts(words, tasks, folder / PROMPTS)
     sample = _sample(config)
     _write_sample(config, sample, folder / SAMPLE)
-    stages, base = chain(config.export.source)
+    stages, base = chain(config.export.source, config.model.path)
     named = [(_name(stage), stage) for stage in stages]
     made = [making.read_made(name, at, inputs.read_stage(name, at)) for name, at in named]
     results = _results(config)
@@ -61,8 +61,11 @@ def write(config: Config, folder: Path) -> None:
     files.write_bytes(folder / FILE, card.encode())
 
 
-def chain(source: str) -> tuple[list[epath.Path], str]:
-    """The folders of the stages that trained `source`, the first one first, and of their base."""
+def chain(source: str, model: str) -> tuple[list[epath.Path], str]:
+    """The folders of the stages that trained `source`, the first one first, and of their base.
+
+    The base is `model` where it has been moved there.
+    """
     stages, root = [], epath.Path(source)
     while stage_folder.is_stage(root):
         stages.insert(0, root)
@@ -70,7 +73,7 @@ def chain(source: str) -> tuple[list[epath.Path], str]:
         student = str(making.read_settings(root).get(f"{_name(root)}.student", ""))
         before = epath.Path(student.replace("{workdir}", str(root.parent)) or ".")
         is_trained_on = stage_folder.is_stage(before) and before not in stages
-        root = before if is_trained_on else epath.Path(stage_folder.find_weights(root))
+        root = before if is_trained_on else epath.Path(stage_folder.find_weights(root, [model]))
     return stages, str(root)
 
 

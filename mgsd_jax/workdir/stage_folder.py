@@ -75,12 +75,13 @@ def find_weights(root: epath.Path, elsewhere: Collection[str] = ()) -> str:
     """The folder of the weights that those of the stage at `root` are joined with.
 
     That is the one where they were, or else one that holds the same: the folder of the same name
-    beside the stage (an older version noted absolute paths), or one of `elsewhere`. Raises
-    ValueError where none does.
+    beside the stage or among the shipped models (an older version noted absolute paths), or one of
+    `elsewhere`. Raises ValueError where none does.
     """
     source = read_source(root)
-    beside = str(root.parent / epath.Path(source.weights).name)
-    for weights in (source.weights, beside, *elsewhere):
+    name = epath.Path(source.weights).name
+    beside, shipped = str(root.parent / name), f"{config_lib.ASSETS}/{name}"
+    for weights in (source.weights, beside, shipped, *elsewhere):
         if source.identity in (None, contents.identity(weights)):
             return weights
     raise _other_weights(root, source.weights)

@@ -15,6 +15,21 @@ Expected:  by the compiler, of a chip's 15.75 GiB, and at least for a step of 13
            8b evaluate 7.62 GiB, 11.5 s (docs/preflight/evaluate_8b_v5e-4x4.md)
            Speed and accuracy: not measured (no pretrained weights at hand). Published macro
            averages: 11.2 -> 30.5 for 4B, 17.2 -> 35.6 for 8B.
+
+Buckets follow lengths in the tokens of Qwen3-VL, of 300 boards a level, 900 of Maze 6 (for a few
+boards: benchmarks/tokens.py). Student prompts have 274 to 314 tokens, records of questions up to
+587, teacher prompts with one plan up to 570, right responses 159 on average and 526 at most.
+- Every batch of prompts or of questions takes the first bucket, and so does every batch of teacher
+  prompts with the state alone or with one plan. With all shortest plans 56 in 100 do; the longest
+  of 2,500 of MiniBehaviour 6 has 1,505 tokens.
+- Of 100 batches of right responses 98 end within the first response bucket.
+- A rollout may have 1,024 tokens, twice the longest right response.
+- An evaluation may have 4,096, as in the release's benchmark. A base that does not know the format
+  talks at length, and an answer that is cut off hardly counts as right: a tight limit would flatter
+  training. The stage warns of answers that were cut off. On larger boards right responses are
+  longer (793 tokens for Maze 8, 3,453 for Maze 16, 12,344 for Maze 32; the longest of 4 boards):
+  for Maze 32 add `--set evaluate.sampling.max_new_tokens=16384`. Their text prompts need longer
+  buckets: `--set data.teacher_buckets=auto`.
 """
 
 from mgsd_jax import config as c
@@ -40,9 +55,9 @@ def get_config(size: str = "4b") -> c.Config:
         data=c.DataConfig(
             boards=BOARDS,
             picture_size=256,
-            prompt_buckets=(384, 512),
-            teacher_buckets=(512, 1024, 1536),
-            sequence_buckets=(512, 1024, 2048),
+            prompt_buckets=(320,),
+            teacher_buckets=(576, 1024, 1536),
+            sequence_buckets=(592, 1152),
             patch_buckets=(256,),
             workers=4,
         ),
@@ -58,7 +73,8 @@ def get_config(size: str = "4b") -> c.Config:
         distillation=c.DistillationConfig(
             optim=c.OptimConfig(lr=1e-6, weight_decay=0.01),
             teacher_context="state_and_plan",
-            sampling=c.SamplingConfig(max_new_tokens=2048),
+            sampling=c.SamplingConfig(max_new_tokens=1024, draft_tokens=7),
+            response_buckets=(512, 768, 1024),
             steps=1400,
             batch_size=32,
             microbatches=4,
@@ -71,7 +87,7 @@ def get_config(size: str = "4b") -> c.Config:
                 ("grounded", "{workdir}/grounding"),
                 ("distilled", "{workdir}/distillation"),
             ),
-            sampling=c.SamplingConfig(max_new_tokens=2048, temperature=0.0),
+            sampling=c.SamplingConfig(max_new_tokens=4096, temperature=0.0, draft_tokens=7),
             # Validation answers as many at once beside the training state.
             batch_size=32,
         ),

@@ -104,11 +104,18 @@ class MeshConfig:
     Where fsdp and tensor both are -1, tensor is 4, or 2 or 1 where the devices do not divide by 4.
 
     A run may be resumed with another mesh: what is computed does not depend on it.
+
+    Decoding reads all weights for every token. Over more chips each of them reads less, and two
+    sums a layer cross more of them: preflight's table says which wins. With fsdp=4 and tensor=4,
+    rollout_tensor=0 (or 4) keeps four copies of the weights, and -1 (or 16) one.
     """
 
     data: Devices = 1  # copies of the parameters, each with a part of the batch: one a slice
     fsdp: Devices = -1  # splits parameters and batch
     tensor: Devices = 1  # splits the widths of the layers, and the heads
+    # Over how many devices a rollout splits one copy of the weights, a divisor of fsdp * tensor.
+    # 0: as many as tensor; -1: all of fsdp * tensor.
+    rollout_tensor: Annotated[int, Between(0, 10**6, also=-1)] = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -400,3 +400,13 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
             distillation.run(one, str(tmp_path / name))
         folders.append(loading.load(str(tmp_path / name / "distillation"), one).params)
     jax.tree.map(np.testing.assert_array_equal, *folders)
+
+
+def test_validation_asks_for_no_longer_responses_than_training(tmp_path: pathlib.Path) -> None:
+    config = tiny_config(tmp_path)
+    for longest, want in ((5, 5), (5000, config.distillation.sampling.max_new_tokens)):
+        sampling = dataclasses.replace(config.evaluate.sampling, max_new_tokens=longest)
+        evaluate = dataclasses.replace(config.evaluate, sampling=sampling)
+        found = distillation.validation(dataclasses.replace(config, evaluate=evaluate))
+        assert found.sampling.max_new_tokens == want
+        assert dataclasses.replace(found, sampling=sampling) == evaluate

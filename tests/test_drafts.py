@@ -7,16 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+from helpers_model import random_rows, to_inputs
 from jax.typing import ArrayLike
 from test_sampler import BANNED, EOS, MODEL, PAD, ROW_IDS, VARIABLES, prompts
 
-from mgsd_jax.config import SamplingConfig
+from mgsd_jax.config import GuardConfig, SamplingConfig
 from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.batching import NO_TOKEN
+from mgsd_jax.model.qwen3vl import head, logits
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import decoding, drafts, sampler
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.training import monitor
+from mgsd_jax.stages import distillation
+from mgsd_jax.training import guards, monitor
 
 R = 24
 NONE = np.full((4, R), NO_TOKEN, np.int32)
@@ -78,6 +83,13 @@ def test_what_a_pass_keeps(drawn: list, guessed: list, ends: list, room: int, wa
 
 
 # Rollouts
+
+
+def test_without_guesses_a_draft_is_not_carried() -> None:
+    run = Sampler(MODEL, SamplingConfig(R), eos_ids=EOS, banned_ids=BANNED, pad_id=PAD)
+    programs = run.programs(VARIABLES, prompts(), jax.random.key(0), ROW_IDS, NONE)
+    arguments = programs["decode"][1]
+    assert arguments[0].window == 1 and arguments[-1] is None
 
 
 @functools.cache
@@ -195,6 +207,82 @@ def test_a_short_rollout_never_has_the_large_cache(monkeypatch: pytest.MonkeyPat
     sampler._compiled.cache_clear()
 
 
+# In bfloat16, where a pass of several tokens rounds otherwise, the law is the same
+
+
+HALF = MODEL.clone(dtype=jnp.bfloat16)
+FEW = (20, 40, 60, 80)  # all other tokens are banned: few enough responses to count each
+
+
+def chi_square(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Pearson's statistic of two samples of equal size, and what equal laws exceed once in 10^4.
+
+    One and other are counts by cell. The statistic is the sum of (a - b)^2 / (a + b); it follows
+    chi-square where cells have some five counts, so that the rarer ones are taken as one cell.
+    """
+    rare = one + other < 10
+    a, b = (np.append(x[~rare], x[rare].sum()) for x in (one, other))
+    a, b = a[a + b > 0], b[a + b > 0]
+    statistic = ((a - b) ** 2 / (a + b)).sum()
+    return float(statistic), float(scipy.special.chdtri(len(a) - 1, 1e-4))
+
+
+def counted(temperature: float, draft_tokens: int, seed: int) -> np.ndarray:
+    """How often each response of three of the FEW tokens is sampled in 4,096 rows of one prompt."""
+    rows, width = 4096, 3
+    banned = tuple(i for i in range(MODEL.config.text.vocab_size) if i not in FEW)
+    sampling = SamplingConfig(width, temperature, draft_tokens=draft_tokens)
+    run = Sampler(HALF, sampling, eos_ids=(), banned_ids=banned, pad_id=FEW[0])
+    inputs = to_inputs(MODEL.config, random_rows(MODEL.config, [(7,)]) * rows, side="left")
+    draft = np.random.default_rng(seed).choice(FEW, (rows, width)).astype(np.int32)
+    out = jax.device_get(
+        run.rollout(
+            VARIABLES,
+            inputs,
+            jax.random.key(seed),
+            np.arange(rows, dtype=np.int32),
+            draft if draft_tokens else None,
+        )
+    )
+    assert (out.guessed.any(axis=1).mean() > 0.1) == (draft_tokens > 0)
+    places = np.searchsorted(FEW, out.tokens)
+    cells = places @ len(FEW) ** np.arange(width)
+    return np.bincount(cells, minlength=len(FEW) ** width)
+
+
+def test_drafted_rollouts_follow_the_law_of_plain_ones() -> None:
+    """Two samples with noise of their own; another temperature is another law."""
+    drafted = counted(1.0, 2, seed=1)
+    statistic, limit = chi_square(drafted, counted(1.0, 0, seed=2))
+    assert statistic <= limit
+    statistic, limit = chi_square(drafted, counted(2.0, 0, seed=2))
+    assert statistic > limit
+
+
+@pytest.mark.parametrize("kind", ["perfect", "spoilt"])
+def test_sampler_and_training_agree_within_the_guard(kind: str) -> None:
+    def logprobs(draft: ArrayLike | None, draft_tokens: int) -> tuple[Rollout, np.ndarray]:
+        sampling = SamplingConfig(R, draft_tokens=draft_tokens)
+        run = Sampler(HALF, sampling, eos_ids=EOS, banned_ids=BANNED, pad_id=PAD)
+        out = jax.device_get(run.rollout(VARIABLES, prompts(), jax.random.key(0), ROW_IDS, draft))
+        return out, np.asarray(trained_logprobs(prompts(), out.tokens, out.mask))
+
+    plain, _ = logprobs(None, 0)
+    out, trained = logprobs(draft_like(kind, plain.tokens), 4)
+    assert out.guessed.any()
+    gap = guards.logprob_gap(out.logprobs, trained, out.mask)
+    assert 0 < gap.value < GuardConfig().logprob_gap
+
+
+@jax.jit
+def trained_logprobs(inputs: Inputs, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, R]: what the forward pass of the update says of sampled tokens."""
+    hidden = distillation.response_hidden(HALF, VARIABLES, inputs, tokens, mask)
+    scores = logits(hidden, head(VARIABLES["params"])).at[:, list(BANNED)].set(-jnp.inf)
+    taken = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens.reshape(-1, 1), axis=1)
+    return taken.reshape(tokens.shape)
+
+
 def test_tokens_kept_a_pass_are_counted_by_part() -> None:
     """The first token comes from the prompt; a part without a pass of its own is left out."""
     groups = np.array([[0, 0, 0, 1, 1, 2, -1], [0, 2, 2, 2, -1, -1, -1]])
@@ -206,3 +294,18 @@ def test_tokens_kept_a_pass_are_counted_by_part() -> None:
         f"rollout/kept_a_pass/{first}": Mean(2.0, 1.0),
         f"rollout/kept_a_pass/{third}": Mean(4.0, 2.0),
     }
+
+
+@pytest.mark.parametrize(
+    ("longest", "window", "want"),
+    [
+        (62, 1, (62,)),
+        (300, 1, (300,)),
+        (1024, 1, (256, 512, 1024)),
+        (1024, 8, (256, 512, 1024 + 64)),
+        (4096, 1, (256, 512, 1024, 2048, 4096)),
+    ],
+)
+def test_a_stage_is_at_least_twice_the_one_before(longest: int, window: int, want: tuple) -> None:
+    static = decoding.Static(MODEL, longest, window, greedy=True, top_k=0, use_top_p=False)
+    assert static.stages(40) == tuple(40 + new for new in want)

@@ -21,7 +21,7 @@ from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.sampling import decoding
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import distillation, grounding
+from mgsd_jax.stages import distillation, grounding, loading
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import table
 
@@ -73,13 +73,16 @@ def sample(
     return sampler.rollout(laid, prompts, batches.make_key(0, model.mesh), row_ids, draft)
 
 
-def distil(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
+def distil(
+    sizes: tuple[int, int, int] | None, microbatches: int = 1, rollout_tensor: int = 0
+) -> Any:
     """(greedy rollout, parameters minus their gradient, metrics, statistics) of one step."""
     mesh = mesh_of(sizes)
     model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
     params, teacher = parameters(mesh, 0), parameters(mesh, 1)
     prompts, row_ids = batches.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
-    sampled = sample(model, params, prompts, row_ids)
+    speaker = loading.for_rollouts(model, c.MeshConfig(rollout_tensor=rollout_tensor))
+    sampled = batches.move(sample(speaker, params, prompts, row_ids), mesh)
     batch = distillation.DistillationBatch(
         prompts, batches.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
     )
@@ -122,34 +125,51 @@ def assert_same(got: Any, want: Any) -> None:
 @pytest.fixture(scope="module")
 def one_device() -> Any:
     helpers_devices.skip_without_devices()  # before it compiles for nothing
-    return distil(None, 1)
+    return distil(None)
 
 
 @eight
-@pytest.mark.parametrize("sizes", MESHES)
-def test_a_distillation_step(sizes: tuple[int, int, int], one_device: Any) -> None:
-    got = distil(sizes, 2 if sizes == (2, 2, 2) else 1)
+@pytest.mark.parametrize(("sizes", "rollout_tensor"), [*zip(MESHES, (4, 8, 8, 0), strict=True)])
+def test_a_distillation_step(
+    sizes: tuple[int, int, int], rollout_tensor: int, one_device: Any
+) -> None:
+    got = distil(sizes, 2 if sizes == (2, 2, 2) else 1, rollout_tensor)
     np.testing.assert_array_equal(got[0].tokens, one_device[0].tokens)
     assert one_device[0].mask.sum() > 8  # rollouts of more than a token each
     assert_same(got, one_device)
 
 
+# With the steps above, which have plain rollouts, every layout of 1, 2, 4 and 8 devices a copy.
+LAYOUTS = [
+    *[((1, 8, 1), count, True) for count in (1, 2, 8)],
+    *[(sizes, count, True) for sizes in ((1, 4, 2), (1, 2, 4)) for count in (2, 4, 8)],
+    *[(sizes, 1, False) for sizes in ((1, 4, 2), (1, 2, 4))],
+]
+
+
 @eight
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (1, 2, 4)])
-def test_drafted_rollouts(
-    sizes: tuple[int, int, int], one_device: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("sizes", "rollout_tensor", "drafted"), LAYOUTS)
+def test_rollouts_in_every_layout(
+    sizes: tuple[int, int, int],
+    rollout_tensor: int,
+    drafted: bool,
+    one_device: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every other row has a right draft, the rest a wrong one; the cache is compacted."""
     want = one_device[0]
     monkeypatch.setattr(decoding, "SPARE_PASSES", 1)
-    draft = np.where(want.mask & (np.arange(8)[:, None] % 2 == 0), want.tokens, 7).astype(np.int32)
+    right = want.mask & (np.arange(8)[:, None] % 2 == 0)
+    draft = np.where(right, want.tokens, 7).astype(np.int32) if drafted else None
     mesh = mesh_of(sizes)
     asked = batches.to_global((STUDENT, np.arange(8, dtype=np.int32), draft), mesh)
     model = Qwen3VL(CONFIG, kernel=kernel_for(mesh))
-    got = batches.to_every(sample(model, parameters(mesh, 0), *asked), mesh)
-    assert got.guessed[::2].any() and not want.guessed.any()
+    speaker = loading.for_rollouts(model, c.MeshConfig(rollout_tensor=rollout_tensor))
+    got = batches.to_every(sample(speaker, parameters(mesh, 0), *asked), mesh)
+    assert got.guessed[::2].any() == drafted and not want.guessed.any()
     for name in ("tokens", "mask", "truncated"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+    assert_same(got.logprobs, want.logprobs)
 
 
 @eight

@@ -1,5 +1,6 @@
-"""The losses of 4B and 8B as the TPU compiler makes them: what they hold, and what they send."""
+"""Losses and rollouts of 4B and 8B as the TPU compiler makes them: what they hold and send."""
 
+import re
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgsd_jax import config as c
+from mgsd_jax.main import load_config
 from mgsd_jax.parallel import axes
+from mgsd_jax.preflight import programs
 from mgsd_jax.training import losses
 
 VOCABULARY, CHUNK = 151_936, 2048
@@ -63,6 +66,30 @@ def test_reverse_kl_on_sixteen_chips(model: str, mesh: str) -> None:
     # a chunk of hidden states and sums a token: not a part of a head, [V / 16, D], let alone all
     assert 0 < max(collectives_in_loops(program.as_text())) <= CHUNK * width
     assert program.memory_analysis().temp_size_in_bytes <= 0.25e9
+
+
+def test_a_rollout_over_sixteen_chips_moves_no_weight_and_no_cache() -> None:
+    """A layer of a pass: two sums over all chips, and rows of heads that change places, twice."""
+    rows, responses = 32, 1024
+    config = load_config(
+        "configs/qwen3vl.py:4b",
+        (
+            "mesh.rollout_tensor=-1",
+            "preflight.stages=('distillation',)",
+            "data.prompt_buckets=(384,)",
+            "distillation.sampling.draft_tokens=0",
+            f"distillation.sampling.max_new_tokens={responses}",
+        ),
+    )
+    mesh = tpu_mesh("v5e:4x4", **MESHES["recipe"])
+    found = {p.name: p for p in programs.programs_of(config, mesh)}
+    hlo = found["distillation/decode"].lower().compile().as_text() or ""
+    # all rows' part of the logits: less than a layer's keys of one chip, or a gathered kernel
+    assert 0 < max(collectives_in_loops(hlo)) <= rows * VOCABULARY // 16 < 2560 * 4096 // 4
+    layers = re.findall(
+        r"^.* (all-[\w-]+)\(.*/self_attn/.*$|^.* (all-[\w-]+)\(.*/mlp/.*$", hlo, re.M
+    )
+    assert sorted(map("".join, layers)) == ["all-reduce"] * 4 + ["all-to-all"] * 4  # of two stacks
 
 
 @pytest.mark.parametrize("how", ["gathered", "reduced"])

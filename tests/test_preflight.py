@@ -231,7 +231,8 @@ def test_a_typical_step_takes_the_smallest_buckets_that_hold_it() -> None:
     found = lengths.typical(config, 2.0)
     assert found == Lengths(512, 320, 576, 512, longest=lengths.LONGEST_RESPONSE, kept=2.0)
     limit = config.distillation.sampling.max_new_tokens
-    assert lengths.most(config) == Lengths(512, 512, 1536, limit, longest=limit)
+    longest = config.evaluate.sampling.max_new_tokens
+    assert lengths.most(config) == Lengths(512, 512, 1536, limit, longest=longest)
 
 
 # ------------------------------------------------------------------------------------- what is run
@@ -252,8 +253,9 @@ def test_a_preflight_keeps_its_table(
     assert found["distillation/decode"]["error"] is None
     assert 0 < found["distillation/decode"]["arguments"] <= found["distillation/decode"]["peak"]
     assert (tmp_path / "out" / "preflight.md").read_text() in capsys.readouterr().out
-    # Three layers with two sums each, the embedding, the logits, and whether a row still speaks.
-    assert found["distillation/decode"]["collectives"] == 9
+    # Three layers with two sums each, the embedding, the logits, tokens, their logprobs, and
+    # whether a row still speaks.
+    assert found["distillation/decode"]["collectives"] == 11
     other = config_lib.override(config, ["seed=1", "preflight.only=('distillation/layout',)"])
     preflight.run(other, str(tmp_path / "out"))
     found = json.loads((tmp_path / "out" / "preflight.json").read_text())["results"]

@@ -23,7 +23,7 @@ CONFIG = dataclasses.replace(
     load_config(str(ROOT / "configs" / "nano.py"), []), nano=NanoConfig(folder="a")
 )
 ZERO_IS_FINE = {
-    "seed",
+    *("seed", "mesh.rollout_tensor"),
     *("data.boards.train", "data.boards.val", "data.boards.test"),
     *("data.picture_size", "data.cell_pixels"),
     *("checkpoint.every", "checkpoint.keep_best"),

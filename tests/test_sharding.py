@@ -224,7 +224,29 @@ def test_too_few_dimensions_are_all_listed() -> None:
         assert f"{name}/q_proj/kernel: got shape [8], want one to fit" in str(caught.value)
 
 
-def test_rollouts_split_nothing_over_fsdp() -> None:
+@eight
+def test_the_mesh_of_rollouts_has_the_same_devices_in_their_order() -> None:
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    for rollout_tensor, sizes in {0: (4, 1, 2), 1: (8, 1, 1), 2: (4, 1, 2), -1: (2, 2, 2)}.items():
+        found = sharding.rollout_mesh(mesh, rollout_tensor)
+        assert found is not None and found.devices.shape == sizes
+        assert found.axis_names == mesh.axis_names and found.axis_types == mesh.axis_types
+        assert found.devices.ravel().tolist() == mesh.devices.ravel().tolist()
+    for rollout_tensor in (3, 8):  # 8 devices, but a copy would lie across 'data'
+        with pytest.raises(
+            ValueError, match=rf"rollout_tensor: got {rollout_tensor}, want .* of 4"
+        ):
+            sharding.rollout_mesh(mesh, rollout_tensor)
+        with pytest.raises(ValueError, match="rollout_tensor"):
+            sharding.open_mesh(MeshConfig(2, 2, 2, rollout_tensor))
+    rows = np.arange(8, dtype=np.int32)
+    finer = batches.to_global(rows, sharding.rollout_mesh(mesh, 1))
+    moved = batches.move(finer, mesh)
+    assert moved.sharding.is_equivalent_to(batches.to_global(rows, mesh).sharding, 1)
+    np.testing.assert_array_equal(moved, rows)
+
+
+def test_rollouts_copy_the_tower_and_the_keys_alone_over_fsdp() -> None:
     """Every parameter and adapter has a rule, and no weight would be gathered for each token."""
     mesh = abstract_mesh(2, 8, 4)
     for config in RELEASED.values():
@@ -238,14 +260,21 @@ def test_rollouts_split_nothing_over_fsdp() -> None:
             sharding.state_shardings(variables, mesh, sharding.ROLLOUT_RULES)
         )
         for path, where in placed:
-            assert "fsdp" not in str(where.spec) and "data" not in str(where.spec), path
-            if re.search(r"language/.*kernel|embedding$", path) and "visual" not in path:
+            assert "data" not in str(where.spec), path
+            is_split = re.search(r"language/.*kernel|embedding$", path) and "visual" not in path
+            if is_split:
                 assert "tensor" in str(where.spec), path
+            is_copied = not is_split or re.search("/[kv]_proj/", path)
+            assert ("fsdp" in str(where.spec)) == (not is_copied), path
 
 
 def test_one_device_needs_no_mesh() -> None:
     one = jax.devices()[:1]
     assert sharding.open_mesh(MeshConfig(), one) is None
+    assert sharding.open_mesh(MeshConfig(rollout_tensor=-1), one) is None
+    assert sharding.rollout_mesh(None, 0) is sharding.rollout_mesh(None, 1) is None
+    with pytest.raises(ValueError, match=r"mesh\.rollout_tensor: got 2, want .*divisor of 1"):
+        sharding.open_mesh(MeshConfig(rollout_tensor=2), one)
     with pytest.raises(ValueError, match=r"mesh .*want sizes"):
         sharding.open_mesh(MeshConfig(tensor=2), one)
     host = batch(3)

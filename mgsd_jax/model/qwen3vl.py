@@ -59,7 +59,7 @@ class Qwen3VL(nn.Module):
         """Hidden states [B, T - first, D] after the final norm, of the tokens from `first` on.
 
         Padding may be on either side. On a mesh, parameters lie as `sharding.TRAIN_RULES` say; for
-        `prefill` and `decode` as `sharding.ROLLOUT_RULES` do.
+        `prefill` and `decode` it is the mesh of rollouts, and `sharding.ROLLOUT_RULES` hold.
         """
         x, deep = self._embed(inputs)
         is_unrolled = self._is_unrolled(self.config.text.num_hidden_layers)
@@ -113,8 +113,8 @@ class Qwen3VL(nn.Module):
             decoder = functools.partial(decoder.one_by_one, layers=layers)
         x, after = decoder(
             x,
-            jnp.broadcast_to(positions, (3, *positions.shape)),
-            cache.valid[:, None] | seen,
+            constrain(jnp.broadcast_to(positions, (3, *positions.shape)), self.mesh, None, BATCH),
+            constrain(cache.valid[:, None] | seen, self.mesh, BATCH),
             None,
             cache,
             decoding=True,

@@ -17,7 +17,7 @@ from mgsd_jax.model.cpu import Cache, Layers
 from mgsd_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from mgsd_jax.model.remat import Remat, scan_layers
 from mgsd_jax.model.rope import Tables, mrope_angles, rotate, turn
-from mgsd_jax.parallel.axes import BATCH, constrain
+from mgsd_jax.parallel.axes import BATCH, WIDTHS, constrain, dividing
 
 STACKS = ("layers_deepstack", "layers")  # of the decoder's layers, in their order
 
@@ -55,12 +55,14 @@ class Attention(nn.Module):
         Queries are those of the tokens from `first` on. They attend to the keys of this call,
         causally, or with `decoding` to the whole cache.
         """
-        heads = (*x.shape[:2], -1, self.config.head_dim)
         asking = x[:, first:]
-        q = self.q_norm(self.q_proj(asking).reshape(*asking.shape[:2], *heads[2:]))
+        wide = self.q_proj(asking)
+        if decoding:
+            wide = constrain(wide, self.kernel.mesh, "data", None, WIDTHS)
+        q = self.q_norm(self._heads(wide, decoding=decoding))
         q = rotate(q, (tables[0][:, first:], tables[1][:, first:]))
-        k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), tables)
-        v = self.v_proj(x).reshape(heads)
+        k = rotate(self.k_norm(self._heads(self.k_proj(x), decoding=decoding)), tables)
+        v = self._heads(self.v_proj(x), decoding=decoding)
         q, k, v = (constrain(t, self.kernel.mesh, BATCH, None, "tensor") for t in (q, k, v))
         q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
         if cache is not None:
@@ -70,7 +72,18 @@ class Attention(nn.Module):
             assert cache is not None
             k, v = cache.read(layer)
         out = attend(q, k, v, valid=valid, causal=not decoding, kernel=self.kernel)
-        return self.o_proj(out.reshape(*asking.shape[:2], -1)), cache
+        out = out.reshape(*asking.shape[:2], -1)
+        if decoding:
+            out = constrain(out, self.kernel.mesh, BATCH, None, "tensor")
+            out = constrain(out, self.kernel.mesh, "data", None, WIDTHS)
+        return self.o_proj(out), cache
+
+    def _heads(self, x: jax.Array, *, decoding: bool) -> jax.Array:
+        """[B, T, heads * H] as [B, T, heads, H]."""
+        count, mesh = x.shape[-1] // self.config.head_dim, self.kernel.mesh
+        if decoding:
+            x = constrain(x, mesh, BATCH, None, dividing(mesh, "tensor", count))
+        return x.reshape(*x.shape[:2], count, self.config.head_dim)
 
 
 class DecoderLayer(nn.Module):
@@ -99,13 +112,18 @@ class DecoderLayer(nn.Module):
         first: int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T - first, D], the tokens from `first` on, and the cache; arguments as above."""
+        # Weights are smaller than the activations of whole sequences, and travel to them; those of
+        # a few tokens are smaller than the weights, and are the same on all devices of a copy.
+        mesh, rows = self.kernel.mesh, "data" if decoding else BATCH
+        normed = self.input_layernorm(x)
+        if decoding:
+            normed = constrain(normed, mesh, rows)
         out, cache = self.self_attn(
-            self.input_layernorm(x), tables, valid, cache, layer, decoding=decoding, first=first
+            normed, tables, valid, cache, layer, decoding=decoding, first=first
         )
-        x = x[:, first:]
-        x = constrain(x + out, self.kernel.mesh, BATCH)
+        x = constrain(x[:, first:] + out, mesh, rows)
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, self.kernel.mesh, BATCH), cache
+        return constrain(x, mesh, rows), cache
 
 
 class Decoder(nn.Module):
@@ -128,9 +146,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array, *, is_rollout: bool = False) -> jax.Array:
         """[B, T] ids to [B, T, D]. The table is sharded as for training, or as for rollouts."""
-        if self.kernel.mesh is None or is_rollout:
-            return self.embed_tokens(tokens)
-        return self.embed_tokens.by_width(tokens, self.kernel.mesh)
+        mesh = self.kernel.mesh
+        if mesh is not None and not is_rollout:
+            return self.embed_tokens.by_width(tokens, mesh)
+        return constrain(self.embed_tokens(constrain(tokens, mesh, "data")), mesh, "data")
 
     def __call__(
         self,

@@ -3,6 +3,10 @@
 'data' copies the parameters and splits the batch: the axis across slices, which no layer crosses.
 'fsdp' splits both. 'tensor' splits the widths of the layers and copies the batch. A mesh of None
 stands for one device, where nothing here does anything.
+
+Rollouts lie on the same devices under a mesh of another shape (`sharding.rollout_mesh`): 'data'
+counts the copies of the weights, 'tensor' and 'fsdp' together split one copy by its widths. The
+cache is split by rows over 'fsdp' and by heads over 'tensor'.
 """
 
 import math
@@ -14,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # split the rows of a batch
 MODEL = ("fsdp", "tensor")  # split the parameters
+WIDTHS = ("tensor", "fsdp")  # of a rollout: split the widths of the decoder, whole heads first
 Axes = str | tuple[str, ...] | None
 
 

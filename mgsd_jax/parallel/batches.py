@@ -31,7 +31,7 @@ def check_batch(mesh: Mesh | None, name: str, rows: int, microbatches: int = 1) 
     if rows % want:
         raise ValueError(
             f"{name}: got {rows} rows, want a multiple of {want}: {microbatches} microbatches of "
-            f"rows split over {axes.parts(mesh, BATCH)} (mesh.data * mesh.fsdp)"
+            f"rows split over {axes.parts(mesh, BATCH)} (data * fsdp)"
         )
 
 
@@ -83,6 +83,11 @@ def to_global(batch: Batch, mesh: Mesh | None, *, is_whole: bool = False) -> Bat
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), value, shape)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def move(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A global batch of another mesh over the same devices; what lies as here already stays."""
+    return batch if mesh is None else jax.device_put(batch, shardings(batch, mesh))
 
 
 def to_local(batch: PyTree) -> PyTree:

@@ -1,7 +1,8 @@
-"""Several processes as one program: how they join, and the little that they tell each other.
+"""Several processes that run as one program: how they start, agree on values, and end.
 
-Arrays cross between processes inside jitted programs. Here is what the hosts themselves have to
-agree on: shapes, metrics, and whether to stop. All of them call these functions in the same order.
+Arrays travel between processes inside jitted programs. The functions here exchange the small things
+that the hosts must agree on: shapes, metrics, and whether to stop. Every process must call them in
+the same order, or it waits for the others forever.
 """
 
 import contextlib
@@ -19,21 +20,22 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-LOST_AFTER = 30  # seconds without a word from a process, after which the others end
-START_TIMEOUT = 300  # seconds that the first process waits for the last to come up
+LOST_AFTER = 30  # seconds without a heartbeat after which a process counts as lost
+START_TIMEOUT = 300  # seconds that processes wait for all others to start
 _FLAGS = ("--coordinator", "--processes", "--process")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# How the messages of the runtime begin; ours name a field or a file.
+# The runtime's messages begin like this. Ours never do: they begin with a field or a file.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 _NUMBER = re.compile("[0-9]{1,6}")
 Settings = tuple[str | None, int | None, int | None]  # coordinator, processes, process
 
 
 def settings(given: Settings, environ: Mapping[str, str]) -> Settings:
-    """What the flags give, else the environment: (coordinator, processes, process), or all None.
+    """(coordinator, number of processes, index of this one), or three times None.
 
-    The address alone in the environment is jax's own setting, and is left to it. Raises ValueError
-    for settings that are half given or make no sense.
+    `given` are the values of the flags; without any, the variables of the environment count. Where
+    the environment holds the address alone, jax reads it by itself, and None is returned. Raises
+    ValueError where some of the three are missing, or a value is impossible.
     """
     names: Sequence[str] = _FLAGS
     values: list[Any] = list(given)
@@ -61,12 +63,12 @@ def settings(given: Settings, environ: Mapping[str, str]) -> Settings:
 
 
 def join(coordinator: str | None, count: int | None, index: int | None) -> bool:
-    """Joins the processes of a run and returns whether there are several.
+    """Connects this process with the others of the run; returns whether there are others.
 
-    With None jax asks the cluster (Cloud TPU, GKE, Slurm), and where there is none the process is
-    on its own. Comes before anything touches a device.
+    Where the arguments are None, jax asks the cluster (Cloud TPU, GKE, Slurm); without a cluster
+    the process runs alone. Call this before anything uses a device.
     """
-    # SIGTERM is ours (`signals.asked_to_stop`); jax's own service would take the signal.
+    # We handle SIGTERM ourselves (`signals.asked_to_stop`); jax's service would take it from us.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -94,12 +96,15 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON value of every process, in the order of the processes; a barrier, too."""
+    """The values of all processes, in their order; a value is anything that JSON can hold.
+
+    It returns when all processes have called it, so it also serves as a barrier.
+    """
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    # A power of two: another size would be another program to compile.
+    # Padded to a power of two, because each size is a program of its own to compile.
     padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
     padded[: text.size] = text
     rows = np.asarray(multihost_utils.process_allgather(padded))
@@ -107,7 +112,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def largest(numbers: Sequence[int]) -> tuple[int, ...]:
-    """Each number's largest value over the processes, which hold as many each."""
+    """For each place in `numbers`, the largest number that any process has there.
+
+    All processes pass the same count of numbers.
+    """
     if jax.process_count() == 1:
         return tuple(numbers)
     rows = np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32)))
@@ -115,10 +123,11 @@ def largest(numbers: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_runtime_error(error: BaseException) -> bool:
-    """Whether the runtime failed (a collective broke), rather than our code or its input.
+    """Whether jax's runtime failed, as when a collective breaks, and not our code or its input.
 
-    Where an array is fetched that a broken collective should have made, jax raises a ValueError;
-    where a checkpoint waits for a lost process, orbax raises a TimeoutError from the runtime's.
+    The type of the error alone does not tell: fetching the result of a broken collective raises a
+    ValueError, and a checkpoint that waited for a lost process raises orbax's TimeoutError, caused
+    by the runtime's.
     """
     if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
         return True
@@ -130,11 +139,12 @@ def is_runtime_error(error: BaseException) -> bool:
 
 
 def leave(error: BaseException, exit_code: int) -> NoReturn:
-    """Ends this process of several after an error, such that no other waits for it in vain.
+    """Ends this process of several after an error, without waiting for the others.
 
-    The normal way out waits for all processes, and those are waiting for this one. Where another
-    process was lost first, a collective fails here; then the service of process 0 (or, where that
-    one is lost, the link to it) says so within LOST_AFTER seconds and ends this process, SIGABRT.
+    A normal exit would wait for all processes, while they wait for this one. If the error is a
+    failed collective, another process was probably lost first. Then we wait: within LOST_AFTER
+    seconds jax's service in process 0 names the lost process and ends this one with SIGABRT. If
+    process 0 itself is lost, the broken connection to it does the same.
     """
     where = f"process {jax.process_index()} of {jax.process_count()}"
     if is_runtime_error(error):
@@ -146,13 +156,13 @@ def leave(error: BaseException, exit_code: int) -> NoReturn:
 
 
 def end(exit_code: int) -> NoReturn:
-    """Ends this process now: no thread is waited for, and none gets to say more."""
+    """Ends this process at once; threads that still run are cut off."""
     _flush()
     os._exit(exit_code)
 
 
 def leave_interrupted() -> NoReturn:
-    """Ends this process by SIGINT, as a shell wants to see it (130), and waits for no thread."""
+    """Ends this process at once by SIGINT, for which a shell reports exit code 130."""
     _flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)
@@ -161,5 +171,5 @@ def leave_interrupted() -> NoReturn:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # into a file on a full disk, say
+        with contextlib.suppress(OSError):  # for example a log file on a full disk
             stream.flush()

@@ -1,8 +1,8 @@
 """Where parameters and optimiser state lie on the mesh, and the change between two layouts.
 
-Two tables decide: training splits parameters over 'fsdp' and 'tensor', rollouts over 'tensor'
-alone. `axes.py` describes the axes, `batches.py` places batches. A mesh of None stands for one
-device, where everything stays where it is.
+Two tables decide, one for training and one for rollouts, which have a mesh of their own over the
+same devices (`rollout_mesh`). `axes.py` describes the axes, `batches.py` places batches. A mesh of
+None stands for one device, where everything stays where it is.
 Parameter axes: L layers of a stack, in and out of a kernel, V vocabulary, D width.
 """
 
@@ -43,16 +43,21 @@ TRAIN_RULES: Rules = (
     (r"/b$", P(None, None, "fsdp")),  # [L, rank, out]
 )
 
-# Decoding reads every weight for every token, so nothing is split over 'fsdp': a weight would have
-# to be gathered each time. 'data' and 'fsdp' hold other rows of the batch, and of the cache.
+# On the mesh of a rollout. Decoding reads every weight for every token, so each is split where its
+# products are: no weight is gathered, and a pair of kernels needs one sum over 'tensor' and 'fsdp'.
+# Prefill gathers over 'fsdp', once. The vision tower is read by prefill alone.
 ROLLOUT_RULES: Rules = (
     (r"/(scale|bias|a|b)$", P()),
-    (r"(embed_tokens|lm_head)/embedding$", P("tensor")),
+    (r"(embed_tokens|lm_head)/embedding$", P(axes.WIDTHS)),
     (r"\bvisual/(pos_embed/embedding|patch_embed/kernel)$", P()),
     (r"\bvisual/merger/linear_fc1/kernel$", P(None, "tensor")),
     (r"\bvisual/merger/linear_fc2/kernel$", P("tensor")),
-    (r"/(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv|linear_fc1)/kernel$", P(None, None, "tensor")),
-    (r"/(o_proj|down_proj|proj|linear_fc2)/kernel$", P(None, "tensor")),
+    (r"\bvisual/.*/(qkv|linear_fc1)/kernel$", P(None, None, "tensor")),
+    (r"\bvisual/.*/(proj|linear_fc2)/kernel$", P(None, "tensor")),
+    # Small, and copied over 'fsdp': a device makes the keys of the rows whose cache it holds.
+    (r"/(k_proj|v_proj)/kernel$", P(None, None, "tensor")),
+    (r"/(q_proj|gate_proj|up_proj)/kernel$", P(None, None, axes.WIDTHS)),
+    (r"/(o_proj|down_proj)/kernel$", P(None, axes.WIDTHS)),
 )
 
 # Where fsdp and tensor are both left open, this many chips share the weights for decoding.
@@ -91,12 +96,43 @@ def make_mesh(
 
 
 def open_mesh(config: MeshConfig, devices: Sequence[object] | None = None) -> Mesh | None:
-    """The mesh of a run, or None where it has one device; raises as `make_mesh` does."""
+    """The mesh of a run, or None where it has one device.
+
+    Raises as `make_mesh` and `rollout_mesh` do.
+    """
     mesh = make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
     if config.tensor == -1:
         shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         logging.info("mesh: %s for %d devices (mesh.tensor=-1 fits itself)", shape, mesh.size)
+    rollout_mesh(mesh, config.rollout_tensor)
     return None if mesh.size == 1 else mesh
+
+
+def rollout_mesh(mesh: Mesh | None, rollout_tensor: int) -> Mesh | None:
+    """The mesh of rollouts: the devices of `mesh` in their order, in another shape.
+
+    `rollout_tensor` is the field of `MeshConfig`: how many devices split one copy of the weights.
+    On data 1 x fsdp 4 x tensor 4:
+
+        0 or 4    data 4 x fsdp 1 x tensor 4     four copies, a quarter of the rows each
+        8         data 2 x fsdp 2 x tensor 4     two copies
+        -1 or 16  data 1 x fsdp 4 x tensor 4     one copy; cache by rows over 4, by heads over 4
+
+    Raises ValueError where it does not divide fsdp * tensor: no copy crosses 'data'.
+    """
+    shape = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
+    most = shape["fsdp"] * shape["tensor"]
+    count = {0: shape["tensor"], -1: most}.get(rollout_tensor, rollout_tensor)
+    if most % count:
+        raise ValueError(
+            f"mesh.rollout_tensor: got {rollout_tensor}, want 0, -1 or a divisor of {most} "
+            "(mesh.fsdp * mesh.tensor)"
+        )
+    if mesh is None:
+        return None
+    tensor = math.gcd(count, shape["tensor"])
+    devices = mesh.devices.reshape(-1, count // tensor, tensor)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 # ------------------------------------------------------------------------------------- parameters
@@ -147,7 +183,7 @@ def place(variables: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def make_layout(mesh: Mesh | None, dtype: DTypeLike) -> Callable[[PyTree], PyTree]:
-    """A function `variables -> variables` laid out for rollouts, and cast to `dtype`.
+    """A function `variables -> variables` laid out on the mesh of rollouts, and cast to `dtype`.
 
     It is one jitted identity: all weights move in one program, once a step. On one device it
     returns its argument (the sampler casts by itself).

@@ -28,7 +28,7 @@ from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.lengths import Lengths, most
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.sampling.sampler import Sampler
-from mgsd_jax.stages import distillation, grounding
+from mgsd_jax.stages import distillation, grounding, loading
 from mgsd_jax.stages.distillation import DistillationBatch
 from mgsd_jax.training import optimizer, trainable
 from mgsd_jax.tree import Tree
@@ -160,6 +160,7 @@ def _rollout(
 
     One chip decodes from the weights as they lie.
     """
+    model = loading.for_rollouts(model, config.mesh)
     mesh = model.mesh
     assert mesh is not None
     kept, laid_out = roofline.chip_bytes(held), variables

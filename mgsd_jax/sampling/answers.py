@@ -76,8 +76,9 @@ def make_answerer(
 
     It may also be told which rows of a longer list these are (`row_ids`), what to show in place of
     the boards (`shown`) and the number of the try (`attempt`): a sampled response depends on the
-    seed, its row and its try alone. On a mesh the variables lie as for rollouts
-    (`sharding.make_layout`), every process asks about all boards, and gets all answers.
+    seed, its row and its try alone. The mesh of the model is that of rollouts
+    (`sharding.rollout_mesh`), where `sharding.make_layout` lays the variables; every process asks
+    about all boards, and gets all answers.
     """
     respond = make_responder(model, encoder.processor, settings.sampling, seed)
     # The rows of a full batch, which has to split over the mesh.

@@ -16,12 +16,12 @@ from mgsd_jax.model.cache import KVCache
 from mgsd_jax.model.cpu import Cache, Layers, join_layers
 from mgsd_jax.model.qwen3vl import Qwen3VL, head, logits, split_cache
 from mgsd_jax.parallel import batches
-from mgsd_jax.parallel.axes import BATCH, constrain
+from mgsd_jax.parallel.axes import BATCH, WIDTHS, constrain
 from mgsd_jax.sampling import choice as choices
 from mgsd_jax.sampling import drafts
 from mgsd_jax.tree import Tree
 
-STAGES = (256, 512, 1024)  # slots of the cache behind the prompt; then all of them
+STAGES = (256, 512, 1024, 2048)  # slots of the cache behind the prompt; then all of them
 SPARE_PASSES = 8  # passes between two compactions of a full cache, at least
 
 
@@ -40,10 +40,11 @@ def cache_stages(prompt: int, max_new_tokens: int, window: int) -> tuple[int, ..
     """Slots of the cache in each stage, after a prompt of T tokens; attention reads them all.
 
     Without drafts (a window of 1) the last stage holds every token. With them it has room for some
-    passes more, as a pass leaves holes behind guesses that were wrong.
+    passes more, as a pass leaves holes behind guesses that were wrong. It is at least twice as
+    large as the stage before: to grow by less is not worth a program.
     """
     last = max_new_tokens + (0 if window == 1 else SPARE_PASSES * window)
-    return tuple(prompt + new for new in (*(s for s in STAGES if s < last), last))
+    return tuple(prompt + new for new in (*(s for s in STAGES if 2 * s <= last), last))
 
 
 def least_room(slots: int, window: int, *, is_last: bool) -> int:
@@ -169,36 +170,28 @@ class _Loop:
     banned: jax.Array  # [V] bool
     uniforms: jax.Array  # [B, R] float32, one for every place of a response
 
-    def draw(self, scores: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Each row's logits meet on its device: from there on sampling is one device's.
-        scores = constrain(scores, self.static.model.mesh, BATCH)
+    def choose(self, hidden: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens and logprobs [B, W] drawn from hidden states [B, W, D], at places from `count`."""
+        mesh, shape = self.static.model.mesh, hidden.shape[:2]
+        places = jnp.minimum(count[:, None] + jnp.arange(shape[1]), self.static.max_new_tokens - 1)
+        scores = logits(hidden.reshape(-1, hidden.shape[-1]), self.table)  # [B * W, V]
+        # Split where they are made, or the compiler gathers the table instead, 0.7 GiB a pass for
+        # 4B. Then each row's logits meet on one device: from there on sampling is one device's. One
+        # axis at a time, or all rows would be gathered on every device.
+        for where in (("data", WIDTHS), (BATCH, "tensor"), ((*BATCH, "tensor"),)):
+            scores = constrain(scores, mesh, *where)
         scores = _restrict(jnp.where(self.banned, -jnp.inf, scores), self.static, self.choice)
         if self.static.greedy:
             tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
             # The likeliest token's logit is the largest: its logprob needs no [B, V] of logprobs.
-            return tokens, scores.max(axis=-1) - jax.nn.logsumexp(scores, axis=-1)
-        logprobs = jax.nn.log_softmax(scores, axis=-1)
-        drawn = jnp.take_along_axis(self.uniforms, places[:, None], axis=1)[:, 0]
-        tokens = choices.invert_cdf(logprobs, drawn)
-        return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-
-    def choose(self, hidden: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Tokens and logprobs [B, W] drawn from hidden states [B, W, D], at places from `count`."""
-        places = jnp.minimum(
-            count + jnp.arange(hidden.shape[1])[:, None], self.static.max_new_tokens - 1
-        )
-        # Split where they are made, or the compiler gathers the table instead, 0.7 GiB a token for
-        # 4B. It is read once for all of a pass; one place at a time has whole rows of logits.
-        if hidden.shape[1] == 1:
-            scores = constrain(
-                logits(hidden[:, 0], self.table), self.static.model.mesh, BATCH, "tensor"
-            )
-            tokens, chances = self.draw(scores, places[0])
-            return tokens[:, None], chances[:, None]
-        scores = logits(hidden.swapaxes(0, 1), self.table)
-        scores = constrain(scores, self.static.model.mesh, None, BATCH, "tensor")
-        tokens, chances = jax.lax.map(lambda one: self.draw(*one), (scores, places))
-        return tokens.T, chances.T
+            chances = scores.max(axis=-1) - jax.nn.logsumexp(scores, axis=-1)
+        else:
+            logprobs = jax.nn.log_softmax(scores, axis=-1)
+            drawn = constrain(jnp.take_along_axis(self.uniforms, places, axis=1), mesh, BATCH)
+            tokens = choices.invert_cdf(logprobs, drawn.reshape(-1))
+            chances = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        tokens, chances = (constrain(x.reshape(shape), mesh, BATCH) for x in (tokens, chances))
+        return tokens, chances
 
     def extend(
         self, state: State, hidden: jax.Array, guessed: jax.Array
@@ -248,8 +241,10 @@ class _Loop:
         state, taken = self.extend(state, hidden, guessed)
         # Of a pass's slots those of the last token and of right guesses stay.
         slots = jnp.arange(cache.valid.shape[1]) - (cache.length - window)
-        return state, dataclasses.replace(
-            cache, valid=cache.valid & (slots < jnp.maximum(taken, 1)[:, None])
+        valid = cache.valid & (slots < jnp.maximum(taken, 1)[:, None])
+        valid = constrain(valid, self.static.model.mesh, BATCH)
+        return batches.constrain(state, self.static.model.mesh), dataclasses.replace(
+            cache, valid=valid
         )
 
 

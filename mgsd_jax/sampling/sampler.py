@@ -19,7 +19,7 @@ from mgsd_jax.config import SamplingConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.cache import KVCache
 from mgsd_jax.model.qwen3vl import Qwen3VL
-from mgsd_jax.parallel import sharding
+from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.parallel.axes import BATCH, dividing, fit, parts
 from mgsd_jax.sampling.decoding import Choice, Rollout, Static, decode
 from mgsd_jax.tree import PyTree, Tree
@@ -73,8 +73,13 @@ class Sampler:
         its `draft` [B, F], a guess of the response, padded with NO_TOKEN, of which
         `sampling.draft_tokens` are tried a pass. `logprobs` are float32, after bans, temperature,
         top-k and top-p; those of greedy rollouts are the model's at temperature 1.
+
+        On a mesh `variables` lie as `sharding.make_layout` lays them, `rng` is a key of the model's
+        mesh (`batches.make_key`), and the others are global arrays.
         """
-        static = self._static(draft is not None)
+        static, draft = self._static(draft)
+        # Jax mixes no arrays of two meshes in a program, not even where they lie the same.
+        inputs, row_ids, draft = batches.move((inputs, row_ids, draft), self.model.mesh)
         prefill, decode, grow = _compiled(
             _places(self.model, inputs.tokens.shape[0], static.window)
         )
@@ -103,7 +108,7 @@ class Sampler:
         They are those of the last, largest stage of the cache. The arguments are
         ShapeDtypeStructs that lie on the model's mesh.
         """
-        static = self._static(draft is not None)
+        static, draft = self._static(draft)
         places = _places(self.model, inputs.tokens.shape[0], static.window)
         prefill, decode, _ = _compiled(places)
         slots = static.stages(inputs.tokens.shape[1])[-1]
@@ -116,16 +121,20 @@ class Sampler:
             "decode": (decode, (static, True, self._choice, variables, *rest)),
         }
 
-    def _static(self, has_draft: bool) -> Static:
+    def _static(self, draft: PyTree) -> tuple[Static, PyTree]:
+        """What selects the program, and the draft if it reads one."""
         sampling = self.sampling
-        return Static(
+        if not sampling.draft_tokens:
+            draft = None
+        static = Static(
             self.model,
             max_new_tokens=sampling.max_new_tokens,
-            window=1 + (sampling.draft_tokens if has_draft else 0),
+            window=1 if draft is None else 1 + sampling.draft_tokens,
             greedy=sampling.temperature == 0,
             top_k=min(sampling.top_k, self.model.config.text.vocab_size),
             use_top_p=sampling.top_p < 1,
         )
+        return static, draft
 
     @property
     def _choice(self) -> Choice:

@@ -19,7 +19,7 @@ from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
-from mgsd_jax.config import Config, DistillationConfig
+from mgsd_jax.config import Config, DistillationConfig, EvaluateConfig
 from mgsd_jax.data import buckets, loaders, segments
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.batching import GroundingBatch
@@ -224,6 +224,17 @@ def update_flops(student: Qwen3VL, teacher: Qwen3VL, batch: DistillationBatch) -
     return rows * (3 * students + teachers * (1 if batch.other is None else 2))
 
 
+def validation(config: Config) -> EvaluateConfig:
+    """How validation asks: as an evaluation does, its responses no longer than those of training.
+
+    Longer ones would need a larger cache beside the train state than the rollouts of a step.
+    """
+    sampling = config.evaluate.sampling
+    longest = min(sampling.max_new_tokens, config.distillation.sampling.max_new_tokens)
+    sampling = dataclasses.replace(sampling, max_new_tokens=longest)
+    return dataclasses.replace(config.evaluate, sampling=sampling)
+
+
 def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
     given, config = config, config_lib.resolve(config, workdir)
@@ -242,6 +253,12 @@ def run(config: Config, workdir: str) -> None:
         mesh = sharding.open_mesh(config.mesh)
         for name, rows in config_lib.update_rows(settings).items():
             batches.check_batch(mesh, name, rows, settings.microbatches)
+        sampled_rows = config_lib.update_rows(settings)["distillation.batch_size"]
+        batches.check_batch(
+            sharding.rollout_mesh(mesh, config.mesh.rollout_tensor),
+            f"mesh.rollout_tensor={config.mesh.rollout_tensor}: distillation.batch_size",
+            sampled_rows,
+        )
 
         # The student, the part of it that learns, and the frozen teacher.
         student, trained, frozen = loading.load_student(
@@ -254,9 +271,10 @@ def run(config: Config, workdir: str) -> None:
 
         # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
         # gradient and update in one.
-        lay_out = sharding.make_layout(mesh, student.model.dtype)
+        speaker = loading.for_rollouts(student.model, config.mesh)
+        lay_out = sharding.make_layout(speaker.mesh, speaker.dtype)
         sampler = Sampler(
-            student.model,
+            speaker,
             settings.sampling,
             eos_ids=processor.eos_ids,
             banned_ids=processor.banned_ids,
@@ -264,8 +282,8 @@ def run(config: Config, workdir: str) -> None:
         )
         tx = optimizer.make_optimizer(settings.optim, settings.steps)
         update = make_update(student.model, teacher.model, settings, tx, processor.banned_ids)
-        answer = answers.make_answerer(student.model, encoder, config.evaluate)
-        rng = batches.make_key(config.seed, mesh)
+        answer = answers.make_answerer(speaker, encoder, validation(config))
+        rng = batches.make_key(config.seed, speaker.mesh)
         choose, take_new = jax.jit(lessons.with_references), jax.jit(lessons.new_rows)
         replay = jax.jit(
             functools.partial(lessons.replay, eos_ids=processor.eos_ids, pad_id=processor.pad_id)
@@ -299,6 +317,7 @@ def run(config: Config, workdir: str) -> None:
                     new.row_ids,
                     new.draft,
                 )
+                sampled = batches.move(sampled, mesh)
                 if asked.slots is not None:
                     memory, sampled = replay(state.memory, sampled, asked.slots)
                     state = dataclasses.replace(state, memory=memory)

@@ -197,6 +197,18 @@ def _summarize(folder: epath.Path) -> None:
     result = summary.summarize(rows, source=str(folder / rows_lib.ROWS_FILE))
     paths.write_whole(folder / "summary.json", json.dumps(result, indent=2) + "\n")
     logging.info("%s", _table(result["models"]))
+    for name, modes in result["models"].items():
+        for mode in modes:
+            asked = [row for row in rows_lib.plans(rows, mode) if row["model"] == name]
+            cut = sum(row["truncated"] for row in asked)
+            if cut:
+                logging.warning(
+                    "%s, %s: %d of %d answers were cut off at evaluate.sampling.max_new_tokens",
+                    name,
+                    mode,
+                    cut,
+                    len(asked),
+                )
     failed = sum("error" in row for row in rows)
     if failed:
         logging.warning("%d requests failed and count as failures; run again to ask them", failed)
@@ -260,8 +272,9 @@ def _local_asker(source: str, config: Config, boards: Sequence[Board]) -> Asker:
     base = load_encoder(config.data, loaded.processor)
     encoder = BenchmarkEncoder(base.processor, base.prompts, base.data)
     encoder = buckets.fitted(encoder, config, boards)
-    answer = make_answerer(loaded.model, encoder, settings, config.seed)
-    variables = sharding.make_layout(mesh, loaded.model.dtype)({"params": loaded.params})
+    model = loading.for_rollouts(loaded.model, config.mesh)
+    answer = make_answerer(model, encoder, settings, config.seed)
+    variables = sharding.make_layout(model.mesh, model.dtype)({"params": loaded.params})
 
     def asker(job: Job) -> Iterator[list[tuple[int, Answer]]]:
         shown = shown_boards(boards, job.mode)

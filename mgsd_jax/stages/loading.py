@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mgsd_jax import tree
-from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig
+from mgsd_jax.config import Config, DistillationConfig, GroundingConfig, LoraConfig, MeshConfig
 from mgsd_jax.data.processor import Processor, load_processor
 from mgsd_jax.model import lora
 from mgsd_jax.model.attention import kernel_for
@@ -83,6 +83,12 @@ def load(path: str, config: Config, mesh: Mesh | None = None, *, is_frozen: bool
     params = load_params(root, model_config, config, mesh, finish)
     base = None if is_stage else contents.identity(root)
     return Loaded(model, params, processor, str(folder), base)
+
+
+def for_rollouts(model: Qwen3VL, config: MeshConfig) -> Qwen3VL:
+    """The model on the mesh of rollouts, where `sharding.make_layout` lays its weights."""
+    mesh = sharding.rollout_mesh(model.mesh, config.rollout_tensor)
+    return model.clone(kernel=dataclasses.replace(model.kernel, mesh=mesh))
 
 
 def load_student(

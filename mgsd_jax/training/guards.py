@@ -1,8 +1,9 @@
-"""Measures of a step that tell a run going wrong, and what is said when one passes its threshold.
+"""Warning signs: measures of a step that show a run going wrong, and the warning about each.
 
-The measures and the thresholds that have a source are those of the failures reported for on-policy
-distillation: length inflation and repetition (arXiv 2604.08527), prompts whose templates differ
-(tinker-cookbook issue 796), a sampler that is not the model trained (arXiv 2512.23087).
+They watch for failures that others report of on-policy distillation: responses that grow longer and
+repeat themselves (arXiv 2604.08527), teacher and student prompts with different chat templates
+(tinker-cookbook issue 796), and a sampler that computes another model than the one in training
+(arXiv 2512.23087). The thresholds are in `config.GuardConfig`.
 
 Axes: B rollouts, R response tokens.
 """
@@ -19,10 +20,11 @@ NGRAM = 4
 
 
 def repeated_share(tokens: np.ndarray, mask: np.ndarray, n: int = NGRAM) -> Mean:
-    """The share of a response's n-grams that stood in it before, its mean over the responses.
+    """The share of a response's n-grams that occurred earlier in it, averaged over the responses.
 
-    tokens [B, R] int, mask [B, R] non-zero through the end of each response. a b a b a b has three
-    bigrams that repeat one of its two: 3/5. Responses shorter than n have no weight.
+    `tokens` [B, R] are ids; `mask` [B, R] is non-zero from the first token of a response to its
+    last. Example: a b a b a b has five bigrams, of which three occurred before, so its share is
+    3/5. Responses shorter than n tokens are left out.
     """
     shares = []
     for row, length in zip(tokens, np.count_nonzero(mask, axis=1), strict=True):
@@ -33,7 +35,7 @@ def repeated_share(tokens: np.ndarray, mask: np.ndarray, n: int = NGRAM) -> Mean
 
 
 def logprob_gap(sampled: np.ndarray, trained: np.ndarray, mask: np.ndarray) -> Mean:
-    """Mean |difference| in nats of two logprobs [B, R] of the same tokens, over those in mask."""
+    """Mean absolute difference in nats of two logprobs [B, R] a token, over tokens in the mask."""
     valid = mask > 0
     gaps = np.abs(sampled.astype(np.float64) - trained)[valid]
     return Mean(float(gaps.sum()), float(valid.sum()))
@@ -46,9 +48,12 @@ def rollout_measures(
     trained: np.ndarray,
     sampling: SamplingConfig,
 ) -> dict[str, Mean]:
-    """`rollout/repeated`, and `logprob_gap` where sampler and loss mean the same distribution.
+    """The metric `rollout/repeated`, and `logprob_gap` where that can be compared.
 
-    A temperature, top-k or top-p changes what is sampled from, so that the gap would say nothing.
+    `sampled` and `trained` [B, R] are the logprobs that sampler and update give the tokens. With
+    top-k, top-p or a temperature other than 1 the sampler draws from another distribution than the
+    update computes, and their difference would mean nothing. Greedy rollouts report logprobs at
+    temperature 1.
     """
     measures = {"rollout/repeated": repeated_share(tokens, mask)}
     is_plain = sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature in (0, 1)
@@ -58,7 +63,7 @@ def rollout_measures(
 
 
 def warnings(values: Mapping[str, float], limits: GuardConfig) -> dict[str, str]:
-    """{metric: what to say} of the metrics of a step that passed their thresholds."""
+    """The warnings about a step: {metric: text} for each metric beyond its threshold."""
     watched = {
         "rollout/truncated": (limits.truncated, "responses grow too long or no longer end"),
         "rollout/repeated": (limits.repeated, "responses run in circles"),

@@ -1,4 +1,4 @@
-"""What a training run says of its rollouts: outcomes, and student against teacher by token.
+"""Metrics of a training run's rollouts: how they score, and how student and teacher differ.
 
 Axes: B batch, R response tokens.
 """
@@ -43,7 +43,12 @@ def judge_rollouts(boards: Sequence[Board], responses: Sequence[str]) -> list[Ju
 def rollout_metrics(
     boards: Sequence[Board], judged: Sequence[Judged], truncated: np.ndarray, mask: np.ndarray
 ) -> dict[str, Mean]:
-    """Parsed, legal, success, optimal overall and by task; response length; truncated share."""
+    """Scores of rollouts, named `rollout/...`.
+
+    The shares that could be parsed, are legal, reach the goal and are shortest, in all and by task;
+    the share that describes the state without error; the mean length in tokens; the share that was
+    cut off at the longest length (`truncated` [B]).
+    """
     sums: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
     for board, (outcome, exact) in zip(boards, judged, strict=True):
         for name in ("parsed", "legal", "success", "optimal"):
@@ -57,10 +62,11 @@ def rollout_metrics(
 
 
 def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
-    """KL and agreement with the teacher by token group and by response position, and entropies.
+    """KL and agreement between student and teacher, by token group and by position; entropies.
 
-    `groups` are those of `segments`; a group or range of positions without a token is left out.
-    Agreement is the share of tokens at which both would take the same one next.
+    `groups` [B, R] are the parts that tokens belong to, from `segments.segments`. Agreement is the
+    share of tokens for which student and teacher find the same token likeliest. A group, or a range
+    of positions, without tokens has no metric.
     """
     kl, agree, valid = np.asarray(stats.kl), np.asarray(stats.top1_agree), groups >= 0
     count = float(valid.sum())
@@ -90,10 +96,11 @@ def token_metrics(groups: np.ndarray, stats: TokenStats) -> dict[str, Mean]:
 
 
 def draft_metrics(groups: np.ndarray, mask: np.ndarray, guessed: np.ndarray) -> dict[str, Mean]:
-    """Tokens kept a pass of the model, in all and by token group, where rollouts are drafted.
+    """Tokens that drafted rollouts gained in each pass of the model, in all and by token group.
 
-    The first token of a response comes from the prompt, and counts neither as one kept nor as a
-    pass. A group in which every token was guessed shares the passes of others: it is left out.
+    `guessed` [B, R] marks the tokens that a draft had right: all others cost a pass each. The first
+    token of a response is not counted, because prefill makes it. A group whose tokens were all
+    guessed has no pass of its own, and no metric.
     """
     later = (mask > 0) & (np.arange(mask.shape[1]) > 0)
     passes = later & ~(guessed > 0)
@@ -147,7 +154,7 @@ def shown_answers(
 
 
 def spread(boards: Sequence[Board], count: int) -> list[Board]:
-    """The first `count` boards, taken from every task and level in turn."""
+    """`count` of the boards, dealt evenly: one of each task and level, then the next of each."""
     cells: dict[tuple[str, int], list[Board]] = collections.defaultdict(list)
     for i in range(min(len(boards), 1 << 14)):
         cells[boards[i].task, boards[i].level].append(boards[i])

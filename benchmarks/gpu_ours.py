@@ -25,7 +25,7 @@ from mgsd_jax.parallel import sharding
 from mgsd_jax.parallel.chips import CHIPS, GPUS, Chip
 from mgsd_jax.preflight import programs, roofline
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import distillation
+from mgsd_jax.stages import distillation_step
 from mgsd_jax.training import losses, optimizer, sessions, trainable
 from mgsd_jax.workdir import compiled
 
@@ -186,10 +186,10 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
     """All parameters are trained if that fits, else the adapters of the recipe's grounding."""
     settings, model = case.config.distillation, case.model
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
-    update = distillation.make_update(model, model, settings, tx, case.banned)
+    update = distillation_step.make_update(model, model, settings, tx, case.banned)
     shape = (settings.batch_size, settings.sampling.max_new_tokens)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, min(case.banned))
-    batch = distillation.DistillationBatch(
+    batch = distillation_step.DistillationBatch(
         *jax.device_put((prompts.student, prompts.teacher)), tokens, jnp.ones(shape, bool)
     )
     teacher = jax.jit(lambda p: sharding.cast(p, model.dtype))(params)
@@ -224,7 +224,7 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
         return measured
 
     seconds = median_seconds(step, case.rounds)
-    flops = distillation.update_flops(model, model, batch)
+    flops = distillation_step.update_flops(model, model, batch)
     least = flops / case.chip.flops if case.chip else None
     return {
         "trained": f"adapters of rank {lora.rank}" if lora.rank else "all",

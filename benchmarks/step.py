@@ -43,7 +43,7 @@ from mgsd_jax.config import DistillationConfig, OptimConfig
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel.means import Mean
-from mgsd_jax.stages import distillation
+from mgsd_jax.stages import distillation_step
 from mgsd_jax.training import lessons, optimizer
 from mgsd_jax.weights import hf
 
@@ -80,12 +80,15 @@ class Ours:
 
 
 def our_update(
-    params: dict, teacher_params: dict, batch: distillation.DistillationBatch, microbatches: int
+    params: dict,
+    teacher_params: dict,
+    batch: distillation_step.DistillationBatch,
+    microbatches: int,
 ) -> Ours:
     model = Qwen3VL(CONFIG)
     tx = optimizer.make_optimizer(OPTIM, 1000)
     settings = DistillationConfig(optim=OPTIM, microbatches=microbatches)
-    update = distillation.make_update(model, model, settings, tx, BANNED)
+    update = distillation_step.make_update(model, model, settings, tx, BANNED)
     held = [optimizer.init({"params": jax.tree.map(np.array, params)}, tx)]
     batch = jax.device_put(batch)
 
@@ -149,17 +152,17 @@ def quarter(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_batch(rows: int, response: int, said: int) -> distillation.DistillationBatch:
+def make_batch(rows: int, response: int, said: int) -> distillation_step.DistillationBatch:
     """Prompts and random responses of `said` tokens, padded to `response`."""
     rng = np.random.default_rng(0)
     tokens: Any = rng.integers(0, 2000, (rows, response)).astype(np.int32)
     mask: Any = np.broadcast_to(np.arange(response) < said, tokens.shape).astype(np.float32)
     student = make_inputs(rows, rng)
-    return distillation.DistillationBatch(student, text_inputs(rows, 200, rng), tokens, mask)
+    return distillation_step.DistillationBatch(student, text_inputs(rows, 200, rng), tokens, mask)
 
 
 def their_step(
-    folder: str, teacher_folder: str, batch: distillation.DistillationBatch
+    folder: str, teacher_folder: str, batch: distillation_step.DistillationBatch
 ) -> Callable[[int], float]:
     """An update with the rows in as many parts as it is told; the loss is returned."""
     load = Qwen3VLForConditionalGeneration.from_pretrained

@@ -28,7 +28,7 @@ import jax
 
 from mgsd_jax import command_line
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import distillation, generate
+from mgsd_jax.stages import distillation, distillation_step, generate
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "nano.py"
 WARM_UP = 3  # steps: two compilations, and a loader that gets ahead
@@ -76,7 +76,7 @@ def run_steps(steps: int, workdir: str) -> tuple[Program, Program]:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, boards=boards))
     generate.run(config, workdir)
     rollouts, updates = (Program([], WARM_UP + steps, []) for _ in range(2))
-    rollout, make_update = Sampler.rollout, distillation.make_update
+    rollout, make_update = Sampler.rollout, distillation_step.make_update
     watched = rollouts.watch(rollout, lambda out: out)
 
     def watched_rollout(sampler: Sampler, *arguments: Any) -> Rollout:
@@ -88,7 +88,7 @@ def run_steps(steps: int, workdir: str) -> tuple[Program, Program]:
 
     with (
         mock.patch.object(Sampler, "rollout", watched_rollout),
-        mock.patch.object(distillation, "make_update", watched_update),
+        mock.patch.object(distillation_step, "make_update", watched_update),
         contextlib.suppress(Enough),
     ):
         distillation.run(config, workdir)

@@ -190,6 +190,14 @@ class GuardConfig:
     repeated: Share = 0.7  # highest mean share of a response's 4-grams that stood in it before
     first_kl: Amount = 3.0  # highest divergence, nats, mean over the first four positions
     logprob_gap: Amount = 0.05  # highest mean |sampler's - training's logprob|, nats
+    # Most nats a token between student and teacher at the first update. Above it the teacher also
+    # reads the student's prompts, which tells whether prompts or readers are wrong.
+    start_kl: Amount = 3.0
+    blind_every: Every = 5  # every so many validations wrong pictures are shown as well; 0: never
+    blind_same: Share = 0.5  # highest share of answers that wrong pictures leave as they were
+    collapsed_in_a_row: Steps = 10  # steps below one of the next two before a run stops
+    least_entropy: Amount = 1e-4  # lowest mean entropy of the student, nats a token
+    least_length: Amount = 4.0  # lowest mean length of the rollouts, tokens
     kept_a_pass: Amount = 1.3  # fewest tokens kept a pass; below it drafted rollouts cost time
 
 

@@ -16,7 +16,7 @@ from mgsd_jax import config as c
 from mgsd_jax.data import segments
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import distillation, generate, grounding, init
+from mgsd_jax.stages import distillation, distillation_step, generate, grounding, init
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 BOARDS = (
@@ -97,7 +97,7 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     prefills: set[Shape] = set()
     decodes: set[Shape] = set()
     updates: collections.Counter[Shape] = collections.Counter()
-    rollout, make_update = Sampler.rollout, distillation.make_update
+    rollout, make_update = Sampler.rollout, distillation_step.make_update
 
     def noting_rollout(self: Sampler, variables: Any, inputs: Inputs, *rest: Any) -> Rollout:
         if self.sampling.temperature == 0:  # validation's
@@ -126,7 +126,7 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     find_segments = segments.segments
     monkeypatch.setattr(segments, "segments", noting_segments)
     monkeypatch.setattr(Sampler, "rollout", noting_rollout)
-    monkeypatch.setattr(distillation, "make_update", noting_updates)
+    monkeypatch.setattr(distillation_step, "make_update", noting_updates)
     distillation.run(config, str(workdir))
     assert updates.total() == 2 * EPOCH == len(spelled)  # responses are taken apart once a step
     assert {shape[1:3] for shape in updates} == {(20, 36), (36, 100)}

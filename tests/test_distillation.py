@@ -18,7 +18,7 @@ from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.sampling import sampler
-from mgsd_jax.stages import distillation, generate, grounding, init, loading
+from mgsd_jax.stages import distillation, distillation_step, generate, grounding, init, loading
 from mgsd_jax.training import divergences, lessons, optimizer, trainable
 
 
@@ -82,11 +82,13 @@ def one_update(
     settings = dataclasses.replace(setup.config.distillation, **options)
     tx = optax.sgd(1e-2)
     banned = setup.loaded.processor.banned_ids
-    update = distillation.make_update(setup.loaded.model, setup.loaded.model, settings, tx, banned)
+    update = distillation_step.make_update(
+        setup.loaded.model, setup.loaded.model, settings, tx, banned
+    )
     trained = jax.tree.map(np.array, setup.trained)
     state = optimizer.init(trained, tx, keeps_average=settings.teacher_decay > 0)
     batch = setup.prompts.batch
-    batch = distillation.DistillationBatch(
+    batch = distillation_step.DistillationBatch(
         batch.student, batch.teacher, setup.sampled.tokens, setup.sampled.mask, weights
     )
     parts = dict(parts)
@@ -320,6 +322,39 @@ def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
     assert float(loss.value) == pytest.approx(want, rel=1e-4)
     np.testing.assert_allclose(state.memory.tried, [0.9 * 4 + 4], rtol=1e-6)
     np.testing.assert_allclose(state.memory.solved, [0.9 * 3 + 2], rtol=1e-6)
+
+
+def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = distillation_step.DistillationBatch(
+        setup.prompts.batch.student,
+        setup.prompts.batch.teacher,
+        setup.sampled.tokens,
+        setup.sampled.mask,
+    )
+    kl = one_update(setup)[2].kl
+    mean = kl.sum() / setup.sampled.mask.sum()
+    limits = dataclasses.replace(setup.config.guards, start_kl=float(mean / 2))
+    stats: Any = dataclasses.make_dataclass("Stats", ["kl"])(kl)
+    p, q = (
+        plain_logprobs(setup, setup.prompts.batch.student, params)
+        for params in (setup.loaded.params, teacher_params(setup))
+    )
+    own = (np.exp(p) * (p - q)).sum(-1).mean()
+    model, banned = setup.loaded.model, setup.loaded.processor.banned_ids
+    state = optimizer.init(setup.trained, optax.sgd(0.0))
+    for scale, count in ((0.4, 0), (1.0, 1)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="absl"):
+            distillation_step.check_start(
+                *(limits, model, model, setup.config.distillation, banned),
+                *(state, setup.frozen, teacher_params(setup), batch),
+                stats=dataclasses.replace(stats, kl=kl * scale),
+            )
+        assert len(caplog.messages) == count
+    assert f"{mean:.3g} nats a token" in caplog.messages[0]
+    assert f"and {own:.3g} where the teacher reads" in caplog.messages[0]
 
 
 def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(setup: Setup) -> None:

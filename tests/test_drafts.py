@@ -20,7 +20,7 @@ from mgsd_jax.model.qwen3vl import head, logits
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import decoding, drafts, sampler
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import distillation
+from mgsd_jax.stages import distillation_step
 from mgsd_jax.training import guards, monitor
 
 R = 24
@@ -277,7 +277,7 @@ def test_sampler_and_training_agree_within_the_guard(kind: str) -> None:
 @jax.jit
 def trained_logprobs(inputs: Inputs, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, R]: what the forward pass of the update says of sampled tokens."""
-    hidden = distillation.response_hidden(HALF, VARIABLES, inputs, tokens, mask)
+    hidden = distillation_step.response_hidden(HALF, VARIABLES, inputs, tokens, mask)
     scores = logits(hidden, head(VARIABLES["params"])).at[:, list(BANNED)].set(-jnp.inf)
     taken = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens.reshape(-1, 1), axis=1)
     return taken.reshape(tokens.shape)

@@ -1,5 +1,6 @@
 """Exported folders: complete, read alike by old and new readers, all or nothing, checked."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -451,3 +453,28 @@ def test_a_model_without_adapters_has_none_to_export(exported: Exported, tmp_pat
     settings = ExportConfig(source="{model}", folder=str(tmp_path / "out"), adapters=True)
     with pytest.raises(ValueError, match=r"no model/source.json found, want a stage that trained"):
         export.run(dataclasses.replace(exported.config, export=settings), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "is_told"),
+    [
+        (0.0, "float32", True),
+        (1e-6, "bfloat16", True),  # less than bfloat16 can tell
+        (1e-6, "float32", False),
+        (1e-2, "bfloat16", False),
+    ],
+)
+def test_a_model_that_is_its_base_is_not_exported(
+    change: float, dtype: Any, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"a": {"kernel": jnp.ones(3)}, "b": jnp.zeros(2)}
+    loaded: Any = loading.Loaded(Qwen3VL(CONFIG), base, None, "", "")  # type: ignore[arg-type]
+    monkeypatch.setattr(loading, "load", lambda *_, **__: loaded)
+    moved = {"a": {"kernel": jnp.ones(3) + change}, "b": jnp.zeros(2)}
+    moved = jax.tree.map(lambda leaf: leaf.astype(dtype), moved)
+    settings = ExportConfig(source="trained", dtype=dtype)
+    config = dataclasses.replace(tiny_config(tmp_path), export=settings)
+    with contextlib.ExitStack() as told:
+        if is_told:
+            told.enter_context(pytest.raises(ValueError, match="trained: got the weights of hub"))
+        export.check_moved(moved, "hub", config)

@@ -16,10 +16,15 @@ from mgsd_jax.stages import generate, init
 from mgsd_jax.training import divergences
 
 # Every function of ours on the way: `jax.value_and_grad` is called by the last of the first.
-TO_THE_GRADIENT = ["main.main", "distillation.run", "distillation.update", "optimizer.accumulate"]
+TO_THE_GRADIENT = [
+    "main.main",
+    "distillation.run",
+    "distillation_step.update",
+    "optimizer.accumulate",
+]
 TO_THE_FORMULA = [
     *TO_THE_GRADIENT,
-    "distillation.loss_fn",
+    "distillation_step.loss_fn",
     "losses.distill",
     "fused_head._forward",
     "fused_head._run_part",

@@ -21,7 +21,7 @@ from mgsd_jax.model.qwen3vl import Qwen3VL, apply_hidden
 from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.sampling import decoding
 from mgsd_jax.sampling.sampler import Rollout, Sampler
-from mgsd_jax.stages import distillation, grounding, loading
+from mgsd_jax.stages import distillation_step, grounding, loading
 from mgsd_jax.training import optimizer
 from mgsd_jax.weights import table
 
@@ -83,13 +83,13 @@ def distil(
     prompts, row_ids = batches.to_global((STUDENT, np.arange(8, dtype=np.int32)), mesh)
     speaker = loading.for_rollouts(model, c.MeshConfig(rollout_tensor=rollout_tensor))
     sampled = batches.move(sample(speaker, params, prompts, row_ids), mesh)
-    batch = distillation.DistillationBatch(
+    batch = distillation_step.DistillationBatch(
         prompts, batches.to_global(TEACHER, mesh), sampled.tokens, sampled.mask
     )
     tx = optax.sgd(1.0)
     state = optimizer.init({"params": params}, tx, mesh)
     settings = dataclasses.replace(SETTINGS, microbatches=microbatches)
-    update = distillation.make_update(model, model, settings, tx, BANNED)
+    update = distillation_step.make_update(model, model, settings, tx, BANNED)
     state, metrics, stats = update(state, {}, teacher, batch)
     return batches.to_every((sampled, state.params, metrics, stats), mesh)
 

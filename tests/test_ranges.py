@@ -39,6 +39,8 @@ ZERO_IS_FINE = {
     *("distillation." + n for n in ("contrast_cap", "wrong_weight", "wrong_weight_from")),
     *("distillation.success_weight", "distillation.replay_steps"),
     *("guards.truncated", "guards.repeated", "guards.first_kl", "guards.logprob_gap"),
+    *("guards.start_kl", "guards.blind_every", "guards.blind_same"),
+    *("guards.least_entropy", "guards.least_length"),
     *("evaluate.endpoint_retries", "preflight.hbm_gib", "ask.level"),
 }
 NOTHING_IS_FINE = {

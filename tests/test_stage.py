@@ -221,6 +221,35 @@ def test_a_threshold_is_warned_of_when_it_is_passed(
     assert [message.partition(":")[0] for message in said] == ["step 2", "step 5"]
 
 
+def test_a_collapse_stops_the_run_after_some_steps_in_a_row(
+    tmp_path: pathlib.Path, config: Config
+) -> None:
+    lengths = [9.0, 3.0, 3.0, 9.0, 3.0, 3.0, 3.0, 9.0, 9.0, 9.0, 9.0, 9.0]
+    loader: Any = Counter()
+    limits = dataclasses.replace(config.guards, collapsed_in_a_row=3)
+    with (
+        pytest.raises(sessions.Stopped) as raised,
+        sessions.open_session(
+            folders.Claim(epath.Path(tmp_path), []),
+            dataclasses.replace(config, guards=limits),
+            optimizer.init({"a": jnp.zeros(2)}, optax.sgd(1.0)),
+            loader,
+            metric="m",
+            best_mode="max",
+            steps=12,
+        ) as session,
+    ):
+        for step, length in enumerate(lengths, 1):
+            measured = {"loss": jnp.float32(1), "skipped_update": jnp.float32(0)}
+            session.finish_step(
+                step, session.state, measured | {"rollout/length": Mean(length, 1.0)}
+            )
+    assert str(raised.value).startswith(
+        "step 7: rollout/length is 3, below 4, for 3 steps in a row: a collapse; last checkpoint: 6"
+    )
+    assert raised.value.exit_code == sessions.EXIT_NUMBERS
+
+
 SECTIONS = ("model", "data", "grounding", "checkpoint", "seed")
 
 

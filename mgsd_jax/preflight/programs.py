@@ -28,8 +28,8 @@ from mgsd_jax.preflight import roofline
 from mgsd_jax.preflight.lengths import Lengths, most
 from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.sampling.sampler import Sampler
-from mgsd_jax.stages import distillation, grounding, loading
-from mgsd_jax.stages.distillation import DistillationBatch
+from mgsd_jax.stages import distillation_step, grounding, loading
+from mgsd_jax.stages.distillation_step import DistillationBatch
 from mgsd_jax.training import optimizer, trainable
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import table
@@ -117,7 +117,7 @@ def _distillation(config: Config, mesh: Mesh, lengths: Lengths) -> Iterator[Prog
         weights=_array((rows, width), jnp.float32) if settings.token_weights else None,
     )
     banned = (student.config.image_token_id, student.config.video_token_id)
-    update = distillation.make_update(student, teacher, settings, tx, banned)
+    update = distillation_step.make_update(student, teacher, settings, tx, banned)
     work = roofline.update_work(
         config,
         mesh,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.checks.fields import read_json
@@ -19,7 +20,7 @@ from mgsd_jax.stages import card, loading, parity
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import files, hf, peft
 from mgsd_jax.weights.files import FloatType
-from mgsd_jax.workdir import contents, paths
+from mgsd_jax.workdir import contents, paths, stage_folder
 
 TOKENIZER = "tokenizer_config.json"
 # Tokenizer, processor and generation files as transformers 4.57 and 5 name them, which are copied.
@@ -91,6 +92,9 @@ def _write_model(config: Config, folder: Path) -> dict[str, object]:
     dtype = jnp.dtype(settings.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
     loaded = dataclasses.replace(loaded, params={})  # held once
+    source = epath.Path(settings.source)
+    if stage_folder.is_stage(source) and not stage_folder.read_source(source).complete:
+        check_moved(params, stage_folder.read_source(source).weights, config)
     size = settings.max_shard_gb * 1e9
     write_folder(
         params,
@@ -101,6 +105,23 @@ def _write_model(config: Config, folder: Path) -> dict[str, object]:
         max_shard_bytes=size,
     )
     return parity.measure(loaded.model, {"params": params}, loaded.processor, config.data)
+
+
+def check_moved(params: Tree, base: str, config: Config) -> None:
+    """Raises ValueError where a model, in the dtype of the export, is its base to the bit.
+
+    So it is where nothing was learned, where adapters were left out, and where all that was learned
+    is less than bfloat16 can tell.
+    """
+    settings = config.export
+    before = loading.load(base, config, is_frozen=True).params
+    dtype = jnp.dtype(settings.dtype)
+    same = jax.tree.map(lambda new, old: bool((new == old.astype(dtype)).all()), params, before)
+    if jax.tree.all(same):
+        raise ValueError(
+            f"{settings.source}: got the weights of {base} in {settings.dtype}, bit for bit, want "
+            "others: was anything learned, and does export.dtype=float32 keep it?"
+        )
 
 
 def _write_adapters(config: Config, folder: Path) -> dict[str, object]:

@@ -26,7 +26,7 @@ from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import batches, processes, sharding
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.stages import loading
-from mgsd_jax.training import losses, optimizer, sessions
+from mgsd_jax.training import guards, losses, optimizer, sessions
 from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.tree import PyTree, Tree
 from mgsd_jax.workdir import folders, sinks, stage_folder
@@ -167,7 +167,9 @@ def run(config: Config, workdir: str) -> None:
         state = session.state
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
-                batch = batches.to_global(next(loader), mesh)
+                rows = next(loader)
+                guards.check_pictures(rows.inputs, student.processor)
+                batch = batches.to_global(rows, mesh)
             started = time.perf_counter()
             state, measured = jax.block_until_ready(update(state, frozen, batch))
             seconds = time.perf_counter() - started

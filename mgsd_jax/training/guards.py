@@ -8,13 +8,20 @@ repeat themselves (arXiv 2604.08527), teacher and student prompts with different
 Axes: B rollouts, R response tokens.
 """
 
+import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mgsd_jax.config import GuardConfig, SamplingConfig
+from mgsd_jax.data.batch import Inputs
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.processor import Processor
+from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.parallel.means import Mean
+from mgsd_jax.sampling.answers import Answerer
+from mgsd_jax.tree import Tree
 
 NGRAM = 4
 
@@ -68,6 +75,7 @@ def warnings(values: Mapping[str, float], limits: GuardConfig) -> dict[str, str]
         "rollout/truncated": (limits.truncated, "responses grow too long or no longer end"),
         "rollout/repeated": (limits.repeated, "responses run in circles"),
         "kl_pos/0-3": (limits.first_kl, "do the two prompts end in the same way?"),
+        "val/blind_same": (limits.blind_same, "the answers hardly depend on the picture"),
         "logprob_gap": (limits.logprob_gap, "sampler and loss compute different models"),
     }
     found = {
@@ -82,3 +90,68 @@ def warnings(values: Mapping[str, float], limits: GuardConfig) -> dict[str, str]
             "set distillation.sampling.draft_tokens=0 or fewer"
         )
     return found
+
+
+def collapse(values: Mapping[str, float], limits: GuardConfig) -> str:
+    """What a step says of a run that is collapsing: its entropy or its responses; '' if nothing.
+
+    On-policy distillation without a verifier has been seen to end so (arXiv 2606.04036).
+    """
+    least = {"student_entropy": limits.least_entropy, "rollout/length": limits.least_length}
+    for metric, limit in least.items():
+        if values.get(metric, math.inf) < limit:
+            return f"{metric} is {values[metric]:.3g}, below {limit:g}"
+    return ""
+
+
+def misread(kl: float, own: float, limits: GuardConfig) -> str:
+    """What is wrong where student and teacher lie `kl` nats a token apart before any training.
+
+    `own` is their divergence where the teacher reads the student's prompt, picture and all.
+    """
+    found = f"the first update finds {kl:.3g} nats a token between student and teacher, above "
+    found += f"{limits.start_kl:g}, and {own:.3g} where the teacher reads the student's prompt: "
+    if own > limits.start_kl:
+        return found + "do both read the same tokens, and is the teacher a relative of the student?"
+    return found + "is the teacher's prompt about the same board, and does it end as the student's?"
+
+
+def check_pictures(inputs: Inputs, processor: Processor) -> None:
+    """Raises ValueError where a row's picture tokens are not its picture features, one for one.
+
+    inputs are those of the host.
+    """
+    is_picture = np.asarray(inputs.tokens) == processor.image_token_id
+    slots, features = np.zeros_like(is_picture), np.zeros(len(is_picture), int)
+    if inputs.pictures is not None:
+        slots = np.asarray(inputs.pictures.slots) >= 0
+        features = np.asarray(inputs.pictures.valid).sum((1, 2)) // processor.pictures.merge_size**2
+    is_wrong = (is_picture != slots).any(1) | (is_picture.sum(1) != features)
+    if is_wrong.any():
+        row = int(np.argmax(is_wrong))
+        raise ValueError(
+            f"batch: got {is_picture[row].sum()} picture tokens, {slots[row].sum()} slots and "
+            f"{features[row]} features in row {row}, want one of each at the same places"
+        )
+
+
+def is_blind_due(step: int, eval_every: int, limits: GuardConfig) -> bool:
+    """Whether the validation after `step` steps shows wrong pictures too: the first one does."""
+    validation = math.ceil(step / eval_every) if eval_every else 1
+    return limits.blind_every > 0 and (validation - 1) % limits.blind_every == 0
+
+
+def blind_measure(
+    answer: Answerer, variables: Tree, boards: Sequence[Board], seen: Sequence[Answer]
+) -> dict[str, Mean]:
+    """`val/blind_same`: the share of answers that another board's picture leaves as they are.
+
+    Boards that are the only ones of their task and level have no weight.
+    """
+    levels = collections.Counter(board[:2] for board in boards)
+    paired = [i for i, board in enumerate(boards) if levels[board[:2]] > 1]
+    if not paired:
+        return {}
+    blind = answer(variables, [boards[i] for i in paired], "blind", row_ids=paired)
+    same = sum(seen[i].text == other.text for i, other in zip(paired, blind, strict=True))
+    return {"val/blind_same": Mean(float(same), float(len(paired)))}

@@ -31,7 +31,7 @@ FIRST: Any = 0
 INPUT_AXES = Inputs(tokens=0, positions=1, valid=0, next_position=0, pictures=FIRST)
 
 # Exit codes of a training run, besides 0 (done), 1 (an error with a traceback) and 2 (bad input).
-EXIT_NUMBERS = 3  # too many updates in a row were not finite; starting again repeats them
+EXIT_NUMBERS = 3  # too many steps in a row not finite, or collapsing; starting again repeats them
 EXIT_STOPPED = 75  # asked to stop and saved; the same command continues. EX_TEMPFAIL.
 
 
@@ -97,6 +97,7 @@ class Session:
     warned: frozenset[str] = frozenset()  # metrics above their thresholds at the last step
     validated: dict[str, float] = dataclasses.field(default_factory=dict)  # by the last validation
     save_seconds: float = 0.0  # that the step under way began with
+    collapsing: int = 0  # the last so many steps
 
     def finish_step(self, step: int, state: TrainState, measured: Measured) -> None:
         """Reports the metrics of update `step`, a Mean or a scalar each, and saves if it is due.
@@ -119,6 +120,7 @@ class Session:
         every = self.config.checkpoint.every
         if is_last or (is_good and (is_asked or is_due(step, every, self.steps))):
             self._save(step, state, values.get(self.metric))
+        self._count_collapsing(step, values)
         if is_asked and not is_last:
             checkpoint.wait(self.checkpointer)
             raise Stopped(
@@ -196,6 +198,19 @@ class Session:
             f"step {step}: {step - self.good_step} updates in a row, all since step "
             f"{self.good_step}, had a loss or gradient that is not finite; last good checkpoint: "
             f"{saved if self.saved_step else 'none, the run starts over'}",
+            EXIT_NUMBERS,
+        )
+
+    def _count_collapsing(self, step: int, values: dict[str, float]) -> None:
+        limits = self.config.guards
+        problem = guards.collapse(values, limits)
+        self.collapsing = self.collapsing + 1 if problem else 0
+        if self.collapsing < limits.collapsed_in_a_row or step == self.steps:
+            return
+        checkpoint.wait(self.checkpointer)
+        raise Stopped(
+            f"step {step}: {problem}, for {self.collapsing} steps in a row: a collapse; last "
+            f"checkpoint: {self.saved_step or 'none'}; checkpoint.use=best takes the best one",
             EXIT_NUMBERS,
         )
 

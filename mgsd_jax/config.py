@@ -275,9 +275,8 @@ class DistillationConfig:
     # Above 0 a token weighs as much as another board would change the teacher's distribution over
     # it, divided by the mean of its response, and this at most. See lessons.contrast_weights.
     contrast_cap: Amount = 0.0
-    # Weight of a response that neither states the board right nor solves it; below 1, one that
-    # was truncated has none. It applies once the success on the validation boards, in (0, 1], has
-    # reached wrong_weight_from; 0: from the start.
+    # Weight of a response that neither states the board right nor solves it; below 1, a truncated
+    # one has none.
     wrong_weight: Share = 1.0
     wrong_weight_from: Share = 0.0  # success of a validation from which wrong_weight applies
     # Above 0 a policy gradient of success is added to the divergence with this weight, its baseline

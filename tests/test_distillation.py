@@ -237,6 +237,7 @@ def test_references_stand_in_for_whole_rows(setup: Setup) -> None:
     assert lessons.with_references(setup.sampled, None) is setup.sampled
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_records_take_their_share_of_the_step(setup: Setup) -> None:
     """Their gradient is scaled down to the divergence's, and a quarter of the step is theirs."""
     records = loaders.grounding_loader(
@@ -274,6 +275,7 @@ def shifted(prompt: Inputs) -> Inputs:
     return rows._replace(positions=np.roll(prompt.positions, -1, axis=1))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_tokens_weigh_by_what_another_board_would_change(setup: Setup) -> None:
     other = shifted(setup.prompts.batch.teacher)
     p, q = both_logprobs(setup)
@@ -297,18 +299,21 @@ def outcomes(weight: Any, success: Any) -> lessons.Outcomes:
     return lessons.Outcomes(np.float32(weight), np.float32(success), np.zeros(4, np.int32), ones)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_rows_weigh_by_their_outcome_once_the_gate_is_open(setup: Setup) -> None:
+    """An update by outcomes is that of the weights which they come to, open or not."""
     found = outcomes([1, 0.25, 0, 1], [1, 0, 0, 1])
-    weights = setup.sampled.mask * found.weight[:, None]
-    want = {True: one_update(setup, weights), False: one_update(setup)}
-    for is_open, (state, loss, _) in want.items():
+    kl = one_update(setup)[2].kl
+    for is_open, rows in ((True, found.weight), (False, np.ones(4))):
+        weights = setup.sampled.mask * rows[:, None]
         parts = {"outcomes": found, "memory": lessons.Memory(is_open=np.bool_(is_open))}
-        again = one_update(setup, parts=parts, wrong_weight=0.25)
-        close(again[0].params, state.params)
-        close(again[1], loss)
-        assert bool(again[0].memory.is_open) is is_open
+        state, loss, _ = one_update(setup, parts=parts, wrong_weight=0.25)
+        assert float(loss.weight) == pytest.approx(weights.sum())
+        assert float(loss.sum) == pytest.approx((weights * kl).sum(), rel=1e-4)
+        assert bool(state.memory.is_open) is is_open
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
     """The loss is that of -A log p(token) beside the divergence, A against a baseline of 0.75."""
     p, q = both_logprobs(setup)
@@ -324,6 +329,7 @@ def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
     np.testing.assert_allclose(state.memory.solved, [0.9 * 3 + 2], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
     setup: Setup, caplog: pytest.LogCaptureFixture
 ) -> None:

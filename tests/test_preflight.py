@@ -25,6 +25,8 @@ from mgsd_jax.preflight.lengths import Lengths
 from mgsd_jax.preflight.programs import make_model, programs_of
 from mgsd_jax.preflight.roofline import Decoding, Work, decoding
 from mgsd_jax.preflight.table import Compiled, Result, render
+from mgsd_jax.stages.distillation_step import DistillationBatch
+from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.weights import released, table
 
 V5E = CHIPS["TPU v5 lite"]
@@ -323,6 +325,20 @@ def test_the_update_holds_what_the_rollout_holds_besides(config: Config) -> None
     averaged = config_lib.override(config, ["distillation.teacher_decay=0.99"])
     found = {program.name: program for program in programs_of(averaged, mesh)}
     assert 0.5 * once / 4 < found["distillation/decode"].resident - held < 0.5 * once / 2
+    found["distillation/update"].lower()
+
+
+def test_the_options_of_distillation_are_programs_too(config: Config) -> None:
+    options = ("contrast_cap=4.0", "wrong_weight=0.3", "success_weight=0.1", "replay_steps=3")
+    config = config_lib.override(config, [f"distillation.{option}" for option in options])
+    mesh = tpu_mesh("v5e:2x2", fsdp=2, tensor=2)
+    found = {program.name: program for program in programs_of(config, mesh)}
+    state, *_, batch = found["distillation/update"].arguments
+    assert isinstance(state, TrainState) and isinstance(batch, DistillationBatch)
+    rows, width = config.distillation.batch_size, config.distillation.sampling.max_new_tokens
+    assert state.memory.responses.shape == (4, rows // 2, width)
+    assert found["distillation/decode"].arguments[1].tokens.shape[0] == rows // 2
+    assert batch.other is not None and batch.outcomes is not None
     found["distillation/update"].lower()
 
 

@@ -30,7 +30,7 @@ from mgsd_jax.preflight.roofline import Work
 from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation_step, grounding, loading
 from mgsd_jax.stages.distillation_step import DistillationBatch
-from mgsd_jax.training import optimizer, trainable
+from mgsd_jax.training import lessons, optimizer, trainable
 from mgsd_jax.tree import Tree
 from mgsd_jax.weights import table
 from mgsd_jax.weights.released import find_config
@@ -101,13 +101,17 @@ def _distillation(config: Config, mesh: Mesh, lengths: Lengths) -> Iterator[Prog
     state, frozen = _state(
         config, student, settings.optim, settings.lora, tx, keeps_average=averages
     )
+    memory = jax.eval_shape(lambda: lessons.init_memory(config))
+    memory = sharding.abstract(memory, sharding.state_shardings(memory, mesh))
+    state = dataclasses.replace(state, memory=memory)
     is_held_once = averages or _is_student_without_adapters(config)
     teacher_params = {} if is_held_once else _read_only(_params(config, teacher), teacher)
     held = (state, frozen, teacher_params)
     variables = tree.combine(state.params, frozen)
 
     rows, *asked = config_lib.update_rows(settings).values()
-    yield from _rollout(config, student, variables, rows, settings.sampling, lengths, held)
+    drawn = rows // 2 if settings.replay_steps else rows
+    yield from _rollout(config, student, variables, drawn, settings.sampling, lengths, held)
     prompt, context, width = lengths.prompt, lengths.teacher, lengths.response
     batch = DistillationBatch(
         student=_inputs(config, student, rows, prompt, has_picture=True),
@@ -116,13 +120,21 @@ def _distillation(config: Config, mesh: Mesh, lengths: Lengths) -> Iterator[Prog
         mask=_array((rows, width), jnp.bool_),
         weights=_array((rows, width), jnp.float32) if settings.token_weights else None,
     )
+    readers = [(student, prompt + width, width, True), (teacher, context + width, width, False)]
+    if settings.contrast_cap:
+        batch = batch._replace(other=batch.teacher)
+        readers.append(readers[1])
+    if lessons.needs_outcomes(settings):
+        one = _array((rows,), jnp.float32)
+        outcomes = lessons.Outcomes(one, one, _array((rows,), jnp.int32), one)
+        batch = batch._replace(outcomes=outcomes)
     banned = (student.config.image_token_id, student.config.video_token_id)
     update = distillation_step.make_update(student, teacher, settings, tx, banned)
     work = roofline.update_work(
         config,
         mesh,
         state.params,
-        [(student, prompt + width, width, True), (teacher, context + width, width, False)],
+        readers,
         rows,
         settings.microbatches,
     )

@@ -103,7 +103,7 @@ def run(config: Config, workdir: str) -> None:
         cut = jax.jit(lessons.first_tokens, static_argnums=1)
 
         state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
-        state = dataclasses.replace(state, memory=lessons.init_memory(config, mesh))
+        state = lessons.with_memory(state, config, mesh)
         opened = sessions.open_session(
             claim,
             config,

@@ -99,7 +99,7 @@ def drawn(prompts: PromptBatch) -> slice:
     return slice(None, None, 1 if prompts.slots is None else 2)
 
 
-def init_memory(config: Config, mesh: Mesh | None) -> Memory | None:
+def init_memory(config: Config) -> Memory | None:
     """The memory before the first step; None where no option needs one."""
     settings = config.distillation
     rows = config_lib.update_rows(settings)["distillation.batch_size"]
@@ -112,12 +112,16 @@ def init_memory(config: Config, mesh: Mesh | None) -> Memory | None:
     is_open = jnp.bool_(settings.wrong_weight_from == 0) if settings.wrong_weight < 1 else None
     # Two arrays of the same counts: what is donated may not be one array twice.
     memory = Memory(is_open, counts, None if counts is None else counts.copy(), kept)
-    if not jax.tree.leaves(memory):
-        return None
+    return memory if jax.tree.leaves(memory) else None
+
+
+def with_memory(state: TrainState, config: Config, mesh: Mesh | None) -> TrainState:
+    """The state before the first step, with the memory that the options need."""
+    memory = init_memory(config)
     # Committed, as the outputs of an update are, or the second one would compile anew.
     if mesh is None:
-        return jax.device_put(memory, jax.local_devices()[0])
-    return sharding.place(memory, mesh)
+        memory = jax.device_put(memory, jax.local_devices()[0])
+    return dataclasses.replace(state, memory=sharding.place(memory, mesh))
 
 
 # ----------------------------------------------------------------------- what the board changes

@@ -22,7 +22,7 @@ from mgsd_jax.parallel import batches, sharding
 from mgsd_jax.sampling import decoding
 from mgsd_jax.sampling.sampler import Rollout, Sampler
 from mgsd_jax.stages import distillation_step, grounding, loading
-from mgsd_jax.training import optimizer
+from mgsd_jax.training import lessons, optimizer
 from mgsd_jax.weights import table
 
 MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
@@ -74,7 +74,11 @@ def sample(
 
 
 def distil(
-    sizes: tuple[int, int, int] | None, microbatches: int = 1, rollout_tensor: int = 0
+    sizes: tuple[int, int, int] | None,
+    microbatches: int = 1,
+    rollout_tensor: int = 0,
+    *,
+    has_options: bool = False,
 ) -> Any:
     """(greedy rollout, parameters minus their gradient, metrics, statistics) of one step."""
     mesh = mesh_of(sizes)
@@ -89,9 +93,21 @@ def distil(
     tx = optax.sgd(1.0)
     state = optimizer.init({"params": params}, tx, mesh)
     settings = dataclasses.replace(SETTINGS, microbatches=microbatches)
+    if has_options:  # weights by another board and by outcome, and a reward of success
+        settings = dataclasses.replace(
+            settings, contrast_cap=2.0, wrong_weight=0.5, success_weight=0.1
+        )
+        halves = np.arange(8, dtype=np.float32) / 8
+        is_sampled, cells = halves > 0.1, np.arange(8, dtype=np.int32) % 2
+        found = lessons.Outcomes(halves, np.float32(halves > 0.4), cells, is_sampled)
+        other = TEACHER._replace(tokens=TEACHER.tokens[::-1].copy())
+        other, found = batches.to_global((other, found), mesh)
+        batch = batch._replace(other=other, outcomes=found)
+        memory = lessons.Memory(jnp.bool_(True), jnp.ones(2), jnp.ones(2) / 4)
+        state = dataclasses.replace(state, memory=sharding.place(memory, mesh))
     update = distillation_step.make_update(model, model, settings, tx, BANNED)
     state, metrics, stats = update(state, {}, teacher, batch)
-    return batches.to_every((sampled, state.params, metrics, stats), mesh)
+    return batches.to_every((sampled, state.params, metrics, stats, state.memory), mesh)
 
 
 def ground(sizes: tuple[int, int, int] | None, microbatches: int) -> Any:
@@ -145,6 +161,14 @@ LAYOUTS = [
     *[(sizes, count, True) for sizes in ((1, 4, 2), (1, 2, 4)) for count in (2, 4, 8)],
     *[(sizes, 1, False) for sizes in ((1, 4, 2), (1, 2, 4))],
 ]
+
+
+@eight
+@pytest.mark.slow
+def test_a_distillation_step_with_options() -> None:
+    got, want = (distil(*at, has_options=True) for at in (((2, 2, 2), 2), (None, 1)))
+    assert_same(got, want)
+    np.testing.assert_allclose(want[4].tried, [0.9 + 3, 0.9 + 4], rtol=1e-6)
 
 
 @eight

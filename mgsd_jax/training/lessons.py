@@ -5,7 +5,7 @@ Axes: B rollouts, R response tokens, N steps that rollouts are kept for.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -17,6 +17,7 @@ from mgsd_jax import config as config_lib
 from mgsd_jax.config import Config, DataConfig, DistillationConfig
 from mgsd_jax.data import loaders, segments
 from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.batch import Array
 from mgsd_jax.data.batching import NO_TOKEN, PromptBatch, References
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import Encoder
@@ -45,10 +46,10 @@ class Memory:
 class Outcomes(NamedTuple):
     """How the responses of a batch ended."""
 
-    weight: Any  # [B] float32, of the row once wrong responses weigh less
-    success: Any  # [B] float32
-    cell: Any  # [B] int32, task and level of its board in `cells`
-    is_sampled: Any  # [B] bool, False for a reference and for an earlier rollout
+    weight: Array  # [B] float32, of the row once wrong responses weigh less
+    success: Array  # [B] float32
+    cell: Array  # [B] int32, task and level of its board in `cells`
+    is_sampled: Array  # [B] bool, False for a reference and for an earlier rollout
 
 
 def with_references(sampled: Rollout, references: References | None) -> Rollout:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import mgsd_jax
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import GuardConfig, SamplingConfig
 from mgsd_jax.data import batching, loaders
 from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.data.processor import load_processor
 from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.evaluation.scoring import Answer
-from mgsd_jax.main import load_config
 from mgsd_jax.sampling import answers
 from mgsd_jax.training import guards
 

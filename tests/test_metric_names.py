@@ -57,13 +57,16 @@ def written() -> set[str]:
     found |= monitor.token_metrics(groups, stats).keys()
     found |= monitor.draft_metrics(groups, ones, np.zeros_like(ones)).keys()
     found |= monitor.validation_metrics([board], [Answer("", False, 0)]).keys()
+    found |= guards.blind_measure(
+        lambda *_, **__: [Answer("", False, 0)] * 2, {}, [board] * 2, [Answer("", False, 0)] * 2
+    ).keys()
     found |= guards.rollout_measures(ones, ones, ones, ones, SamplingConfig()).keys()
     with mock.patch.object(sessions, "peak_flops", lambda: 1.0):
         found |= sessions.speed(1.0, 1, 1.0).keys()
     tx = optax.sgd(1.0)
     state = optimizer.init({"w": jnp.ones(2)}, tx, None)
     found |= jax.eval_shape(lambda s: optimizer.update(s, s.params, tx)[1], state).keys()
-    for stage in ("grounding", "distillation"):
+    for stage in ("grounding", "distillation", "distillation_step"):
         source = (ROOT / "mgsd_jax" / "stages" / f"{stage}.py").read_text()
         found |= {*re.findall(r'\.phase\("(\w+)"\)', source)}
         found |= {*re.findall(r'\b(?:measured|spent)\["([\w/]+)"\]', source)}

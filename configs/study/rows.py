@@ -172,8 +172,9 @@ GROUPS = {
         _jsd("contrast", "Tokens weigh by what another board changes", _CONTRAST),
         # The update has as many rows; half of the decoding is saved.
         _jsd("replay", "Every second row is of the last 19 steps", _REPLAY),
-        _jsd("verifier_3", "Policy gradient of success, weight 0.003", _VERIFIER + "0.003"),
-        _jsd("verifier_10", "Policy gradient of success, weight 0.01", _VERIFIER + "0.01"),
+        # With weight 1 its gradient is as large as the divergence's in the first updates.
+        _jsd("verifier_10", "Policy gradient of success, weight 0.1", _VERIFIER + "0.1"),
+        _jsd("verifier_50", "Policy gradient of success, weight 0.5", _VERIFIER + "0.5"),
     ),
     # The base of `bash launch/nano_base.sh {study}/plans plans`, distilled alone.
     "plans": (

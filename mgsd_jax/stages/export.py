@@ -94,7 +94,8 @@ def _write_model(config: Config, folder: Path) -> dict[str, object]:
     loaded = dataclasses.replace(loaded, params={})  # held once
     source = epath.Path(settings.source)
     if stage_folder.is_stage(source) and not stage_folder.read_source(source).complete:
-        check_moved(params, stage_folder.read_source(source).weights, config)
+        base = stage_folder.find_weights(source, [config.model.path])
+        check_moved(params, base, config)
     size = settings.max_shard_gb * 1e9
     write_folder(
         params,

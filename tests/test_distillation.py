@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -337,7 +338,7 @@ def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
         setup.prompts.batch.student,
         setup.prompts.batch.teacher,
         setup.sampled.tokens,
-        setup.sampled.mask,
+        jnp.asarray(setup.sampled.mask),
     )
     kl = one_update(setup)[2].kl
     mean = kl.sum() / setup.sampled.mask.sum()

@@ -62,6 +62,8 @@ def run(config: Config, workdir: str) -> None:
         for name, rows in config_lib.update_rows(settings).items():
             batches.check_batch(mesh, name, rows, settings.microbatches)
         sampled_rows = config_lib.update_rows(settings)["distillation.batch_size"]
+        if settings.replay_steps:
+            sampled_rows //= 2
         batches.check_batch(
             sharding.rollout_mesh(mesh, config.mesh.rollout_tensor),
             f"mesh.rollout_tensor={config.mesh.rollout_tensor}: distillation.batch_size",

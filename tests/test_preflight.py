@@ -208,18 +208,18 @@ def test_groups_of_an_unknown_form_are_named() -> None:
 
 
 def test_passes_of_a_rollout() -> None:
-    """By hand: a prompt of 100, caches of 356 and 400 slots (a limit of 300), one token a pass."""
-    assert decoding(100, 300, 1, 200, 1.0) == Decoding(1, 199, 199 * 356, 0, 356)
-    assert decoding(100, 300, 1, 300, 1.0) == Decoding(1, 299, 256 * 356 + 43 * 400, 356, 400)
+    """By hand: a prompt of 100, caches of 356 and 612 slots (a limit of 512), one token a pass."""
+    assert decoding(100, 512, 1, 200, 1.0) == Decoding(1, 199, 199 * 356, 0, 356)
+    assert decoding(100, 512, 1, 300, 1.0) == Decoding(1, 299, 256 * 356 + 43 * 612, 356, 612)
     # Four tokens a pass, two of which stay: 64 passes fill the first 256 slots with 129 tokens;
     # what is left when they are compacted, 127 slots, is enough to go on.
-    assert decoding(100, 300, 4, 129, 2.0) == Decoding(2, 64, 64 * 356, 0, 356)
-    assert decoding(100, 300, 4, 130, 2.0) == Decoding(2, 65, 65 * 356, 356, 356)
+    assert decoding(100, 480, 4, 129, 2.0) == Decoding(2, 64, 64 * 356, 0, 356)
+    assert decoding(100, 480, 4, 130, 2.0) == Decoding(2, 65, 65 * 356, 356, 356)
     # Compacted again after 31 more, 65 slots are left, less than a quarter: the cache grows.
-    assert decoding(100, 300, 4, 200, 2.0) == Decoding(2, 100, 95 * 356 + 5 * 432, 3 * 356, 432)
+    assert decoding(100, 480, 4, 200, 2.0) == Decoding(2, 100, 95 * 356 + 5 * 612, 3 * 356, 612)
     # A pass keeps no more than its window; the first token takes none.
-    assert decoding(100, 300, 1, 200, 5.0) == decoding(100, 300, 1, 200, 1.0)
-    assert decoding(100, 300, 1, 1, 1.0).passes == 0
+    assert decoding(100, 512, 1, 200, 5.0) == decoding(100, 512, 1, 200, 1.0)
+    assert decoding(100, 512, 1, 1, 1.0).passes == 0
 
 
 def test_a_typical_step_takes_the_smallest_buckets_that_hold_it() -> None:

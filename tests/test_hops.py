@@ -68,7 +68,7 @@ def test_the_way_from_the_command_line_to_the_formula(
 
     monkeypatch.setitem(divergences.DIVERGENCES, "reverse_kl", formula)
     monkeypatch.setattr(Sampler, "rollout", rollout)
-    monkeypatch.setattr(main, "load_config", lambda *_: config)
+    monkeypatch.setattr(main.command_line, "load_config", lambda *_: config)
     # Processes join before JAX is up, which it is here.
     monkeypatch.setattr(main.processes, "join", lambda *_: False)
     flags = ["--stage=distillation", "--config=tiny", f"--workdir={tmp_path}"]

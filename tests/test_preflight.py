@@ -18,6 +18,7 @@ from mgsd_jax import config as config_lib
 from mgsd_jax import preflight
 from mgsd_jax.command_line import load_config
 from mgsd_jax.config import Config
+from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model import flops
 from mgsd_jax.parallel.chips import CHIPS, Chip
 from mgsd_jax.preflight import collectives, kept, lengths, roofline
@@ -337,7 +338,8 @@ def test_the_options_of_distillation_are_programs_too(config: Config) -> None:
     assert isinstance(state, TrainState) and isinstance(batch, DistillationBatch)
     rows, width = config.distillation.batch_size, config.distillation.sampling.max_new_tokens
     assert state.memory.responses.shape == (4, rows // 2, width)
-    assert found["distillation/decode"].arguments[1].tokens.shape[0] == rows // 2
+    asked = [a for a in found["distillation/prefill"].arguments if isinstance(a, Inputs)]
+    assert [one.tokens.shape[0] for one in asked] == [rows // 2]
     assert batch.other is not None and batch.outcomes is not None
     found["distillation/update"].lower()
 

@@ -32,12 +32,14 @@ class Chip:
         return self.ring > 0 and side % self.ring == 0
 
 
-# By `jax.Device.device_kind`. Sources: https://docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p}; rings
-# and what a link carries: https://jax-ml.github.io/scaling-book/tpus.
+# By `jax.Device.device_kind`. Sources: https://docs.cloud.google.com/tpu/docs/{v5e,v6e,v5p,tpu7x};
+# rings and what a link carries: https://jax-ml.github.io/scaling-book/tpus.
 CHIPS = {
     "TPU v5 lite": Chip("v5e", 197e12, 15.75, 819e9, 50e9, ring=16),
     "TPU v6 lite": Chip("v6e", 918e12, 31.24, 1600e9, 100e9, ring=16),
     "TPU v5": Chip("v5p", 459e12, 95.73, 2765e9, 100e9, ring=4),
+    # A device is one half of a chip of this generation, and has half of what the sheet says of one.
+    "TPU7x": Chip("tpu7x", 1153.5e12, 94.74, 3690e9, 50e9, ring=4),
 }
 
 # By the same name, and of NVIDIA's data sheets: bfloat16 without sparsity, NVLink in one direction.

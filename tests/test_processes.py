@@ -112,18 +112,15 @@ import sys
 import jax, numpy as np
 from absl import app
 from mgsd_jax import main
-from mgsd_jax.sampling import answers
-from mgsd_jax.stages import distillation
+from mgsd_jax.training import lessons
 workdir = next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2]
-decode_rows, calls = distillation.segments.decode_rows, []
-def noted(processor, tokens, mask):
-    if tokens.shape[1] != 6:  # validation's answers, which every process has in full
-        return decode_rows(processor, tokens, mask)
+judge, calls = lessons.judge, []
+def noted(processor, boards, rollout):
     name = f"{workdir}/rows-{jax.process_index()}-{len(calls)}.npy"
-    np.save(name, np.where(mask > 0, tokens, -1))
+    np.save(name, np.where(rollout.mask > 0, rollout.tokens, -1))
     calls.append(name)
-    return decode_rows(processor, tokens, mask)
-answers.decode_rows = distillation.segments.decode_rows = noted
+    return judge(processor, boards, rollout)
+lessons.judge = noted
 sys.exit(app.run(main.main))
 """
 

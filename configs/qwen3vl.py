@@ -5,14 +5,15 @@ Command:   python -m mgsd_jax.main --stage=STAGE --config=configs/qwen3vl.py:4b 
            larger model. With the folders of public benchmarks in `--set evaluate.benchmarks=...`
            (or data.exclude) from --stage=generate on, their boards stay out of training.
 Hardware:  a TPU slice of 16 v5e chips (v5e:4x4), or more memory.
-Expected:  by the compiler, of a chip's 15.75 GiB, and at least for a step of 131,072 tokens in
-           grounding, 65,536 sampled and 196,608 read in distillation, 65,536 in evaluate:
-           4b grounding 1.72 GiB, 1.55 s (docs/preflight/4b_v5e-4x4.md)
-           4b distillation 7.42 GiB, 8.31 s (docs/preflight/4b_v5e-4x4.md)
-           4b evaluate 4.63 GiB, 6.97 s (docs/preflight/evaluate_4b_v5e-4x4.md)
-           8b grounding 2.86 GiB, 2.74 s (docs/preflight/8b_v5e-4x4.md)
-           8b distillation 13.92 GiB, 13.8 s (docs/preflight/8b_v5e-4x4.md)
-           8b evaluate 7.62 GiB, 11.5 s (docs/preflight/evaluate_8b_v5e-4x4.md)
+Expected:  by the compiler, of a chip's 15.75 GiB, and at least for a typical step and for the
+           longest one, 2.8 tokens of a draft kept a pass in the typical one, 1 in the longest:
+           4b grounding 2.67 GiB, 0.4 and 0.788 s (docs/preflight/4b_v5e-4x4.md)
+           4b distillation 8.57 GiB, 0.95 and 4.41 s (docs/preflight/4b_v5e-4x4.md)
+           4b evaluate 3.06 GiB, 0.586 and 18.1 s (docs/preflight/evaluate_4b_v5e-4x4.md)
+           8b grounding 3.91 GiB, 0.738 and 1.44 s (docs/preflight/8b_v5e-4x4.md)
+           8b distillation memory not compiled, 1.55 and 6.65 s (docs/preflight/8b_v5e-4x4.md)
+           8b evaluate not compiled anew (docs/preflight/evaluate_8b_v5e-4x4.md: recipe before)
+           (8b: the update needs 15.09 GiB; its prefill is not compiled.)
            Speed and accuracy: not measured (no pretrained weights at hand). Published macro
            averages: 11.2 -> 30.5 for 4B, 17.2 -> 35.6 for 8B.
 
@@ -51,7 +52,9 @@ def get_config(size: str = "4b") -> c.Config:
     if size not in ("4b", "8b"):
         raise ValueError(f"size: got {size!r}, want 4b or 8b")
     return c.Config(
-        model=c.ModelConfig(path=f"models/Qwen3-VL-{size.upper()}-Instruct"),
+        # Of the policies that fit in two microbatches, this computes least again. With four, `none`
+        # needs 17.3 of 15.75 GiB (4b); with eight, gathering weights takes longer than computing.
+        model=c.ModelConfig(path=f"models/Qwen3-VL-{size.upper()}-Instruct", remat="save_names"),
         data=c.DataConfig(
             boards=BOARDS,
             picture_size=256,
@@ -61,13 +64,15 @@ def get_config(size: str = "4b") -> c.Config:
             patch_buckets=(256,),
             workers=4,
         ),
-        mesh=c.MeshConfig(data=1, fsdp=-1, tensor=-1),
+        # Two copies of a rollout's weights on 16 chips. On fewer `--set mesh.rollout_tensor=0`,
+        # which is faster on v6e:2x4 (docs/preflight).
+        mesh=c.MeshConfig(data=1, fsdp=-1, tensor=-1, rollout_tensor=8),
         grounding=c.GroundingConfig(
             optim=c.OptimConfig(lr=1e-4, schedule="cosine", warmup=0.1),
             lora=c.LoraConfig(rank=8, alpha=16.0),
             steps=828,
             batch_size=64,
-            microbatches=8,
+            microbatches=4,
             eval_every=100,
         ),
         distillation=c.DistillationConfig(
@@ -77,7 +82,7 @@ def get_config(size: str = "4b") -> c.Config:
             response_buckets=(512, 768, 1024),
             steps=1400,
             batch_size=32,
-            microbatches=4,
+            microbatches=2,
             eval_every=20,
             eval_boards=96,
         ),

@@ -108,8 +108,13 @@ def typical_steps(config: Config, mesh: Mesh) -> list[Typical]:
 
 def _command() -> str:
     """The command line without `preflight.only`: the table holds all programs in the end."""
-    words = " ".join(map(shlex.quote, sys.argv[1:]))
-    return "python -m mgsd_jax.main " + re.sub(r" ?--set[ =]\S*preflight\.only=\S+", "", words)
+    words: list[str] = []
+    for word in sys.argv[1:]:
+        if not re.match(r"(--set=)?\s*preflight\.only\s*=", word):
+            words.append(word)
+        elif words and words[-1] == "--set":
+            words.pop()
+    return "python -m mgsd_jax.main " + " ".join(map(shlex.quote, words))
 
 
 def _earlier(file: pathlib.Path, config: Config) -> dict[str, Compiled]:

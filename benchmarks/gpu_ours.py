@@ -94,7 +94,8 @@ def limits(case: Case) -> dict[str, float]:
         return {}
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     found = programs.programs_of(case.config, mesh)
-    return {p.name.partition("/")[2]: max(p.work.seconds(case.chip).values()) for p in found}
+    alone = [(p.name, p.work.seconds(case.chip, ())) for p in found]
+    return {name.partition("/")[2]: roofline.roofline(parts) for name, parts in alone}
 
 
 # ----------------------------------------------------------------------------------------- phases
@@ -190,7 +191,10 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
     shape = (settings.batch_size, settings.sampling.max_new_tokens)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, min(case.banned))
     batch = distillation_step.DistillationBatch(
-        *jax.device_put((prompts.student, prompts.teacher)), tokens, jnp.ones(shape, bool)
+        jax.device_put(prompts.student),
+        jax.device_put(prompts.teacher),
+        tokens,
+        jnp.ones(shape, bool),
     )
     teacher = jax.jit(lambda p: sharding.cast(p, model.dtype))(params)
 

@@ -35,14 +35,14 @@ def restored() -> Iterator[None]:
 
 
 def kept_in() -> str | None:
-    return jax.config.jax_compilation_cache_dir
+    return jax.config.values["jax_compilation_cache_dir"]
 
 
 def test_a_run_keeps_its_programs_in_the_users_cache(tmp_path: pathlib.Path) -> None:
     compiled.keep(None, "runs/a", {"XDG_CACHE_HOME": str(tmp_path)})
     folder = tmp_path / "mgsd_jax" / "compiled"
     assert kept_in() == str(folder) and folder.stat().st_mode & 0o777 == 0o700
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
     compilation_cache.reset_cache()
     jax.jit(lambda x: x * 3.25 + 1)(2.0)
     assert len(list(folder.glob("jit__lambda-*-cache"))) == 1
@@ -56,10 +56,10 @@ def test_a_remote_workdir_keeps_them_itself() -> None:
 def test_the_flag_comes_first_then_the_variable(tmp_path: pathlib.Path) -> None:
     before = kept_in()
     environ = {compiled.VARIABLE: "theirs", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     compiled.keep(None, "runs/a", environ)
     assert kept_in() == before  # as JAX has read it
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == seconds
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == seconds
     compiled.keep(str(tmp_path / "mine"), "runs/a", environ)
     assert kept_in() == str(tmp_path / "mine")
     compiled.keep("off", "runs/a", environ)

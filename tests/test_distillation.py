@@ -307,7 +307,7 @@ def test_rows_weigh_by_their_outcome_once_the_gate_is_open(setup: Setup) -> None
     kl = one_update(setup)[2].kl
     for is_open, rows in ((True, found.weight), (False, np.ones(4))):
         weights = setup.sampled.mask * rows[:, None]
-        parts = {"outcomes": found, "memory": lessons.Memory(is_open=np.bool_(is_open))}
+        parts = {"outcomes": found, "memory": lessons.Memory(is_open=jnp.bool_(is_open))}
         state, loss, _ = one_update(setup, parts=parts, wrong_weight=0.25)
         assert float(loss.weight) == pytest.approx(weights.sum())
         assert float(loss.sum) == pytest.approx((weights * kl).sum(), rel=1e-4)
@@ -322,7 +322,7 @@ def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
     success = np.array([1, 0, 1, 0])
     advantage = np.repeat(success - 0.75, count)
     want = ((np.exp(p) * (p - q)).sum(-1) - 0.5 * advantage * of_sampled(setup, p)).mean()
-    memory = lessons.Memory(tried=np.float32([4]), solved=np.float32([3]))
+    memory = lessons.Memory(tried=jnp.array([4.0]), solved=jnp.array([3.0]))
     parts = {"outcomes": outcomes(np.ones(4), success), "memory": memory}
     state, loss, _ = one_update(setup, parts=parts, success_weight=0.5)
     assert float(loss.value) == pytest.approx(want, rel=1e-4)

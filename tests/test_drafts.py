@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -261,10 +262,11 @@ def test_drafted_rollouts_follow_the_law_of_plain_ones() -> None:
 
 @pytest.mark.parametrize("kind", ["perfect", "spoilt"])
 def test_sampler_and_training_agree_within_the_guard(kind: str) -> None:
-    def logprobs(draft: ArrayLike | None, draft_tokens: int) -> tuple[Rollout, np.ndarray]:
+    def logprobs(draft: ArrayLike | None, draft_tokens: int) -> tuple[Any, np.ndarray]:
         sampling = SamplingConfig(R, draft_tokens=draft_tokens)
         run = Sampler(HALF, sampling, eos_ids=EOS, banned_ids=BANNED, pad_id=PAD)
-        out = jax.device_get(run.rollout(VARIABLES, prompts(), jax.random.key(0), ROW_IDS, draft))
+        sampled = run.rollout(VARIABLES, prompts(), jax.random.key(0), ROW_IDS, draft)
+        out: Any = jax.device_get(sampled)
         return out, np.asarray(trained_logprobs(prompts(), out.tokens, out.mask))
 
     plain, _ = logprobs(None, 0)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -107,7 +108,8 @@ def test_both_stages_tell_the_rate_and_trace_a_step_and_one_shows_boards(
     ):
         rate = optimizer.make_schedule(optim, 4)
         rates = [row["lr"] for row in records(workdir / stage)]
-        assert rates == pytest.approx([float(rate(count)) for count in range(4)], rel=1e-6)
+        want = [float(jnp.asarray(rate(count))) for count in range(4)]
+        assert rates == pytest.approx(want, rel=1e-6)
         shown = workdir / stage / "tensorboard"
         (trace,) = (shown / "plugins" / "profile" / "steps_3-3").glob("*.xplane.pb")
         assert trace.name == "process_0.xplane.pb" and b"jit_update" in trace.read_bytes()

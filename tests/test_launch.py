@@ -396,8 +396,8 @@ def test_up_waits_for_the_end_goes_on_after_a_kill_and_not_after_a_failure(cloud
 
 def test_create_hands_on_account_labels_and_disk(cloud: Cloud) -> None:
     disk = "source=projects/p/zones/us-west4-a/disks/weights,mode=read-only"
-    given = {"TPU_LABELS": "team=a,run=4b", "TPU_DATA_DISK": disk}
-    cloud.tpu("create", "--service-account=me@p.iam.gserviceaccount.com", **given)
+    account = "--service-account=me@p.iam.gserviceaccount.com"
+    cloud.tpu("create", account, TPU_LABELS="team=a,run=4b", TPU_DATA_DISK=disk)
     assert cloud.calls()[-1][-6:] == [
         *("--service-account", "me@p.iam.gserviceaccount.com"),
         *("--labels", "team=a,run=4b", "--data-disk", disk),

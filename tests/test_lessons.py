@@ -17,19 +17,19 @@ SETTINGS = DistillationConfig(OptimConfig(lr=0.0))
 
 
 def test_contrast_weights_have_the_mean_of_one_and_a_cap() -> None:
-    kl = np.float32([[0, 0, 1, 7], [2, 2, 2, 50], [0, 0, 0, 9], [1, 3, 0, 0]])
-    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]], bool)
+    kl = jnp.array([[0, 0, 1, 7], [2, 2, 2, 50], [0, 0, 0, 9], [1, 3, 0, 0]], jnp.float32)
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]], bool)
     want = [[0, 0, 0.5, 3.5], [1, 1, 1, 0], [1, 1, 1, 0], [0, 2, 0, 0]]
     np.testing.assert_allclose(lessons.contrast_weights(kl, mask, 4.0), want, rtol=1e-6)
     np.testing.assert_allclose(lessons.contrast_weights(kl, mask, 3.0)[0], [0, 0, 0.5, 3])
 
 
-def weigh(memory: lessons.Memory, success: Any, **options: Any) -> tuple[Any, Any, lessons.Memory]:
+def weigh(memory: lessons.Memory, success: Any, **options: Any) -> tuple[Any, Any, Any]:
     """Four rows of two tokens, the last of which is no rollout of this step."""
     found = lessons.Outcomes(
-        weight=np.float32([1, 0.25, 0, 1]),
-        success=np.float32(success),
-        cell=np.int32([0, 0, 1, 1]),
+        weight=np.array([1, 0.25, 0, 1], np.float32),
+        success=np.array(success, np.float32),
+        cell=np.array([0, 0, 1, 1], np.int32),
         is_sampled=np.array([True, True, True, False]),
     )
     mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1]], bool)
@@ -69,7 +69,7 @@ def test_the_gate_opens_at_a_success_of_validation_and_stays_open(
 
 
 def rollout(tokens: Any) -> Rollout:
-    tokens = np.int32(tokens)
+    tokens = jnp.array(tokens, jnp.int32)
     zeros = jnp.zeros(tokens.shape, jnp.float32)
     return Rollout(tokens, tokens > 0, zeros - 1, zeros[:, 0] > 0, zeros > 0)
 
@@ -78,12 +78,12 @@ def test_a_replayed_row_is_what_its_slot_holds() -> None:
     memory = lessons.Memory(responses=jnp.full((3, 2, 3), NO_TOKEN, jnp.int32))
     first, second = rollout([[5, 9, 0], [6, 7, 8]]), rollout([[1, 2, 9], [9, 0, 0]])
     options: dict[str, Any] = {"eos_ids": (9,), "pad_id": 0}
-    memory, both = lessons.replay(memory, first, np.int32([0, 0, 0, 0]), **options)
+    memory, both = lessons.replay(memory, first, jnp.array([0, 0, 0, 0]), **options)
     np.testing.assert_array_equal(both.tokens, [[5, 9, 0], [5, 9, 0], [6, 7, 8], [6, 7, 8]])
     # The new rows go to slot 1; one old row is of slot 0, the other what was just written.
-    _, both = lessons.replay(memory, second, np.int32([1, 0, 1, 1]), **options)
+    _, both = lessons.replay(memory, second, jnp.array([1, 0, 1, 1]), **options)
     np.testing.assert_array_equal(both.tokens, [[1, 2, 9], [5, 9, 0], [9, 0, 0], [9, 0, 0]])
     np.testing.assert_array_equal(both.mask, both.tokens > 0)
-    _, both = lessons.replay(memory, second, np.int32([2, 0, 2, 0]), **options)
+    _, both = lessons.replay(memory, second, jnp.array([2, 0, 2, 0]), **options)
     np.testing.assert_array_equal(both.truncated, [False, False, False, True])  # 6 7 8 has no end
     np.testing.assert_array_equal(both.logprobs[:, 0], [-1, 0, -1, 0])

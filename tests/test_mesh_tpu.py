@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgsd_jax import config as c
-from mgsd_jax.main import load_config
+from mgsd_jax.command_line import load_config
 from mgsd_jax.parallel import axes
 from mgsd_jax.preflight import programs
 from mgsd_jax.training import losses

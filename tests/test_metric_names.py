@@ -50,7 +50,8 @@ def written() -> set[str]:
     board = stream_boards([("frozenlake", 3)], "val", seed=0, count=1)[0]
     ones = np.ones((1, 400))
     groups = (np.arange(400) % len(prompts.SEGMENTS))[None]
-    stats: Any = TokenStats(*(ones for _ in TokenStats._fields))
+    each: Any = ones
+    stats = TokenStats(*(each for _ in TokenStats._fields))
     found: set[str] = {"step", "time", "seconds", "loss", "token_accuracy"}
     judged = monitor.judge_rollouts([board], [""])
     found |= monitor.rollout_metrics([board], judged, np.zeros(1), ones).keys()

@@ -73,7 +73,7 @@ def test_timers_accumulate_by_phase_and_start_again(monkeypatch: pytest.MonkeyPa
     assert timers.take() == {}
 
 
-def write_steps(folder: pathlib.Path, steps: range, **options: int) -> None:
+def write_steps(folder: pathlib.Path, steps: range, **options: Any) -> None:
     with metrics.open_writer(folder, **options) as writer:
         for step in steps:
             writer.write(step, {"loss": Mean(float(step), 2.0)})

@@ -157,9 +157,9 @@ def first_room(recipe: c.Config) -> dict[str, int]:
     """The smallest bucket of what a run by the recipe is made of: almost all batches take it."""
     data, settings = recipe.data, recipe.distillation
     return {
-        **dict.fromkeys(("picture", "blind", "perception"), data.prompt_buckets[0]),
-        **dict.fromkeys(("text", "state", "state_and_plan"), data.teacher_buckets[0]),
-        **{kind: data.sequence_buckets[0] for kind, _ in recipe.grounding.mixture},
+        **dict.fromkeys(("picture", "blind", "perception"), c.sizes(data.prompt_buckets)[0]),
+        **dict.fromkeys(("text", "state", "state_and_plan"), c.sizes(data.teacher_buckets)[0]),
+        **{kind: c.sizes(data.sequence_buckets)[0] for kind, _ in recipe.grounding.mixture},
         # Some right responses of Maze 6 are longer than the first bucket, but none of 900 by much.
         "response": settings.response_buckets[0] + 32,
     }

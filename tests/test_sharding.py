@@ -241,8 +241,9 @@ def test_the_mesh_of_rollouts_has_the_same_devices_in_their_order() -> None:
             sharding.open_mesh(MeshConfig(2, 2, 2, rollout_tensor))
     rows = np.arange(8, dtype=np.int32)
     finer = batches.to_global(rows, sharding.rollout_mesh(mesh, 1))
-    moved = batches.move(finer, mesh)
-    assert moved.sharding.is_equivalent_to(batches.to_global(rows, mesh).sharding, 1)
+    moved: Any = batches.move(finer, mesh)
+    there: Any = batches.to_global(rows, mesh)
+    assert moved.sharding.is_equivalent_to(there.sharding, 1)
     np.testing.assert_array_equal(moved, rows)
 
 

@@ -263,7 +263,7 @@ def spell(kind: Hint) -> str:
     if origin in _UNIONS:
         return " or ".join(map(spell, kinds))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(kind, kind.__name__)
+    return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 def _spell(kind: Hint) -> str:
@@ -271,7 +271,7 @@ def _spell(kind: Hint) -> str:
     if origin is Annotated:
         return _spell(kinds[0])
     if origin is Literal:
-        return f"one of {kinds}" if len(kinds) > 1 else repr(kinds[0])
+        return repr(kinds[0]) if len(kinds) == 1 else f"one of {kinds}"
     if origin in _UNIONS:
         return " or ".join(map(_spell, kinds))
     if origin is tuple:

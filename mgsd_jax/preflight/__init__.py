@@ -181,7 +181,7 @@ def ask_compiler(lowered: jax.stages.Lowered, name: str, mesh: Mesh, chip: Chip)
     devices = f"{chip.name}, sides {collectives.sides(mesh)}; {parts}"
     compiler = functools.partial(_compile, mesh=mesh, chip=chip)
     try:
-        return Compiled(**kept.ask(lowered, name, devices, compiler))
+        return Compiled(error=None, **kept.ask(lowered, name, devices, compiler))
     except jax.errors.JaxRuntimeError as problem:
         error = str(problem).splitlines()[0]
         return Compiled(error=error, **_seconds_since(started, worked))

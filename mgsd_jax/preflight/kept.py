@@ -26,7 +26,7 @@ _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 def folder() -> epath.Path | None:
     """The folder of compiled programs (`workdir/compiled.py`); None: nothing is kept."""
-    found = jax.config.jax_compilation_cache_dir
+    found = jax.config.values["jax_compilation_cache_dir"]
     return epath.Path(found) if found else None
 
 
@@ -64,7 +64,7 @@ def ask(
 @contextlib.contextmanager
 def _unwritten() -> Iterator[None]:
     """JAX's own cache keeps nothing meanwhile: it would complain where it reads it."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         yield

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from mgsd_jax.config import Config
+from mgsd_jax.config import Config, LevelSet
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data import splits
 from mgsd_jax.data.boards import Board
@@ -123,8 +123,10 @@ def _write_prompts(words: prompts_lib.Prompts, tasks: Sequence[str], folder: Pat
 
 def _sample(config: Config) -> Board:
     """A board of the test split, or of another where the config draws none for it."""
-    drawn = [(s, split) for split in reversed(splits.SPLITS) for s in config.data.boards]
-    levels, split = next(((s, split) for s, split in drawn if getattr(s, split)), drawn[-1])
+    drawn: list[tuple[LevelSet, splits.Split]] = [
+        (s, split) for split in reversed(splits.SPLITS) for s in config.data.boards
+    ]
+    levels, split = next((one for one in drawn if getattr(*one)), drawn[-1])
     task, level = levels.task, levels.levels[0]
     (state,) = splits.unique_boards(task, level, split, 1, seed=config.seed)
     return Board(task, level, 0, state, None)

@@ -198,9 +198,10 @@ def run(config: Config, workdir: str) -> None:
                 with session.timers.phase("validation"):
                     laid_out = lay_out(tree.combine(state.params, frozen))
                     given = answer(laid_out, held_out, "picture")
-                    measured |= monitor.validation_metrics(held_out, given)
+                    validated = monitor.validation_metrics(held_out, given)
+                    measured |= validated
                     session.show(step + 1, monitor.shown_answers(held_out, given, encoder.picture))
                     if guards.is_blind_due(step + 1, settings.eval_every, config.guards):
                         measured |= guards.blind_measure(answer, laid_out, held_out, given)
-                state = lessons.after_validation(state, measured["val/success"], settings)
+                state = lessons.after_validation(state, validated["val/success"], settings)
             session.finish_step(step + 1, state, measured)

@@ -91,13 +91,13 @@ def make_update(
     def update(
         state: TrainState, frozen: Tree, batch: GroundingBatch
     ) -> tuple[TrainState, Metrics]:
-        grads, measured = gradients(model, settings, state.params, frozen, batch)
-        measured["lr"] = optimizer.learning_rate(state, settings.optim, settings.steps)
+        grads, sums = gradients(model, settings, state.params, frozen, batch)
+        rate = optimizer.learning_rate(state, settings.optim, settings.steps)
         state, norms = optimizer.update(
-            state, grads, tx, loss=measured["loss"].sum, in_place=model.kernel.is_plain
+            state, grads, tx, loss=sums["loss"].sum, in_place=model.kernel.is_plain
         )
         state = sharding.constrain_state(state, model.mesh)
-        return state, measured | norms
+        return state, {**sums, "lr": rate, **norms}
 
     return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
 

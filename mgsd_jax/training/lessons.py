@@ -157,7 +157,8 @@ def needs_outcomes(settings: DistillationConfig) -> bool:
 
 def judge(processor: Processor, boards: Sequence[Board], rollout: Rollout) -> list[monitor.Judged]:
     """What the rows of this process came to."""
-    responses = segments.decode_rows(processor, rollout.tokens, rollout.mask)
+    tokens, mask = (np.asarray(x) for x in (rollout.tokens, rollout.mask))
+    responses = segments.decode_rows(processor, tokens, mask)
     return monitor.judge_rollouts(boards, responses)
 
 
@@ -197,8 +198,8 @@ def outcomes(
 
 def weigh(
     found: Outcomes,
-    mask: jax.Array,
-    weights: jax.Array | None,
+    mask: jax.Array | np.ndarray,
+    weights: jax.Array | np.ndarray | None,
     memory: Memory,
     settings: DistillationConfig,
 ) -> tuple[jax.Array, jax.Array | None, Memory]:

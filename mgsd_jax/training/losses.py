@@ -11,6 +11,7 @@ token to token; only one that is common to all, a normaliser, may also be applie
 """
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,10 @@ def token_kl(
     head = head.astype(p_hidden.dtype)
     weights = jnp.zeros(counted.shape, jnp.float32)
     shared = (head, vocab_mask)
-    return fused_loss(
+    found = fused_loss(
         *(_kl_chunk, token_chunk, mesh, p_hidden, head, weights, counted, q_hidden, shared)
-    )[1]
+    )
+    return cast(tuple[jax.Array, jax.Array], found)[1]
 
 
 def distill(

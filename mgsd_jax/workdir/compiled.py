@@ -40,7 +40,7 @@ def keep(given: str | None, workdir: epath.PathLike, environ: Mapping[str, str])
     'off' keeps none. A folder that cannot be written to is one warning, and the run goes on. Comes
     before the first program is compiled, and after `processes.join`.
     """
-    if given == OFF or not jax.config.jax_enable_compilation_cache:
+    if given == OFF or not jax.config.values["jax_enable_compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", None)
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environ:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def set_up() -> None:
             close=lambda: None,
         )
     sys.unraisablehook = _hide_closed_loop
-    jax.config.update("jax_platforms", platforms(jax.config.jax_platforms))
+    jax.config.update("jax_platforms", platforms(jax.config.values["jax_platforms"]))
 
 
 def platforms(given: str | None) -> str | None:
@@ -86,9 +86,9 @@ def _hide_closed_loop(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _plain(fun_name: str) -> str:
+def _plain(told: Mapping[str, str | int]) -> str:
     """The name of a program as the sources have it: 'prefill' for 'jit(_prefill)'."""
-    return fun_name.removeprefix("jit(").removesuffix(")").lstrip("_")
+    return str(told.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")").lstrip("_")
 
 
 @contextlib.contextmanager
@@ -96,27 +96,27 @@ def compilations_told() -> Iterator[None]:
     """Logs a line for each program that compiles for long, and one when it is compiled."""
     under_way: dict[int, tuple[threading.Timer, threading.Event]] = {}  # by thread
 
-    def begin(event: str, _: float, *, fun_name: str = "a program", **_more: object) -> None:
+    def begin(event: str, value: float, **more: str | int) -> None:
         if event != _COMPILE:
             return
         told = threading.Event()
 
         def tell() -> None:
             told.set()
-            logging.info("compiling %s ...", _plain(fun_name))
+            logging.info("compiling %s ...", _plain(more))
 
         timer = threading.Timer(_SLOW, tell)
         timer.daemon = True
         timer.start()
         under_way[threading.get_ident()] = timer, told
 
-    def end(event: str, seconds: float, *, fun_name: str = "a program", **_: object) -> None:
+    def end(event: str, duration_secs: float, **more: str | int) -> None:
         if event != _COMPILE or threading.get_ident() not in under_way:
             return
         timer, told = under_way.pop(threading.get_ident())
         timer.cancel()
         if told.is_set():
-            logging.info("compiled %s in %.0f s", _plain(fun_name), seconds)
+            logging.info("compiled %s in %.0f s", _plain(more), duration_secs)
 
     monitoring.register_scalar_listener(begin)
     monitoring.register_event_duration_secs_listener(end)

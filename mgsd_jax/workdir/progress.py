@@ -116,9 +116,9 @@ def open_progress(
     """A Progress over `total` of which `start` are done."""
     compiled: list[float] = []
 
-    def note(event: str, seconds: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event in _COMPILING:
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     bar = None
     if is_main and sys.stderr.isatty():

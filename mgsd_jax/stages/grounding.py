@@ -92,12 +92,13 @@ def make_update(
         state: TrainState, frozen: Tree, batch: GroundingBatch
     ) -> tuple[TrainState, Metrics]:
         grads, sums = gradients(model, settings, state.params, frozen, batch)
-        rate = optimizer.learning_rate(state, settings.optim, settings.steps)
+        measured: Metrics = {**sums}
+        measured["lr"] = optimizer.learning_rate(state, settings.optim, settings.steps)
         state, norms = optimizer.update(
             state, grads, tx, loss=sums["loss"].sum, in_place=model.kernel.is_plain
         )
         state = sharding.constrain_state(state, model.mesh)
-        return state, {**sums, "lr": rate, **norms}
+        return state, measured | norms
 
     return jax.jit(update, donate_argnums=0), jax.jit(loss_of)
 

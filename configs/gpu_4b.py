@@ -9,8 +9,8 @@ Expected:  memory by arithmetic, see `benchmarks/memory.py`. Speed and accuracy:
 
 There is one copy of the base weights, in bfloat16: the student is the base with adapters, the
 teacher is the base without. Distillation continues with grounding's adapters. The teacher reads the
-state alone and the divergence is Jensen-Shannon's, which docs/study.md found to be the best;
-adapters learn at ten times the rate that the public release has for all parameters.
+state alone and the divergence is Jensen-Shannon's, which varied least between the seeds of
+docs/study.md; adapters learn at ten times the rate that the release has for all parameters.
 """
 
 import dataclasses

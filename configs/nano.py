@@ -45,7 +45,7 @@ def get_config() -> c.Config:
                 lr=1e-3, schedule="cosine", warmup=0.05, b2=0.99, trainable="^visual"
             ),
             teacher_context="state",
-            objective="jsd",  # the surest of the objectives in docs/study.md
+            objective="jsd",  # varied least between the seeds of docs/study.md
             sampling=c.SamplingConfig(max_new_tokens=62),
             token_chunk=1024,
             steps=120,

@@ -270,7 +270,7 @@ def call(*flags: str) -> int:
         ("PNG", ["model=MODEL", "task=go"], "task: got 'go', want one"),
         ("PNG", ["model=s3://a", "task=maze"], "ask.model: got 's3://a', want a local path or gs"),
         ("PNG", ["model=/absent", "task=maze"], "/absent: neither config.json"),
-        ("/absent.png", ["model=MODEL", "task=maze"], "/absent.png: got an unreadable picture"),
+        ("/absent.png", ["model=MODEL", "task=maze"], "/absent.png: not found"),
         ("TEXT", ["model=MODEL", "task=maze"], "a.txt: got an unreadable picture"),
         ("CUT", ["model=MODEL", "task=maze"], "b.png: got an unreadable picture"),
         ("FOLDER", ["model=MODEL", "task=maze"], "got an unreadable picture"),
@@ -338,3 +338,14 @@ def test_the_shipped_base_is_asked(
     assert f"{picture}: 256x256 pixels, resized to 160x160, as in the training" in said
     assert ("It sees, in MiniBehaviour of" in said) or ("makes no board" in said)
     assert output.exists() == (f"The picture with the route: {output}" in said)
+
+
+def test_a_board_that_is_solved_before_the_first_action_is_none() -> None:
+    """A model that sees player and goal in one cell has seen no board of a maze."""
+    text = right_answer("maze", board("maze"))
+    lines = [line for line in text.splitlines() if not line.startswith(("Player", "Goal"))]
+    answer = Answer("\n".join(["Player: (1,1)", "Goal: (1,1)", *lines]), False, 1)
+    pixels = np.zeros((96, 96, 3), np.uint8)
+    reply = reply_lib.read("maze", answer, 96, pixels, lambda *_: pixels)
+    assert reply.board is None and "solved before the first action" in reply.problem
+    assert reply.is_doubtful

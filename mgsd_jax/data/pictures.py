@@ -120,6 +120,8 @@ def open_picture(file: str | io.BytesIO, name: object) -> Image.Image:
         if picture.width * picture.height > MOST_PIXELS:
             raise ValueError(f"{picture.width}x{picture.height}, over {MOST_PIXELS} pixels")
         picture.load()
+    except FileNotFoundError:
+        raise ValueError(f"{name}: not found, want a PNG") from None
     # Pillow has no error of its own: broken text chunks are ValueErrors, headers SyntaxErrors.
     except (
         *(OSError, SyntaxError, ValueError),

@@ -58,6 +58,8 @@ def read(
         state = facts.stated_board(task, facts.read_facts(task, answer.text))
     except ValueError as error:
         return Reply(task, answer, size, problem=str(error))
+    if ENVS[task].play(state, ()).success:
+        return Reply(task, answer, size, problem="it is solved before the first action")
     board = Board(task, state.size, 0, state, None)
     row = cast(PlanRow, score_row(board, "picture", answer, model=""))
     least = 8 * board.level  # below it no board is drawn

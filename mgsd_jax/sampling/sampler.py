@@ -20,13 +20,12 @@ from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model.cache import KVCache
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import batches, sharding
-from mgsd_jax.parallel.axes import BATCH, dividing, fit, parts
+from mgsd_jax.parallel.axes import BATCH, dividing, fit
 from mgsd_jax.sampling.decoding import Choice, Rollout, Static, decode
 from mgsd_jax.tree import PyTree, Tree
 
 Variables = Tree  # {'params': ..., optionally 'adapters': ...}
 Program = tuple[Wrapped, tuple[PyTree, ...]]  # a jitted function, and its arguments
-_SUBLANES = 8  # rows of a TPU's tile; with fewer the default layout pads less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +79,7 @@ class Sampler:
         static, draft = self._static(draft)
         # Jax mixes no arrays of two meshes in a program, not even where they lie the same.
         inputs, row_ids, draft = batches.move((inputs, row_ids, draft), self.model.mesh)
-        prefill, decode, grow = _compiled(
-            _places(self.model, inputs.tokens.shape[0], static.window)
-        )
+        prefill, decode, grow = _compiled(_places(self.model, inputs.tokens.shape[0]))
         first, *later = static.stages(inputs.tokens.shape[1])
         hidden, cache = prefill(static, first, variables, inputs)
         rest = (inputs.next_position, rng, row_ids, draft)
@@ -109,7 +106,7 @@ class Sampler:
         ShapeDtypeStructs that lie on the model's mesh.
         """
         static, draft = self._static(draft)
-        places = _places(self.model, inputs.tokens.shape[0], static.window)
+        places = _places(self.model, inputs.tokens.shape[0])
         prefill, decode, _ = _compiled(places)
         slots = static.stages(inputs.tokens.shape[1])[-1]
         prefilled = jax.eval_shape(functools.partial(_prefill, static, slots), variables, inputs)
@@ -166,12 +163,11 @@ def _compiled(places: PyTree) -> tuple[Wrapped, Wrapped, Wrapped]:
     )
 
 
-def _places(model: Qwen3VL, rows: int, window: int) -> PyTree:
+def _places(model: Qwen3VL, rows: int) -> PyTree:
     """Where the last hidden states and the cache lie between prefill and decode; None: anywhere.
 
-    On a TPU the loop wants rows beside widths, [L, S, K, B, H] in memory, and with several queries
-    a row slots beside them, [L, B, K, S, H]: handed over in another layout, the cache would be
-    copied on the way in and on the way out, and be there twice.
+    On a TPU the loop wants slots beside widths, [L, B, K, S, H] in memory: handed over in another
+    layout, the cache would be copied on the way in and on the way out, and be there twice.
     """
     mesh, text = model.mesh, model.config.text
     if mesh is None:
@@ -179,10 +175,8 @@ def _places(model: Qwen3VL, rows: int, window: int) -> PyTree:
     by_row = NamedSharding(mesh, P(dividing(mesh, BATCH, rows)))
     shape = (text.num_hidden_layers, rows, 1, text.num_key_value_heads, text.head_dim)
     place: PyTree = NamedSharding(mesh, fit(P(None, BATCH, None, "tensor"), shape, mesh))
-    if model.kernel.name == "splash" and window > 1:
+    if model.kernel.name == "splash":
         place = Format(Layout((0, 1, 3, 2, 4)), place)
-    elif model.kernel.name == "splash" and rows // parts(mesh, by_row.spec[0]) >= _SUBLANES:
-        place = Format(Layout((0, 2, 3, 1, 4)), place)
     fields: Tree = {"k": place, "v": place, "valid": by_row, "length": NamedSharding(mesh, P())}
     return by_row, KVCache(**fields)
 

@@ -22,9 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files of minutes, the longest first: workers take files in this order, so that none is left alone
-# with a long one at the end.
+# with a long one at the end. What traces steps comes before them: JAX's profiler crashes in a
+# process that has loaded libtpu without a TPU, as the files that compile for TPUs do.
 LONGEST = (
-    *("processes", "killed", "distillation", "end_to_end", "mesh_step", "real_tokenizer"),
+    *("traces", "end_to_end"),
+    *("processes", "killed", "moving", "distillation", "mesh_step", "real_tokenizer", "compiled"),
     *("preflight", "killed_anywhere", "compiled_once", "export", "sampler", "model", "wheel"),
     *("gpu_benchmark", "attention", "losses", "mesh_tpu", "mesh", "sharding", "nano"),
 )

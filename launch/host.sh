@@ -117,6 +117,8 @@ loop() { # stages restarts copy_to arguments...
   for stage in $(echo "${stages:-as-given}" | tr ',' ' '); do
     left=$restarts
     while true; do
+      # Asked to stop before the program was there to hear it: as if it had, and left.
+      [ -z "$STOPPING" ] || { code=75; break; }
       code=0
       if [ "$stage" = as-given ]; then
         "$VENV/bin/python" -m mgsd_jax.main "$@" || code=$?

@@ -163,7 +163,7 @@ check() {
   want_word --name "$NAME" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' 'small letters, digits and hyphens, a letter first'
   want_word --project "$PROJECT" '([a-z0-9.-]+:)?[a-z0-9]([-a-z0-9]*[a-z0-9])?' 'the ID of a project'
   want_word --zone "$ZONE" '[a-z]+(-[a-z0-9]+)+' 'a zone such as us-west4-a'
-  want_word --type "$TYPE" '(v[0-9][a-z0-9]*-[0-9]+)?' 'an accelerator type such as v5litepod-16'
+  want_word --type "$TYPE" '((v|tpu)[0-9][a-z0-9]*-[0-9]+)?' 'an accelerator type such as v5litepod-16'
   want_word --runtime "$RUNTIME" '([a-z0-9][-a-z0-9._]*)?' 'a VM image such as v2-alpha-tpuv6e'
   want_word --network "$NETWORK" '([a-z]([-a-z0-9/.:]*[a-z0-9])?)?' 'the name of a VPC network'
   want_word --service-account "$SERVICE_ACCOUNT" '([a-z0-9][-a-z0-9.]*@[a-z0-9][-a-z0-9.]*)?' 'an address such as trainer@my-project.iam.gserviceaccount.com'

@@ -364,6 +364,9 @@ def test_up_does_all_and_leaves_alone_what_is_done(cloud: Cloud) -> None:
     said = cloud.tpu("up", "--spot", "--weights=gs://bucket/models/small", *program)
     parts = ["queued-resources create", "slice is ACTIVE", "is set up", "rsync", "started, log"]
     assert sorted(parts, key=said.index) == parts
+    logs = [cloud.folder / f"slice-w{i}/mgsd_jax/w/logs/slice-w{i}.log" for i in range(HOSTS)]
+    for log in logs:
+        wait_for(lambda log=log: log.exists() and "program" in log.read_text())
     before = len(cloud.calls())
     for home in (cloud.folder / f"slice-w{i}" for i in range(HOSTS)):
         assert (home / "mgsd_jax" / "models" / "small" / "model.safetensors").exists()

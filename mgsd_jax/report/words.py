@@ -41,6 +41,7 @@ METRICS = {
     "val/success": ("Solved boards, validation", _SHARE),
     "kl": ("KL to the teacher", _NATS),
     "val/state_exact": ("States read exactly, validation", _SHARE),
+    "val/blind_same": ("Same answer to another picture, validation", _SHARE),
     "rollout/success": ("Solved boards, training", _SHARE),
     "token_accuracy": ("Answer tokens right", _SHARE),
     "questions/loss": ("Loss, questions", _NATS),

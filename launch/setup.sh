@@ -58,7 +58,8 @@ unset PYTHON, or set VENV to another folder"
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$VENV"
     echo "setup: installing mgsd_jax${extras:+[$extras]} into $VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip
-    "$VENV/bin/python" -m pip install --quiet -e ".${extras:+[$extras]}"
+    # Twice quiet: errors alone. Setuptools would warn of every editable installation.
+    "$VENV/bin/python" -m pip install --quiet --quiet -e ".${extras:+[$extras]}"
     touch "$stamp"
   fi
 }

@@ -128,7 +128,7 @@ def test_every_stage_of_the_help_runs() -> None:
         ("import nothing_of_the_kind", "a.py, line 1: got ModuleNotFoundError: No module named"),
         ("from mgsd_jax.config import *\nOptimConfig()", "a.py, line 2: got TypeError: OptimConf"),
         ("x = '\\0" + "(" * 1000, "a.py, line 1: got SyntaxError"),
-        ("\0", "got SyntaxError: source code"),
+        ("\0", "source code string cannot contain null bytes"),
         ("def get_config():\n    return get_config()\n", "line 2: got RecursionError"),
         ("def get_config():\n    raise ValueError('size: got 9b')", "a.py, line 2: size: got 9b"),
     ],

@@ -6,6 +6,7 @@ HARD.
 
 import random
 import re
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from mgsd_jax.data import prompts
 from mgsd_jax.data.boards import Board
-from mgsd_jax.envs import ENVS, facts, responses, values
+from mgsd_jax.envs import ENVS, facts, plans, responses, values
 from mgsd_jax.envs.base import Question
 from mgsd_jax.evaluation import perception, scoring
 
@@ -332,6 +333,27 @@ def test_no_pattern_backtracks(name: str) -> None:
 def test_the_rule_notices_what_backtracks() -> None:
     assert backtracking(r"x[0-9]+x") and backtracking(r"[0-9]++x") and backtracking(r"a(?:b|c+d)")
     assert not backtracking(r"x[0-9]++x") and not backtracking(r"(?<![0-9])[0-9]++x|[ab]+")
+
+
+def possessive_groups(pattern: str) -> list[str]:
+    """Possessive repeats of more than a character, which Python before 3.11.5 matches wrongly."""
+    characters = ("IN", "LITERAL", "NOT_LITERAL", "ANY")
+    return [
+        str(argument)
+        for items in branches(re._parser.parse(pattern))  # type: ignore[attr-defined]
+        for kind, argument in items
+        if str(kind) == "POSSESSIVE_REPEAT" and str(argument[2][0][0]) not in characters
+    ]
+
+
+@pytest.mark.parametrize("module", [*MODULES, plans], ids=lambda module: module.__name__)
+def test_no_group_is_repeated_possessively(module: types.ModuleType) -> None:
+    found = [value for value in vars(module).values() if isinstance(value, re.Pattern)]
+    found += [part[0] for part in getattr(module, "_MARKS", ())]
+    if module is facts:
+        found += [facts._vocabulary(task).sentence for task in ENVS]
+    assert [one.pattern for one in found if possessive_groups(one.pattern)] == []
+    assert possessive_groups(r"(?:ab|c)*+d") and not possessive_groups(r"[ab]*+c++d{1,2}+")
 
 
 @pytest.mark.parametrize(

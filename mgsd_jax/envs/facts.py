@@ -72,10 +72,10 @@ def vocabulary(labels: Mapping[str, str], *, has_sides: bool) -> Vocabulary:
         labels,
         re.compile(f"{_OPEN}|{_LABEL}" if has_sides else _LABEL),
         re.compile(
-            r"(?:^|[.;,:(>|-] ?)(?:there are |with |and |the ){0,3}+"
+            r"(?:^|[.;,:(>|-] ?)(?:there are |with |and |the ){0,3}"
             rf"(?P<name>{names})(?: cells?| position)?"
             r" ?(?:(?:is|are|starts|covers|occupies) )?(?:located |positioned )?(?:at |in |on )?"
-            rf"(?:cells? )?(?P<cells>{CELL}(?:(?:,? and |, ?| ){CELL})*+)"
+            rf"(?:cells? )?(?P<cells>{CELL}(?:(?:,? and |, ?| ){CELL})*)"
             rf"|\b{_BOARD}(?: size)? (?:is )?(?:a )?(?P<size>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}\b)"
             rf"|(?<![0-9x.])(?<!x )(?P<size2>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}) {_BOARD}\b",
             re.M,

@@ -37,7 +37,7 @@ _TOKEN = re.compile(
 # Pairs of numbers with something else than commas between them are cells without their brackets.
 _BARE_CELLS = re.compile(
     r"\A[^0-9]*+([0-9]++[ \t]*+[,，][ \t]*+[0-9]++)"
-    r"(?:[^0-9,，]++[0-9]++[ \t]*+[,，][ \t]*+[0-9]++)++[^0-9,，]*+\Z"
+    r"(?:[^0-9,，]++[0-9]++[ \t]*+[,，][ \t]*+[0-9]++)+[^0-9,，]*+\Z"
 )
 _Token = tuple[str, str]  # kind, text
 

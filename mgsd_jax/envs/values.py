@@ -21,7 +21,9 @@ _SIGNS = {
     ord("。"): ".",
     ord("\r"): "\n",
 }
-# In this order. None of them can try one place in two ways, so each takes one pass.
+# In this order. None of them can try one place in two ways, so each takes one pass. Groups have no
+# possessive quantifier here or in plans.py and facts.py: Python before 3.11.5 matches those wrongly
+# (https://github.com/python/cpython/issues/106052).
 _MARKS = (
     (re.compile(r"<br ?/?>"), "\n"),
     (re.compile(r"\\(?:times|cdot)(?![a-z])"), "x"),
@@ -43,9 +45,9 @@ _SIZE = (
 )
 CELL = r"[(\[] ?([0-9]++) ?, ?([0-9]++) ?[)\]]"
 _BARE_CELL = re.compile(r"([0-9]++) ?, ?([0-9]++)")
-_BARE_CELLS = re.compile(r"\A[ \n]*+(?:[0-9]{1,9}+ ?, ?[0-9]{1,9}+(?! ?,)[ ;\n]*+)++[.]? ?")
+_BARE_CELLS = re.compile(r"\A[ \n]*+(?:[0-9]{1,9}+ ?, ?[0-9]{1,9}+(?! ?,)[ ;\n]*+)+")
 # Cells that a text begins with are all that it names: a sentence after them is about other things.
-_LIST = re.compile(r"\A(?:[^a-z0-9]|(?<![a-z])(?:at|in)(?![a-z]))*+[0-9]")
+_LIST = re.compile(r"\A(?:[^a-z0-9]|(?<![a-z])(?:at|in)(?![a-z]))*")  # up to its first digit
 _AFTER_LIST = re.compile(
     r"[.;!\n][ \n-]{0,8}+(?!(?:and|also|another|or|the other|cells?|holes?|tiles?|row)\b)[a-z]"
 )
@@ -99,9 +101,12 @@ def read_sizes(text: str) -> frozenset[tuple[int, int]] | None:
 def read_cells(text: str) -> frozenset[Cell] | None:
     """The cells that a plain text names and does not deny; empty where it says none, else None."""
     bare = text.rpartition(":")[2]
-    if _BARE_CELLS.fullmatch(bare):
+    only = _BARE_CELLS.match(bare)
+    if only and bare[only.end() :] in ("", ".", ". "):
         return frozenset((number(m[1]), number(m[2])) for m in _BARE_CELL.finditer(bare))
-    end = _AFTER_LIST.search(text) if _LIST.match(text) else None
+    lead = _LIST.match(text)
+    is_list = lead is not None and text[lead.end() : lead.end() + 1] in tuple("0123456789")
+    end = _AFTER_LIST.search(text) if is_list else None
     text = text[: end.start()] if end else text
     return _said(text, _CELLS, _pair)
 

@@ -132,6 +132,12 @@ class DataConfig:
     # order of red, green and blue; any other than 0, 1, 2 gives colours that no board has
     channels: tuple[int, int, int] = (0, 1, 2)
     sprites: Literal["usual", "other"] = "usual"  # other: things drawn as no board has them
+    # strength of the random changes of the pictures that a model is trained on; 0: none
+    augment: Share = 0.0
+    # kinds of these changes, see docs/boards.md; sprites: things drawn as no board has them
+    augment_kinds: Annotated[
+        tuple[Literal["colours", "shapes", "place", "noise", "sprites"], ...], Items(1)
+    ] = ("colours", "shapes", "place", "noise")
     exclude: Paths = ()  # benchmark folders whose boards never enter a split
     prompts: PathOrNone = ""  # folder of text files that replace prompts; '': the built-in ones
     # lengths that student prompts are padded to, picture included; each is a program of its own,

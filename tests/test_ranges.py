@@ -23,6 +23,7 @@ CONFIG = dataclasses.replace(
     load_config(str(ROOT / "configs" / "nano.py"), []), nano=NanoConfig(folder="a")
 )
 ZERO_IS_FINE = {
+    "data.augment",
     *("seed", "mesh.rollout_tensor"),
     *("data.boards.train", "data.boards.val", "data.boards.test"),
     *("data.picture_size", "data.cell_pixels"),

@@ -7,6 +7,7 @@ import numpy as np
 from mgsd_jax import config as config_lib
 from mgsd_jax.config import DataConfig, TeacherContext
 from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.augment import augment
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.processor import Encoded, Processor, encode, encode_answer, encode_example
 from mgsd_jax.data.prompts import Prompts
@@ -32,13 +33,25 @@ class Encoder:
     prompts: Prompts
     data: DataConfig
 
-    def picture(self, board: Board) -> np.ndarray:
-        """The board drawn as configured, uint8 [H, W, 3]."""
-        return draw_picture(self.data, board)
+    def picture(self, board: Board, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The board drawn as configured, uint8 [H, W, 3]; with `rng` as training shows it."""
+        data = self.data
+        if rng is None or data.augment == 0:
+            return draw_picture(data, board)
+        if "sprites" in data.augment_kinds and rng.random() < data.augment / 2:
+            drawn_as = "usual" if data.sprites == "other" else "other"
+            data = dataclasses.replace(data, sprites=drawn_as)
+        return augment(
+            draw_picture(data, board),
+            board.level,
+            rng,
+            strength=data.augment,
+            kinds=data.augment_kinds,
+        )
 
-    def student(self, board: Board) -> Encoded:
-        """The student's prompt: instructions and the picture."""
-        messages = prompts_lib.student(self.prompts, board.task, self.picture(board))
+    def student(self, board: Board, rng: np.random.Generator | None = None) -> Encoded:
+        """The student's prompt: instructions and the picture; with `rng` as training shows it."""
+        messages = prompts_lib.student(self.prompts, board.task, self.picture(board, rng))
         return encode(self.processor, messages, add_generation_prompt=True)
 
     def teacher(self, board: Board, context: TeacherContext) -> Encoded:
@@ -56,7 +69,11 @@ class Encoder:
 
     def record(self, board: Board, kind: str, rng: np.random.Generator) -> tuple[Encoded, int]:
         """A supervised record of a kind in RECORDS, and the length of its prompt."""
-        messages, answer = RECORDS[kind].make(self.prompts, board, self.picture, rng)
+
+        def draw(board: Board) -> np.ndarray:
+            return self.picture(board, rng)
+
+        messages, answer = RECORDS[kind].make(self.prompts, board, draw, rng)
         return encode_example(self.processor, messages, answer)
 
 

@@ -191,7 +191,7 @@ def prompt_loader(
         read = read._replace(state=disturb(read.task, read.state, rng, noise))
         reference = encoder.reference(board, rng) if rng.random() < reference_share else None
         return PromptExample(
-            encoder.student(board),
+            encoder.student(board, rng),
             encoder.teacher(read, context),
             board,
             reference,

@@ -42,7 +42,7 @@ ELSEWHERE = (
     ),
 )
 CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
-ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method", "jsd")
+ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method", "jsd", "jsd_only")
 Task = tuple[StudyRow, int]  # and a seed
 
 

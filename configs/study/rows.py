@@ -51,10 +51,12 @@ _PLANS_BASE = ("model.path={study}/plans/export",)
 _LONG_GROUNDING = ("grounding.steps=160",)
 _ON_PLANS = (*_LONG_GROUNDING, "grounding.mixture=(('plan_from_picture',1.0),)")
 _ALONE = ("distillation.student={model}", "distillation.steps=160")
+_JSD = (*_ALONE, "distillation.objective=jsd")
 _CONTEXT = "distillation.teacher_context="
 _ONE_PLAN = "data.teacher_buckets=(44,64,128)"
 _ALL_PLANS = "data.teacher_buckets=(44,128,512,1408)"  # a board may have dozens of shortest plans
 _WEIGHTS = "distillation.token_weights="
+_AUGMENT = "data.augment="
 _QUESTIONS = "distillation.grounding_share="
 _GATE, _GATE_LATE = "distillation.wrong_weight=0.3", "distillation.wrong_weight_from=0.3"
 _CONTRAST = "distillation.contrast_cap=4.0"
@@ -74,6 +76,7 @@ GROUPS = {
         Row("grounding_only", "Grounding alone", "grounding", _LONG_GROUNDING, MAIN_SEEDS),
         Row("distillation_only", "Distillation alone", "distillation", _ALONE, MAIN_SEEDS),
         _method("method", "Grounding, then distillation", seeds=MAIN_SEEDS),
+        Row("jsd_only", "Distillation alone, Jensen-Shannon", "distillation", _JSD, MAIN_SEEDS),
     ),
     "controls": (
         _method("other_board", "Teacher reads another board", "distillation.teacher_board=other"),
@@ -165,6 +168,9 @@ GROUPS = {
     ),
     # One switch each from the row `jsd`; 40 + 120 updates of 64 rows.
     "options": (
+        _jsd("augment_25", "Pictures vary by strength 0.25", _AUGMENT + "0.25"),
+        _jsd("augment_50", "Pictures vary by strength 0.5", _AUGMENT + "0.5"),
+        _jsd("augment_100", "Pictures vary by strength 1", _AUGMENT + "1.0"),
         _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
         _jsd("gate", "Wrong responses weigh 0.3", _GATE),

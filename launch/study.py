@@ -10,7 +10,6 @@ import argparse
 import concurrent.futures
 import os
 import pathlib
-import queue
 import runpy
 import subprocess
 import sys
@@ -95,42 +94,45 @@ def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Pat
 
 
 def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
-    """Run the tasks, each after the one that it needs, and return how many failed.
+    """Run the tasks in order, each after the one that it needs, and return how many failed.
 
     Ctrl-C reaches the programs too: they save and stop, no other is started, and this ends in 130.
     """
-    cores: queue.Queue[int | None] = queue.Queue()
     there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for job in range(jobs):
-        cores.put(there[job] if job < len(there) else None)
-    finished = {(row.name, seed): threading.Event() for row, seed in tasks}
+    cores = [there[job] if job < len(there) else None for job in range(jobs)]
+    waiting, failures = list(tasks), 0
+    unfinished = {(row.name, seed) for row, seed in tasks}
     is_stopped = threading.Event()
 
-    def work(row: StudyRow, seed: int) -> None:
-        if (row.needs, seed) in finished:
-            finished[row.needs, seed].wait()
-        core = cores.get()
-        try:
-            for argv in commands(row, seed, study):
-                if is_stopped.is_set():
-                    return
-                run(argv, study / row.name / f"{seed}.log", core, study)
-        finally:
-            cores.put(core)
-            finished[row.name, seed].set()
+    def work(row: StudyRow, seed: int, core: int | None) -> None:
+        for argv in commands(row, seed, study):
+            if is_stopped.is_set():
+                return
+            run(argv, study / row.name / f"{seed}.log", core, study)
 
-    failures = 0
     with (
-        concurrent.futures.ThreadPoolExecutor(len(tasks)) as pool,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
         tqdm.tqdm(total=len(tasks), unit="run") as progress,
     ):
-        waiting = [pool.submit(work, row, seed) for row, seed in tasks]
+        running: dict[concurrent.futures.Future[None], tuple[Task, int | None]] = {}
         try:
-            for future in concurrent.futures.as_completed(waiting):
-                progress.update()
-                if future.exception():
-                    failures += 1
-                    print(future.exception(), file=sys.stderr)
+            while waiting or running:
+                ready = [
+                    (row, seed) for row, seed in waiting if (row.needs, seed) not in unfinished
+                ]
+                for task, core in zip(ready, list(cores), strict=False):
+                    waiting.remove(task)
+                    cores.remove(core)
+                    running[pool.submit(work, *task, core)] = task, core
+                done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+                for future in done:
+                    (row, seed), core = running.pop(future)
+                    unfinished.discard((row.name, seed))
+                    cores.append(core)
+                    progress.update()
+                    if future.exception():
+                        failures += 1
+                        print(future.exception(), file=sys.stderr)
         except KeyboardInterrupt:
             is_stopped.set()
             print("stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)

@@ -54,6 +54,27 @@ def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_run_in_order_each_after_the_one_that_it_needs(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {row.name: row for row in ROWS}
+    tasks = [(rows[name], seed) for name in ("method", "grounded", "jsd", "base") for seed in (0,)]
+    began: list[str] = []
+
+    def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Path) -> None:
+        began.append(log.parent.name)
+        if log.parent.name == "jsd":
+            raise RuntimeError("jsd: got exit code 1")
+
+    RUNNER["run_all"].__globals__["run"], kept = run, RUNNER["run"]
+    try:
+        assert RUNNER["run_all"](tasks, tmp_path, 1) == 1
+    finally:
+        RUNNER["run_all"].__globals__["run"] = kept
+    assert list(dict.fromkeys(began)) == ["grounded", "method", "jsd", "base"]
+    assert "jsd: got exit code 1" in capsys.readouterr().err
+
+
 def row(index: int, mode: str, is_right: bool) -> dict[str, Any]:
     common = {"model": "m", "attempt": 0, "task": "maze", "level": 3, "index": index, "mode": mode}
     common |= {"id": f"maze/3/{index}/{mode}", "response": "", "truncated": False}

@@ -3,6 +3,7 @@
 A study is a folder `{row}/{seed}` of workdirs; configs/study/rows.py says what the rows are.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import statistics
@@ -125,13 +126,15 @@ def estimate(model: Model, mode: str, get: Getter = success) -> stats.Estimate:
     return stats.over_runs([strata(run, mode, get) for run in model.runs])
 
 
-def difference(ours: Model, theirs: Model) -> stats.Difference:
-    """Return ours - theirs in macro success from the picture, over the seeds that both have."""
+def difference(
+    ours: Model, theirs: Model, mode: str = "picture", get: Getter = success
+) -> stats.Difference:
+    """Return ours - theirs in the macro mean of a measure, over the seeds that both have."""
     seeds = {run.seed for run in ours.runs} & {run.seed for run in theirs.runs}
     if not seeds:
         raise ValueError(f"{ours.name}, {theirs.name}: got no seed in common, want one or more")
     mine, others = (
-        [strata(run, "picture", success) for run in model.runs if run.seed in seeds]
+        [strata(run, mode, get) for run in model.runs if run.seed in seeds]
         for model in (ours, theirs)
     )
     return stats.runs_difference(mine, others)
@@ -234,6 +237,46 @@ def ablation_table(models: Sequence[Model], reference: Model) -> str:
     return _table("changed", [model.title for model in shown], columns)
 
 
+def options_table(
+    models: Sequence[Model], reference: Model, elsewhere: Mapping[str, Mapping[str, Model]]
+) -> str:
+    """Each option and the recipe that it is a switch of, on every kind of boards, with its gain.
+
+    `elsewhere` holds the models by name for each kind of other boards.
+    """
+    shown = [reference, *models]
+
+    def gains(
+        found: Sequence[Model | None], mode: str = "picture", get: Getter = success
+    ) -> list[str]:
+        cells = []
+        for model in found:
+            if model is None or found[0] is None:
+                cells.append(DASH)
+                continue
+            value = percent(estimate(model, mode, get).value)
+            gain = (
+                "" if model is found[0] else f" {_points(difference(model, found[0], mode, get))}"
+            )
+            cells.append(value + gain)
+        return cells
+
+    last = [[run.curve[-1].get("val/success") for run in model.runs] for model in shown]
+    columns = {
+        "seeds": [str(len(model.runs)) for model in shown],
+        "validation": [
+            percent(statistics.fmean(v for v in values if v is not None)) if all(values) else DASH
+            for values in last
+        ],
+        "test": gains(shown),
+    }
+    for name, there in elsewhere.items():
+        columns[name] = gains([there.get(model.name) for model in shown])
+    columns["questions"] = gains(shown, "perception", answered_right)
+    columns["text"] = gains(shown, "text")
+    return _table("option", [model.title for model in shown], columns)
+
+
 def _points(found: stats.Difference) -> str:
     return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
@@ -264,14 +307,18 @@ def write_tables(study: pathlib.Path, rows: Sequence[StudyRow], elsewhere: Seque
     parts = ["## Main rows\n", main_table([m for m in models.values() if m.group == "main"], base)]
     parts += ["\n## Differences\n", claims(seeded, _PAIRS)]
     groups = dict.fromkeys(m.group for m in models.values() if m.group != "main")
+    others: dict[str, dict[str, Model]] = {}
+    for name in elsewhere:
+        with contextlib.suppress(ValueError):
+            others[name] = read_study(study, rows, name)
     for group in groups:
         some = [m for m in models.values() if m.group == group]
-        parts += [f"\n## {group[0].upper()}{group[1:]}\n", ablation_table(some, models["method"])]
-    for name in elsewhere:
-        try:
-            there = read_study(study, rows, name)
-        except ValueError:
-            continue
+        if group == "options" and "jsd" in models:
+            table = options_table(some, models["jsd"], others)
+        else:
+            table = ablation_table(some, models["method"])
+        parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
+    for name, there in others.items():
         parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
     return "\n".join(parts)
 

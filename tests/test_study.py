@@ -87,9 +87,16 @@ def row(index: int, mode: str, is_right: bool) -> dict[str, Any]:
     return {**common, "outcome": outcome, **extra}
 
 
-def write_run(study: pathlib.Path, name: str, seed: int, right: int, boards: int = 20) -> None:
+def write_run(
+    study: pathlib.Path,
+    name: str,
+    seed: int,
+    right: int,
+    boards: int = 20,
+    evaluation: str = "evaluate",
+) -> None:
     """An evaluation with `right` of 20 boards solved from pictures, all from text, none blind."""
-    folder = study / name / str(seed) / "evaluate"
+    folder = study / name / str(seed) / evaluation
     folder.mkdir(parents=True)
     rows = []
     for i in range(boards):
@@ -104,7 +111,7 @@ def write_run(study: pathlib.Path, name: str, seed: int, right: int, boards: int
     (folder / "boards.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
     (folder / "summary.json").write_text("{}")
     curve = [{"step": s, "rollout": 1.0, "update": 2.0, "val/success": s / 40} for s in (10, 20)]
-    (folder.parent / "distillation").mkdir()
+    (folder.parent / "distillation").mkdir(exist_ok=True)
     lines = "".join(json.dumps(m) + "\n" for m in curve)
     (folder.parent / "distillation" / "metrics.jsonl").write_text(lines)
 
@@ -158,6 +165,24 @@ def test_an_ablation_of_several_seeds_stands_beside_the_method_with_all_of_its_o
     alone, together, sampled = lines()
     assert "| 1 | 70.0 %" in alone and "| 3 | 80.0 %" in together
     assert "| 2 | 40.0 %" in sampled and "| -35.0 (" in sampled  # of seeds 0 and 1
+
+
+def test_options_are_compared_with_their_recipe_on_every_kind_of_boards(
+    tmp_path: pathlib.Path,
+) -> None:
+    study = study_of(tmp_path)
+    write_run(study, "base", 0, 3, evaluation="colours")
+    for name, rights in (("jsd", [12, 14]), ("gate", [15, 17])):
+        for seed, right in enumerate(rights):
+            write_run(study, name, seed, right)
+            write_run(study, name, seed, right // 2, evaluation="colours")
+    text = tables.write_tables(study, ROWS, ["colours"])
+    head, _, recipe, option = text.split("## Options")[1].strip().splitlines()[:4]
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == [
+        *("seeds", "validation", "test", "colours", "questions", "text")
+    ]
+    assert "| 2 | 50.0 % | 65.0 % | 32.5 % | 82.5 % | 100.0 % |" in recipe
+    assert "| 2 | 50.0 % | 80.0 % +15.0 (" in option and "| 37.5 % +5.0 (" in option
 
 
 def test_an_empty_study_and_other_boards_are_refused(tmp_path: pathlib.Path) -> None:

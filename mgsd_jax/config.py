@@ -29,6 +29,7 @@ from mgsd_jax.checks.ranges import (
 ASSETS = str(pathlib.Path(__file__).resolve().parent / "assets")  # models shipped with the package
 Section = TypeVar("Section")  # a dataclass of this file
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
+StateText = Literal["cells", "rows"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
 Mode = Literal["picture", "text", "blind", "perception"]
 # Sampling parameters that a request to an endpoint may have; servers differ in what they accept.
@@ -140,6 +141,9 @@ class DataConfig:
     ] = ("colours", "shapes", "place", "noise")
     exclude: Paths = ()  # benchmark folders whose boards never enter a split
     prompts: PathOrNone = ""  # folder of text files that replace prompts; '': the built-in ones
+    # how texts tell the open sides of a maze's cells: a line a cell, or a line a row, in an eighth
+    # of the tokens; docs/prompts.md
+    state_text: StateText = "cells"
     # lengths that student prompts are padded to, picture included; each is a program of its own,
     # and auto measures the run's own prompts
     prompt_buckets: Buckets = (512, 1024)

@@ -113,7 +113,7 @@ def test_a_licence_is_the_bases_own(base: Path, tmp_path: Path) -> None:
 
 def test_prompts_and_sample_are_those_of_the_run(config: Config, tmp_path: Path) -> None:
     folder, text = write_card(config, tmp_path)
-    given = prompts.load(str(folder / "prompts"))
+    given = prompts.load(str(folder / "prompts"), "cells")
     for task in ("frozenlake", "maze"):
         for kind in ("student", "teacher", "grounding"):
             assert given.template(task, kind) == prompts.BUILT_IN.template(task, kind)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mgsd_jax.data import prompts
-from mgsd_jax.envs import ENVS, facts
+from mgsd_jax.envs import BY_ROWS, ENVS, facts
 from mgsd_jax.envs.frozenlake import FrozenLakeState
 from mgsd_jax.envs.maze import MazeState
 from mgsd_jax.envs.minibehaviour import MiniBehaviourState
@@ -241,10 +241,12 @@ def measured(board: str, text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("board", BOARDS)
-def test_a_way_of_writing_changes_nothing(board: str, style: str) -> None:
+@pytest.mark.parametrize(
+    ("board", "envs"), [*((board, ENVS) for board in BOARDS), ("maze", BY_ROWS)]
+)
+def test_a_way_of_writing_changes_nothing(board: str, envs: dict[str, Any], style: str) -> None:
     task, state = BOARDS[board]
-    lines = [line.partition(":") for line in ENVS[task].state_lines(state)]
+    lines = [line.partition(":") for line in envs[task].state_lines(state)]
     text = "\n".join(STYLES[style](label, value.strip()) for label, _, value in lines)
     assert measured(board, text) == {"state_f1": 1.0, "state_exact": True, "contradicted": []}
     assert facts.state_from_facts(task, facts.read_facts(task, text)) == state

@@ -55,7 +55,7 @@ def test_the_built_in_prompts_are_written_and_read_back(
     monkeypatch.chdir(tmp_path)
     (write,) = snippets("prompts.md")
     exec(write, {})
-    own = prompts.load("words")
+    own = prompts.load("words", "cells")
     assert len(own.replaced) == 3 * len(ENVS)
     for task in ENVS:
         for kind in ("student", "teacher", "grounding"):

@@ -33,7 +33,7 @@ def test_the_worked_example_of_the_format_parses(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_student_and_teacher_share_rules_and_format(task: str) -> None:
-    parts = prompts.passages(task)
+    parts = prompts.passages(ENVS[task])
     for shared in ("rules", "format"):
         assert parts[shared] in prompts.BUILT_IN.template(task, "student")
         assert parts[shared] in prompts.BUILT_IN.template(task, "teacher")
@@ -94,7 +94,7 @@ def test_legend_names_the_colours_that_are_drawn(task: str, seed: int) -> None:
     picture = ENVS[task].render(state, 256).astype(int)
     cells = np.array_split(np.arange(256), state.size)
     for words, colour, name in LEGEND[task]:
-        assert words in prompts.passages(task)["picture"]
+        assert words in prompts.passages(ENVS[task])["picture"]
         close = (np.abs(picture - np.array(colour)).sum(-1) < 60).astype(float)
         if colour == (255, 255, 255):
             share = {
@@ -116,7 +116,7 @@ def test_legend_names_the_colours_that_are_drawn(task: str, seed: int) -> None:
 def test_brown_cells_are_the_table(seed: int) -> None:
     state = board("minibehaviour", seed)
     picture = ENVS["minibehaviour"].render(state, 256).astype(int)
-    assert "table cells are brown" in prompts.passages("minibehaviour")["picture"]
+    assert "table cells are brown" in prompts.passages(ENVS["minibehaviour"])["picture"]
     for row in range(5):
         for column in range(5):
             centre = picture[int((row + 0.2) * 51.2), int((column + 0.2) * 51.2)]
@@ -140,9 +140,9 @@ def test_holes_are_the_darkest_and_bluest_frozenlake_cells() -> None:
 
 def test_prompts_from_a_folder(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="no prompt file"):
-        prompts.load(str(tmp_path))
+        prompts.load(str(tmp_path), "cells")
     (tmp_path / "maze.student.txt").write_text("Solve it: <picture>\n")
-    loaded = prompts.load(str(tmp_path))
+    loaded = prompts.load(str(tmp_path), "cells")
     assert loaded.template("maze", "student") == "Solve it: <picture>"
     built_in: tuple[tuple[str, prompts.Kind], ...] = (
         *(("maze", "teacher"), ("frozenlake", "student"), ("maze", "grounding")),
@@ -151,8 +151,8 @@ def test_prompts_from_a_folder(tmp_path: pathlib.Path) -> None:
         assert loaded.template(task, kind) == prompts.BUILT_IN.template(task, kind)
     (tmp_path / "maze.teacher.txt").write_text("no mark")
     with pytest.raises(ValueError, match=r"maze.teacher.txt: got 0 marks <state>"):
-        prompts.load(str(tmp_path))
+        prompts.load(str(tmp_path), "cells")
     (tmp_path / "maze.teacher.txt").unlink()
     (tmp_path / "maize.txt").write_text("x")
     with pytest.raises(ValueError, match=r"maize.txt: got an unknown prompt name"):
-        prompts.load(str(tmp_path))
+        prompts.load(str(tmp_path), "cells")

@@ -198,6 +198,15 @@ def run_config(folder: Path) -> c.Config:
     )
 
 
+@pytest.mark.parametrize("level", [3, 8])
+def test_the_table_of_mazes_is_what_the_benchmark_prints(processor: Processor, level: int) -> None:
+    tokens = runpy.run_path(str(ROOT / "benchmarks" / "tokens.py"))
+    tokens["maze_table"].__globals__["MAZES"] = (level,)
+    head, line = tokens["maze_table"](processor, RECIPE.data, 30)
+    page = (ROOT / "docs" / "prompts.md").read_text()
+    assert f"\n{head}\n" in page and f"\n{line}\n" in page
+
+
 def run_stage(name: str, folder: Path) -> int:
     # Processes join before JAX is up, which it is here.
     with flagsaver.flagsaver(), mock.patch.object(main.processes, "join", return_value=False):

@@ -14,10 +14,14 @@ from PIL import Image
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.command_line import load_config
-from mgsd_jax.data import benchmarks
+from mgsd_jax.data import benchmarks, prompts
 from mgsd_jax.data import boards as boards_lib
+from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.data.pictures import read_picture
+from mgsd_jax.data.processor import load_processor
+from mgsd_jax.data.segments import decode
 from mgsd_jax.envs import ENVS
+from mgsd_jax.evaluation.scoring import score_plan
 from mgsd_jax.sampling import answers
 from mgsd_jax.stages import generate
 
@@ -91,6 +95,29 @@ def test_reference_samples(name: str) -> None:
         boards, cases = benchmarks.read_testsets([(one, str(folder))])  # type: ignore[list-item]
         assert len(boards) == len(set(cases)) >= 5
         assert {board.task for board in boards} == {one.partition("_")[0]}
+
+
+def test_large_public_boards_are_asked_about_and_scored() -> None:
+    folder = REFERENCE / "diffthinker"
+    if not folder.is_dir():
+        pytest.skip("no sample of diffthinker beside the repository")
+    config = load_config(str(ROOT / "configs" / "nano.py"), ["data.state_text=rows"])
+    encoder = load_encoder(config.data, load_processor(config.model.path))
+    named: list[Any] = [(name, str(folder)) for name in benchmarks.PUBLIC if "diffthinker" in name]
+    assert len(named) == 5
+    boards, _ = benchmarks.read_testsets(named)
+    for board in {board[:2]: board for board in boards}.values():
+        picture = answers.encode_prompt(encoder, board, "picture").pictures[0]
+        assert len(picture.patches) == np.prod(picture.grid)
+        text = answers.encode_prompt(encoder, board, "text").tokens
+        assert encoder.prompts.env(board.task).describe(board.state) in decode(
+            encoder.processor, text
+        )
+        plan = ENVS[board.task].shortest_plan(board.state)
+        for words in (prompts.BUILT_IN, encoder.prompts):
+            score = score_plan(board, prompts.response(board.task, board.state, plan, words))
+            assert score["state_exact"] and score["plan_given_own_state"]
+            assert score["outcome"]["optimal"]
 
 
 def test_an_absent_benchmark_says_where_to_get_it(tmp_path: pathlib.Path) -> None:

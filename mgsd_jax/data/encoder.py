@@ -61,11 +61,12 @@ class Encoder:
 
     def reference(self, board: Board, rng: np.random.Generator) -> np.ndarray:
         """Tokens [R] of a right response, its plan any of the shortest."""
-        return encode_answer(self.processor, right_response(board, rng))
+        return encode_answer(self.processor, right_response(self.prompts, board, rng))
 
     def draft(self, board: Board, *, is_perception: bool = False) -> np.ndarray:
         """Tokens of the response that a drafted rollout guesses; see `sampling/drafts.py`."""
-        return encode_answer(self.processor, expected(board, is_perception=is_perception))
+        text = expected(self.prompts, board, is_perception=is_perception)
+        return encode_answer(self.processor, text)
 
     def record(self, board: Board, kind: str, rng: np.random.Generator) -> tuple[Encoded, int]:
         """A supervised record of a kind in RECORDS, and the length of its prompt."""
@@ -79,4 +80,4 @@ class Encoder:
 
 def load_encoder(data: DataConfig, processor: Processor) -> Encoder:
     """The encoder of a config, with the prompts that its folder replaces."""
-    return Encoder(processor, prompts_lib.load(data.prompts), data)
+    return Encoder(processor, prompts_lib.load(data.prompts, data.state_text), data)

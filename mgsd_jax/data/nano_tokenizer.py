@@ -130,7 +130,7 @@ def constant_text(tasks: Sequence[str]) -> list[str]:
     rng = np.random.default_rng(0)
     pieces: dict[str, None] = {}
     for task in tasks:
-        pieces.update(dict.fromkeys(prompts_lib.passages(task).values()))
+        pieces.update(dict.fromkeys(prompts_lib.passages(ENVS[task]).values()))
         state = ENVS[task].generate(rng, max(4, ENVS[task].levels[0]))
         for i, question in enumerate(ENVS[task].questions(state), 1):
             asked = prompts_lib.ask(i, question)

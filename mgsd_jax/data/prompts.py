@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mgsd_jax.config import TeacherContext
-from mgsd_jax.envs import ENVS, AnyState, responses
-from mgsd_jax.envs.base import ANSWER_FORMS, CELLS_RULE, ROUTE_START, Question
+from mgsd_jax.config import StateText, TeacherContext
+from mgsd_jax.envs import BY_ROWS, ENVS, AnyState, responses
+from mgsd_jax.envs.base import ANSWER_FORMS, CELLS_RULE, ROUTE_START, Env, Question
 from mgsd_jax.envs.search import Plan, grid_cells
 
 Message = dict[str, Any]
@@ -40,16 +40,22 @@ _PARTS: dict[Kind, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Templates that replace built-in ones, by task and kind.
+    """Templates that replace built-in ones, by task and kind, and the form of texts of boards.
 
     `<picture>`, `<state>`, `<questions>` mark where the board goes.
     """
 
     replaced: Mapping[tuple[str, Kind], str]
+    state_text: StateText = "cells"
+
+    def env(self, task: str) -> Env[AnyState]:
+        """The env of a task, with the words of the form."""
+        by_form = BY_ROWS if self.state_text == "rows" else ENVS
+        return by_form.get(task, ENVS[task])
 
     def template(self, task: str, kind: Kind) -> str:
         """The template of a task: the one given, or the built-in one."""
-        parts = passages(task)
+        parts = passages(self.env(task))
         built_in = "".join(parts.get(part, part) for part in _PARTS[kind])
         return self.replaced.get((task, kind), built_in)
 
@@ -57,9 +63,9 @@ class Prompts:
 BUILT_IN = Prompts({})
 
 
-def passages(task: str) -> dict[str, str]:
+def passages(env: Env[AnyState]) -> dict[str, str]:
     """The parts that no board changes, each ending in a newline, by name."""
-    wording = ENVS[task].wording
+    wording = env.wording
     lines = {
         "rules": wording.rules,
         "picture": (_PICTURE, wording.legend),
@@ -74,14 +80,14 @@ def passages(task: str) -> dict[str, str]:
     return {name: "".join(line + "\n" for line in part) for name, part in lines.items()}
 
 
-def load(folder: str) -> Prompts:
+def load(folder: str, state_text: StateText) -> Prompts:
     """The built-in prompts, with those replaced that `folder` holds as `{task}.{kind}.txt`.
 
-    kind is student, teacher or grounding. '' is the built-in set. Raises ValueError for an absent
+    kind is student, teacher or grounding. '' replaces none. Raises ValueError for an absent
     folder, a folder without any such file, a file of an unknown name, or a missing mark.
     """
     if not folder:
-        return BUILT_IN
+        return Prompts({}, state_text)
     root = pathlib.Path(folder)
     files = sorted(root.glob("*.txt"))
     names: dict[str, tuple[str, Kind]] = {
@@ -99,7 +105,7 @@ def load(folder: str) -> Prompts:
             if text.count(mark) != 1:
                 raise ValueError(f"{file}: got {text.count(mark)} marks {mark}, want just one")
         replaced[task, kind] = text
-    return Prompts(replaced)
+    return Prompts(replaced, state_text)
 
 
 def student(prompts: Prompts, task: str, picture: np.ndarray) -> list[Message]:
@@ -122,7 +128,7 @@ def teacher(
     `context` adds the solver's plan below the board, or all optimal plans; of very many it says how
     many it shows.
     """
-    env = ENVS[task]
+    env = prompts.env(task)
     text = env.describe(state)
     if context == "state_and_plan":
         text += "\nOne shortest plan: " + env.spell(env.shortest_plan(state))
@@ -139,15 +145,16 @@ def grounding(
     prompts: Prompts, task: str, state: AnyState, picture: np.ndarray
 ) -> tuple[list[Message], str]:
     """Messages that ask every question about the picture, and the numbered answers."""
-    questions = ENVS[task].questions(state)
+    questions = prompts.env(task).questions(state)
     asked = "\n".join(ask(i, question) for i, question in enumerate(questions, 1))
     text = prompts.template(task, "grounding").replace("<questions>", asked)
-    return [{"role": "user", "content": _with_picture(text, picture)}], right_answers(task, state)
+    content = _with_picture(text, picture)
+    return [{"role": "user", "content": content}], right_answers(task, state, prompts)
 
 
-def right_answers(task: str, state: AnyState) -> str:
+def right_answers(task: str, state: AnyState, prompts: Prompts = BUILT_IN) -> str:
     """The numbered answers to all questions about a picture."""
-    questions = enumerate(ENVS[task].questions(state), 1)
+    questions = enumerate(prompts.env(task).questions(state), 1)
     return "\n".join(_numbered(i, question.answer) for i, question in questions)
 
 
@@ -176,9 +183,9 @@ def cells(task: str, state: AnyState, picture: np.ndarray) -> tuple[list[Message
     return [{"role": "user", "content": content}], answer
 
 
-def response(task: str, state: AnyState, plan: Plan) -> str:
+def response(task: str, state: AnyState, plan: Plan, prompts: Prompts = BUILT_IN) -> str:
     """A right response: the board, the route of `plan`, the answer block."""
-    env = ENVS[task]
+    env = prompts.env(task)
     route = env.route(plan, env.trace(state, plan))
     return "\n".join((*env.state_lines(state), route, f"<answer>{env.spell(plan)}</answer>"))
 

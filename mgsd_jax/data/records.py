@@ -40,7 +40,8 @@ def _plan_from_text(
     prompts: Prompts, board: Board, draw: Draw, rng: np.random.Generator
 ) -> Example:
     """The teacher's prompt and a right response to it."""
-    return prompts_lib.teacher(prompts, board.task, board.state), right_response(board, rng)
+    messages = prompts_lib.teacher(prompts, board.task, board.state)
+    return messages, right_response(prompts, board, rng)
 
 
 def _plan_from_text_and_plan(
@@ -49,28 +50,29 @@ def _plan_from_text_and_plan(
     """The prompt of a teacher that reads a plan beside the state, and the response by that plan."""
     messages = prompts_lib.teacher(prompts, board.task, board.state, "state_and_plan")
     plan = ENVS[board.task].shortest_plan(board.state)  # the one that the prompt tells
-    return messages, prompts_lib.response(board.task, board.state, plan)
+    return messages, prompts_lib.response(board.task, board.state, plan, prompts)
 
 
 def _plan_from_picture(
     prompts: Prompts, board: Board, draw: Draw, rng: np.random.Generator
 ) -> Example:
     """The student's prompt and a right response to it."""
-    return prompts_lib.student(prompts, board.task, draw(board)), right_response(board, rng)
+    messages = prompts_lib.student(prompts, board.task, draw(board))
+    return messages, right_response(prompts, board, rng)
 
 
-def right_response(board: Board, rng: np.random.Generator) -> str:
+def right_response(prompts: Prompts, board: Board, rng: np.random.Generator) -> str:
     """A right response, its plan any of the shortest with equal chance."""
     plan = ENVS[board.task].random_shortest_plan(board.state, rng)
-    return prompts_lib.response(board.task, board.state, plan)
+    return prompts_lib.response(board.task, board.state, plan, prompts)
 
 
-def expected(board: Board, *, is_perception: bool) -> str:
+def expected(prompts: Prompts, board: Board, *, is_perception: bool) -> str:
     """The response to guess when a model is asked about a board: all right, by the first plan."""
     if is_perception:
-        return prompts_lib.right_answers(board.task, board.state)
+        return prompts_lib.right_answers(board.task, board.state, prompts)
     plan = ENVS[board.task].shortest_plan(board.state)
-    return prompts_lib.response(board.task, board.state, plan)
+    return prompts_lib.response(board.task, board.state, plan, prompts)
 
 
 RECORDS: dict[str, Record] = {

@@ -4,6 +4,7 @@ from typing import Any
 
 from mgsd_jax.envs import frozenlake, maze, minibehaviour, sokoban
 from mgsd_jax.envs.base import Env
+from mgsd_jax.envs.by_rows import by_rows
 
 # Each env has a state of its own type, which only its own functions look into.
 AnyState = Any
@@ -16,6 +17,8 @@ ENVS: dict[str, Env[AnyState]] = {
         sokoban.ENV,
     )
 }
+# The envs with open sides, in the words of data.state_text=rows; the others have one form.
+BY_ROWS = {name: by_rows(env) for name, env in ENVS.items() if env.has_sides}
 
 
 def find(task: str) -> Env[AnyState]:

@@ -18,12 +18,17 @@ from mgsd_jax.envs.files import FileFormat
 from mgsd_jax.envs.search import Cell, Paths, Plan, Run, grid_cells
 
 Fact = tuple[Any, ...]  # ('size', 4), ('hole', (2, 2)), ('open', (0, 0), 'right'), ...
-QuestionKind = Literal["size", "coord", "cells", "directions", "open_directions"]
+QuestionKind = Literal["size", "coord", "cells", "directions", "open_directions", "open_rows"]
 Sprites = Literal["usual", "other"]  # other: the same things drawn as no public board has them
 
 MOVES = {"up": "U", "down": "D", "left": "L", "right": "R"}  # as answers spell them
 ROUTE_START = "I go through"
 CELLS_RULE = "A cell is written (row,column), counted from 0 at the top left corner."
+# How the state lines end where facts name the open sides of cells; by_rows.py has the other form.
+SIDES_FORM = (
+    "Open directions:",
+    "cell: its open sides among up, down, left, right (a line for every cell)",
+)
 MOVES_RULE = "The {} moves one cell at a time: up (U), down (D), left (L) or right (R)."
 # Why a plan ended, in words, on any board. An env adds its own reasons.
 REASONS: Mapping[str, str] = {
@@ -208,7 +213,7 @@ class Env(Generic[State]):
         """What a response states before its plan."""
         lines: list[str] = []
         for question in (question for question in self.questions(state) if question.label):
-            space = "\n" if question.kind == "open_directions" else " "
+            space = "\n" if question.kind in ("open_directions", "open_rows") else " "
             lines += f"{question.label}:{space}{question.answer}".split("\n")
         return tuple(lines)
 
@@ -313,6 +318,8 @@ ANSWER_FORMS: Mapping[QuestionKind, str] = {
     "cells": "Write the cells with spaces between them, or none.",
     "directions": "Write those among up, down, left, right with commas, or none.",
     "open_directions": "Write a line for each cell, like (0,0): down, right.",
+    "open_rows": "Write a line for each row, like Row 0: DR L none, with the letters of each "
+    "cell's open sides among U, D, L, R.",
 }
 
 

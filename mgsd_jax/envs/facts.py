@@ -30,6 +30,13 @@ _LABEL = (
 )
 # The open sides of a cell. An arrow after a cell is a step of a route.
 _OPEN = rf"{CELL} ?(?::|[=|-](?= ?(?:up|down|left|right|none)\b))"
+# The open sides of a row of cells, as by_rows.py writes them; what says anything else is no row.
+_WAYS = r"(?:none|[udlr]{1,4})"
+_ROW = (
+    r"(?<![a-z])(?<![a-z] )row (?P<row>[0-9]{1,2}) ?(?:[(\[][^()\[\]]{0,40}[)\]])? ?[:=|]"
+    rf"[ |\[]{{0,4}}(?P<ways>{_WAYS}(?:[ ,|]{{1,4}}{_WAYS}){{0,63}})"
+    r"(?=[ ,|\]]{0,4}(?:[.;]|$|row [0-9]))"
+)
 _STEPS = re.compile(r"(?<!can )\b(?:move|moves|go|goes|step|then|take|walk|turn)\b")
 _STEP_LINE = re.compile(r"\A[^a-z]*+step\b")
 _ROUTE = re.compile(rf"{CELL} ?(?:->|to\b)|\bfrom ?{CELL}")
@@ -63,6 +70,7 @@ class Vocabulary(NamedTuple):
     labels: Mapping[str, str]  # as in `Env.labels`
     beginning: re.Pattern[str]
     sentence: re.Pattern[str]  # a sentence or a bare label, as in "The player is at (3,0)"
+    has_sides: bool  # a text may state the open sides of cells, too
 
 
 def vocabulary(labels: Mapping[str, str], *, has_sides: bool) -> Vocabulary:
@@ -70,7 +78,7 @@ def vocabulary(labels: Mapping[str, str], *, has_sides: bool) -> Vocabulary:
     names = "|".join(labels.values())
     return Vocabulary(
         labels,
-        re.compile(f"{_OPEN}|{_LABEL}" if has_sides else _LABEL),
+        re.compile(f"{_OPEN}|{_ROW}|{_LABEL}" if has_sides else _LABEL),
         re.compile(
             r"(?:^|[.;,:(>|-] ?)(?:there are |with |and |the ){0,3}"
             rf"(?P<name>{names})(?: cells?| position)?"
@@ -80,6 +88,7 @@ def vocabulary(labels: Mapping[str, str], *, has_sides: bool) -> Vocabulary:
             rf"|(?<![0-9x.])(?<!x )(?P<size2>[0-9]{{1,9}} ?x ?[0-9]{{1,9}}) {_BOARD}\b",
             re.M,
         ),
+        has_sides,
     )
 
 
@@ -142,7 +151,10 @@ def _statements(words: Vocabulary, text: str) -> Iterator[tuple[str, str]]:
         for mark, following in itertools.zip_longest(marks, marks[1:]):
             name = _name(words.labels, mark)
             value = line[mark.end() : following.start() if following else len(line)]
-            if name is not None and (value.strip() or following):
+            if words.has_sides and mark["row"]:
+                for column, ways in enumerate(re.findall(_WAYS, mark["ways"])):
+                    yield show_cell((number(mark["row"]), column)), ways
+            elif name is not None and (value.strip() or following):
                 yield name, value
             elif name is not None and line[mark.end() - 1] != "|":  # below a column is another row
                 waiting = [name]
@@ -153,7 +165,7 @@ def _statements(words: Vocabulary, text: str) -> Iterator[tuple[str, str]]:
 def _name(labels: Mapping[str, str], mark: re.Match[str]) -> str | None:
     """What a statement is about: size, player, ... or a cell; None where that is no state."""
     if mark["label"] is None:
-        return show_cell((number(mark[1]), number(mark[2])))
+        return show_cell((number(mark[1]), number(mark[2]))) if mark[1] else None
     words = " ".join(_FILLERS.sub("", mark["label"]).split())
     if words and _SIZE_LABEL.fullmatch(words):
         return "size"

@@ -317,8 +317,8 @@ ENV: base.Env[MazeState] = base.Env(
         ),
         legend="Walls are black; the player is the yellow dot, the goal is the blue dot.",
         form=(
-            *("Map size: NxN", "Player: cell", "Goal: cell", "Open directions:"),
-            "cell: its open sides among up, down, left, right (a line for every cell)",
+            *("Map size: NxN", "Player: cell", "Goal: cell"),
+            *base.SIDES_FORM,
         ),
         route="I go through (2,0) (1,0) (1,1).",
         answer="UR",

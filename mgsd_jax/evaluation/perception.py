@@ -38,7 +38,7 @@ def read_numbered(response: str, count: int) -> dict[int, str]:
 
 def is_right(question: Question, answer: str) -> bool:
     """Whether an answer says what is true, in whatever words and whatever order."""
-    if question.kind == "open_directions":
+    if question.kind in ("open_directions", "open_rows"):
         stated = read_stated(_SIDES, _ARROW.sub(":", _FROM.sub("", answer))).facts
         return {fact for fact in stated if fact[0] == "open"} == question.facts
     text, true = plain(answer), frozenset(fact[1] for fact in question.facts)

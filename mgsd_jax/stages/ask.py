@@ -129,7 +129,7 @@ def ask(model: Model, picture: str, *, task: str = "", question: str = "", level
     if question:  # nothing in its answer would tell which size was the right one
         shown = read_picture(picture, sizes[-1])
         return Reply("", model.respond([prompts_lib.question(question, shown)])[0], sizes[-1])
-    prompts = prompts_lib.load(data.prompts)
+    prompts = prompts_lib.load(data.prompts, data.state_text)
     shown = [read_picture(picture, size) for size in sizes]
     answers = model.respond([prompts_lib.student(prompts, task, pixels) for pixels in shown])
     own = _square(picture)

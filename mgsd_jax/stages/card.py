@@ -33,11 +33,11 @@ def write(config: Config, folder: Path) -> None:
 
     `config` is resolved; the card is about `config.export.source` and what lies behind it.
     """
-    words = prompts_lib.load(config.data.prompts)
+    words = prompts_lib.load(config.data.prompts, config.data.state_text)
     tasks = list(dict.fromkeys(levels.task for levels in config.data.boards))
     _write_prompts(words, tasks, folder / PROMPTS)
     sample = _sample(config)
-    _write_sample(config, sample, folder / SAMPLE)
+    _write_sample(config, words, sample, folder / SAMPLE)
     stages, base = chain(config.export.source, config.model.path)
     named = [(_name(stage), stage) for stage in stages]
     made = [making.read_made(name, at, inputs.read_stage(name, at)) for name, at in named]
@@ -132,11 +132,11 @@ def _sample(config: Config) -> Board:
     return Board(task, level, 0, state, None)
 
 
-def _write_sample(config: Config, board: Board, folder: Path) -> None:
+def _write_sample(config: Config, words: prompts_lib.Prompts, board: Board, folder: Path) -> None:
     """The picture and the text of a board, and a right answer."""
     folder.mkdir()
-    env, task, state = ENVS[board.task], board.task, board.state
-    answer = prompts_lib.response(task, state, env.shortest_plan(state))
+    env, task, state = words.env(board.task), board.task, board.state
+    answer = prompts_lib.response(task, state, env.shortest_plan(state), words)
     picture = io.BytesIO()
     Image.fromarray(draw_picture(config.data, board)).save(picture, "PNG")
     files.write_bytes(folder / "board.png", picture.getvalue())

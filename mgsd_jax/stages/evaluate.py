@@ -294,7 +294,7 @@ def _local_asker(source: str, config: Config, boards: Sequence[Board]) -> Asker:
 
 
 def _endpoint_asker(name: str, config: Config, boards: Sequence[Board]) -> Asker:
-    prompts = prompts_lib.load(config.data.prompts)
+    prompts = prompts_lib.load(config.data.prompts, config.data.state_text)
 
     def asker(job: Job) -> Iterator[list[tuple[int, Answer]]]:
         shown = shown_boards(boards, job.mode)

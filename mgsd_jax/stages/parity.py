@@ -133,7 +133,7 @@ def _ask(data: DataConfig) -> list[tuple[Board, list[Message]]]:
     """Boards and messages about them, without the pictures: first of pictures, then of texts."""
     levels = list(dict.fromkeys((s.task, level) for s in data.boards for level in s.levels))
     rng = np.random.default_rng(0)
-    words = prompts_lib.load(data.prompts)
+    words = prompts_lib.load(data.prompts, data.state_text)
     nothing = np.zeros((1, 1, 3), np.uint8)
     asked = []
     for i in range(_PROMPTS):

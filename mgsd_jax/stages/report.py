@@ -29,6 +29,6 @@ def run(config: Config, workdir: str) -> None:
             path,
             title=f"Planning from pictures: {root.name}",
             boards_folder=resolved.data.folder,
-            prompts=prompts.load(resolved.data.prompts),
+            prompts=prompts.load(resolved.data.prompts, resolved.data.state_text),
         )
     logging.info("%s: written", path)

@@ -68,7 +68,11 @@ def commands(row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
     base = [setting for setting in row.settings if setting.startswith("model.")]
     boards: list[tuple[str, ...]] = [()]
     if row.name in ELSEWHERE_ROWS or row.group in ("options", "plans"):
-        boards += [(*some, f"evaluate.folder={{workdir}}/{name}") for name, some in ELSEWHERE]
+        # What the base says to a text stands for all of them.
+        asked = () if row.name == "base" else ("evaluate.modes=picture,perception",)
+        boards += [
+            (*some, *asked, f"evaluate.folder={{workdir}}/{name}") for name, some in ELSEWHERE
+        ]
     return training + [
         command("evaluate", workdir, study, f"evaluate.models=({model!r},)", *base, *settings)
         for settings in boards

@@ -187,7 +187,13 @@ def _of_task(model: Model, task: str, mode: str) -> float:
 
 
 def _means(models: Sequence[Model], mode: str, get: Getter = success) -> list[str]:
-    return [percent(estimate(model, mode, get).value) for model in models]
+    """The macro means of a measure, a dash where a model was not asked in this mode."""
+    return [
+        percent(estimate(model, mode, get).value)
+        if any(row["mode"] == mode for row in model.runs[0].rows)
+        else DASH
+        for model in models
+    ]
 
 
 def main_table(models: Sequence[Model], base: Model) -> str:
@@ -313,10 +319,13 @@ def write_tables(study: pathlib.Path, rows: Sequence[StudyRow], elsewhere: Seque
             others[name] = read_study(study, rows, name)
     for group in groups:
         some = [m for m in models.values() if m.group == group]
-        if group == "options" and "jsd" in models:
-            table = options_table(some, models["jsd"], others)
+        reference = models.get("jsd" if group == "options" else "method")
+        if reference is None:  # not run yet
+            continue
+        if group == "options":
+            table = options_table(some, reference, others)
         else:
-            table = ablation_table(some, models["method"])
+            table = ablation_table(some, reference)
         parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
     for name, there in others.items():
         parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]

@@ -57,6 +57,7 @@ _ONE_PLAN = "data.teacher_buckets=(44,64,128)"
 _ALL_PLANS = "data.teacher_buckets=(44,128,512,1408)"  # a board may have dozens of shortest plans
 _WEIGHTS = "distillation.token_weights="
 _AUGMENT = "data.augment="
+_VARIED = "distillation.student={study}/grounded_varied/{seed}/grounding"
 _QUESTIONS = "distillation.grounding_share="
 _GATE, _GATE_LATE = "distillation.wrong_weight=0.3", "distillation.wrong_weight_from=0.3"
 _CONTRAST = "distillation.contrast_cap=4.0"
@@ -79,7 +80,12 @@ GROUPS = {
         Row("jsd_only", "Distillation alone, Jensen-Shannon", "distillation", _JSD, MAIN_SEEDS),
     ),
     "controls": (
-        _method("other_board", "Teacher reads another board", "distillation.teacher_board=other"),
+        _method(
+            "other_board",
+            "Teacher reads another board",
+            "distillation.teacher_board=other",
+            seeds=MAIN_SEEDS,
+        ),
     ),
     "teacher reads": (
         _method("one_plan", "State and one plan", _CONTEXT + "state_and_plan", _ONE_PLAN),
@@ -171,6 +177,28 @@ GROUPS = {
         _jsd("augment_25", "Pictures vary by strength 0.25", _AUGMENT + "0.25"),
         _jsd("augment_50", "Pictures vary by strength 0.5", _AUGMENT + "0.5"),
         _jsd("augment_100", "Pictures vary by strength 1", _AUGMENT + "1.0"),
+        Row(
+            "grounded_varied",
+            "Grounding, 40 updates, pictures vary by 0.5",
+            "grounding",
+            (_AUGMENT + "0.5",),
+            MAIN_SEEDS,
+        ),
+        Row(
+            "augment_both",
+            "Pictures vary by strength 0.5 in both stages",
+            "distillation",
+            (_VARIED, "distillation.objective=jsd", _AUGMENT + "0.5"),
+            MAIN_SEEDS,
+            needs="grounded_varied",
+        ),
+        Row(
+            "augment_only",
+            "Distillation alone, pictures vary by 0.5",
+            "distillation",
+            (*_JSD, _AUGMENT + "0.5"),
+            MAIN_SEEDS,
+        ),
         _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
         _jsd("gate", "Wrong responses weigh 0.3", _GATE),

@@ -59,6 +59,7 @@ _WEIGHTS = "distillation.token_weights="
 _AUGMENT = "data.augment="
 _VARIED = "distillation.student={study}/grounded_varied/{seed}/grounding"
 _QUESTIONS = "distillation.grounding_share="
+_BEST = (_QUESTIONS + "0.125", _AUGMENT + "0.5")
 _GATE, _GATE_LATE = "distillation.wrong_weight=0.3", "distillation.wrong_weight_from=0.3"
 _CONTRAST = "distillation.contrast_cap=4.0"
 _REPLAY = "distillation.replay_steps=19"
@@ -201,6 +202,8 @@ GROUPS = {
         ),
         _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
+        _jsd("best", "An eighth are questions, pictures vary by 0.5", *_BEST),
+        _jsd("best_60", "The same, 60 updates instead of 120", *_BEST, "distillation.steps=60"),
         _jsd("gate", "Wrong responses weigh 0.3", _GATE),
         _jsd("gate_late", "The same from 30 % success on", _GATE, _GATE_LATE),
         _jsd("contrast", "Tokens weigh by what another board changes", _CONTRAST),

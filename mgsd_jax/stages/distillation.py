@@ -1,35 +1,56 @@
 """Stage 2, distillation: the student answers from the picture, and moves to what the teacher, who
 reads the same board as text, would have said at every one of the student's own tokens.
 
-Axes: B rollouts, R response tokens, D width, V vocabulary.
+`run` is the loop of steps; distillation_rollout.py has their rollouts, distillation_step.py their
+update.
 """
 
 import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import tree
 from mgsd_jax.config import Config, EvaluateConfig
 from mgsd_jax.data import buckets, loaders, segments
-from mgsd_jax.data.encoder import load_encoder
-from mgsd_jax.parallel import batches, processes, sharding
+from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.encoder import Encoder, load_encoder
+from mgsd_jax.parallel import batches, sharding
+from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import answers
-from mgsd_jax.sampling.sampler import Sampler
+from mgsd_jax.sampling.answers import Answerer
+from mgsd_jax.stages import distillation_rollout as rollouts
 from mgsd_jax.stages import distillation_step, grounding, loading
-from mgsd_jax.training import (
-    divergences,
-    guards,
-    lessons,
-    monitor,
-    optimizer,
-    sessions,
-)
+from mgsd_jax.stages.distillation_rollout import Speaker
+from mgsd_jax.stages.distillation_step import DistillationBatch, Metrics
+from mgsd_jax.stages.loading import Loaded
+from mgsd_jax.training import divergences, guards, lessons, monitor, optimizer, sessions
+from mgsd_jax.training.divergences import TokenStats
+from mgsd_jax.training.optimizer import TrainState
+from mgsd_jax.training.sessions import Session
+from mgsd_jax.tree import Tree
 from mgsd_jax.workdir import folders, sinks, stage_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the steps of a run work with: models, data and programs."""
+
+    student: Loaded  # its parameters are in the train state and in `frozen`
+    teacher: Loaded
+    frozen: Tree  # the student's parameters that do not learn
+    encoder: Encoder
+    loader: loaders.PromptLoader
+    speaker: Speaker
+    update: Callable[..., tuple[TrainState, Metrics, TokenStats]]
+    check_start: Callable[..., None]
+    answer: Answerer  # of validation
 
 
 def validation(config: Config) -> EvaluateConfig:
@@ -47,70 +68,20 @@ def run(config: Config, workdir: str) -> None:
     """Trains `{workdir}/distillation` to its last step, from its last checkpoint if any."""
     given, config = config, config_lib.resolve(config, workdir)
     settings = config.distillation
-    divergences.named(settings)  # a wrong name ends the run here
-    sinks.check(config.metrics)  # and so does a package that is not there
-    share = (jax.process_index(), jax.process_count())
-    training = loaders.load_boards(config, "train", share)
-    held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)
-    stage_folder.check_finished(settings.student)
-    stage_folder.check_finished(settings.teacher)
+    training, held_out = _load_boards(config)
     with contextlib.ExitStack() as held:
         folder = epath.Path(workdir) / "distillation"
         sections = ("model", "data", "distillation", "checkpoint", "seed")
         claim = held.enter_context(folders.claimed(folder, given, sections))
         mesh = sharding.open_mesh(config.mesh)
-        for name, rows in config_lib.update_rows(settings).items():
-            batches.check_batch(mesh, name, rows, settings.microbatches)
-        sampled_rows = config_lib.update_rows(settings)["distillation.batch_size"]
-        if settings.replay_steps:
-            sampled_rows //= 2
-        batches.check_batch(
-            sharding.rollout_mesh(mesh, config.mesh.rollout_tensor),
-            f"mesh.rollout_tensor={config.mesh.rollout_tensor}: distillation.batch_size",
-            sampled_rows,
-        )
-
-        # The student, the part of it that learns, and the frozen teacher.
-        student, trained, frozen = loading.load_student(
-            settings, config, claim.folder, claim.notes, mesh, metric="val/success"
-        )
-        teacher = loading.load_teacher(settings, config, mesh, student)
-        processor = student.processor
-        encoder = buckets.fitted(load_encoder(config.data, processor), config)
-        loader = lessons.load_prompts(config, training, encoder, batches.process_share(mesh))
-
-        # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
-        # gradient and update in one.
-        speaker = loading.for_rollouts(student.model, config.mesh)
-        lay_out = sharding.make_layout(speaker.mesh, speaker.dtype)
-        sampler = Sampler(
-            speaker,
-            settings.sampling,
-            eos_ids=processor.eos_ids,
-            banned_ids=processor.banned_ids,
-            pad_id=processor.pad_id,
-        )
-        tx = optimizer.make_optimizer(settings.optim, settings.steps)
-        readers = (student.model, teacher.model, settings)
-        update = distillation_step.make_update(*readers, tx, processor.banned_ids)
-        check_start = functools.partial(
-            distillation_step.check_start, config.guards, *readers, processor.banned_ids
-        )
-        answer = answers.make_answerer(speaker, encoder, validation(config))
-        rng = batches.make_key(config.seed, speaker.mesh)
-        choose, take_new = jax.jit(lessons.with_references), jax.jit(lessons.new_rows)
-        replay = jax.jit(
-            functools.partial(lessons.replay, eos_ids=processor.eos_ids, pad_id=processor.pad_id)
-        )
-        cut = jax.jit(lessons.first_tokens, static_argnums=1)
-
-        state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
-        state = lessons.with_memory(state, config, mesh)
+        _check_rows(config, mesh)
+        parts, state = _prepare(config, training, claim, mesh)
+        processor, frozen, teacher = parts.encoder.processor, parts.frozen, parts.teacher.params
         opened = sessions.open_session(
             claim,
             config,
             state,
-            loader,
+            parts.loader,
             metric="val/success",
             best_mode="max",
             steps=settings.steps,
@@ -120,88 +91,106 @@ def run(config: Config, workdir: str) -> None:
         state, spent = session.state, session.timers.seconds
         for step in range(session.start, settings.steps):
             with session.timers.phase("data"):
-                prompts = next(loader)
+                prompts = next(parts.loader)
                 guards.check_pictures(prompts.batch.student, processor)
             with session.timers.phase("rollout"):
-                asked = batches.to_global(prompts.batch, mesh)
-                new = asked if asked.slots is None else take_new(asked)
-                sampled = sampler.rollout(
-                    lay_out(tree.combine(state.params, frozen)),
-                    new.student,
-                    jax.random.fold_in(rng, step),
-                    new.row_ids,
-                    new.draft,
-                )
-                sampled = batches.move(sampled, mesh)
-                if asked.slots is not None:
-                    memory, sampled = replay(state.memory, sampled, asked.slots)
-                    state = dataclasses.replace(state, memory=memory)
-                learned = choose(sampled, asked.references)
-                # The rows of this process: what it sampled, and what it learns from.
-                own = own_learned = batches.to_local(sampled)
-                if asked.references is not None:
-                    own_learned = batches.to_local(learned)
-                if settings.response_buckets:
-                    longest = max(int(one.mask.sum(1).max()) for one in (own, own_learned))
-                    length = lessons.response_bucket(processes.largest([longest])[0], settings)
-                    learned = cut(learned, length)
-                    own, own_learned = (
-                        lessons.first_tokens(one, length) for one in (own, own_learned)
-                    )
-            groups = segments.segments(processor, own_learned.tokens, own_learned.mask)
-            weights = batches.to_global(lessons.token_weights(groups, settings), mesh)
+                state, said = rollouts.sample(parts.speaker, state, prompts.batch, step)
+            groups = segments.segments(processor, said.own_learned.tokens, said.own_learned.mask)
             # Rows are judged before the update only where they weigh by what they came to.
-            judge = functools.partial(lessons.judge, processor, prompts.boards, own)
+            judge = functools.partial(lessons.judge, processor, prompts.boards, said.own)
             judged = judge() if lessons.needs_outcomes(settings) else None
-            batch = distillation_step.DistillationBatch(
-                asked.student,
-                asked.teacher,
-                learned.tokens,
-                learned.mask,
-                weights,
-                asked.other,
-                batches.to_global(lessons.outcomes(judged, prompts, own, config), mesh),
-            )
+            batch = rollouts.make_batch(said, prompts, groups, judged, config, mesh)
             started = time.perf_counter()
             records = batches.to_global(prompts.records, mesh)
-            state, measured, stats = update(state, frozen, teacher.params, batch, records)
+            state, measured, stats = parts.update(state, frozen, teacher, batch, records)
             # The host scores the rollouts while the device works on the update.
-            drawn = lessons.drawn(prompts.batch)
-            measured |= monitor.rollout_metrics(
-                prompts.boards[drawn],
-                (judged or judge())[drawn],
-                own.truncated[drawn],
-                own.mask[drawn],
-            )
-            if asked.draft is not None:
-                measured |= monitor.draft_metrics(
-                    groups, lessons.is_sampled(own.mask, prompts.batch), own.guessed
-                )
+            measured |= rollouts.rollout_metrics(said, prompts, groups, judged or judge())
             stats = batches.to_local(stats)
             if step == 0:
-                check_start(state, frozen, teacher.params, batch, stats)
+                parts.check_start(state, frozen, teacher, batch, stats)
             spent["update"] = time.perf_counter() - started
-            measured |= monitor.token_metrics(groups, stats)
-            measured |= guards.rollout_measures(
-                own_learned.tokens,
-                lessons.is_sampled(own_learned.mask, prompts.batch),
-                own.logprobs,
-                stats.student_logprob,
-                settings.sampling,
-            )
-            measured["tokens_per_s/rollout"] = own.mask[drawn].sum() / spent["rollout"]
-            flops = distillation_step.update_flops(student.model, teacher.model, batch)
-            if records is not None:
-                flops += grounding.update_flops(student.model, records)
-            measured |= sessions.speed(flops, 2 * own.mask.size, spent["update"])
+            measured |= rollouts.update_metrics(said, prompts, groups, stats, settings)
+            measured |= rollouts.rollout_speed(said, prompts, spent["rollout"])
+            flops = _update_flops(parts, batch, records)
+            measured |= sessions.speed(flops, 2 * said.own.mask.size, spent["update"])
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
-                    laid_out = lay_out(tree.combine(state.params, frozen))
-                    given = answer(laid_out, held_out, "picture")
-                    validated = monitor.validation_metrics(held_out, given)
-                    measured |= validated
-                    session.show(step + 1, monitor.shown_answers(held_out, given, encoder.picture))
-                    if guards.is_blind_due(step + 1, settings.eval_every, config.guards):
-                        measured |= guards.blind_measure(answer, laid_out, held_out, given)
+                    validated = _validate(parts, state, held_out, session, step + 1)
+                measured |= validated
                 state = lessons.after_validation(state, validated["val/success"], settings)
             session.finish_step(step + 1, state, measured)
+
+
+def _load_boards(config: Config) -> tuple[Sequence[Board], list[Board]]:
+    """(the boards to train on, those of validation), once all that needs no model is checked."""
+    settings = config.distillation
+    divergences.named(settings)  # a wrong name ends the run here
+    sinks.check(config.metrics)  # and so does a package that is not there
+    share = (jax.process_index(), jax.process_count())
+    training = loaders.load_boards(config, "train", share)
+    held_out = monitor.spread(loaders.load_boards(config, "val"), settings.eval_boards)
+    stage_folder.check_finished(settings.student)
+    stage_folder.check_finished(settings.teacher)
+    return training, held_out
+
+
+def _check_rows(config: Config, mesh: Mesh | None) -> None:
+    """Raises ValueError unless the rows of updates and rollouts split over their meshes."""
+    settings = config.distillation
+    rows = config_lib.update_rows(settings)
+    for name, number in rows.items():
+        batches.check_batch(mesh, name, number, settings.microbatches)
+    sampled = rows["distillation.batch_size"] // (2 if settings.replay_steps else 1)
+    name = f"mesh.rollout_tensor={config.mesh.rollout_tensor}: distillation.batch_size"
+    rollout_mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor)
+    batches.check_batch(rollout_mesh, name, sampled)
+
+
+def _prepare(
+    config: Config, training: Sequence[Board], claim: folders.Claim, mesh: Mesh | None
+) -> tuple[Parts, TrainState]:
+    """(what the steps work with, the state before the first of them)."""
+    settings = config.distillation
+    # The student, the part of it that learns, and the frozen teacher.
+    student, trained, frozen = loading.load_student(
+        settings, config, claim.folder, claim.notes, mesh, metric="val/success"
+    )
+    teacher = loading.load_teacher(settings, config, mesh, student)
+    encoder = buckets.fitted(load_encoder(config.data, student.processor), config)
+    loader = lessons.load_prompts(config, training, encoder, batches.process_share(mesh))
+
+    # Three programs a step: lay the weights out for decoding; sample; then teacher, student,
+    # gradient and update in one.
+    speaker = rollouts.make_speaker(student, frozen, config)
+    tx = optimizer.make_optimizer(settings.optim, settings.steps)
+    readers, banned = (student.model, teacher.model, settings), student.processor.banned_ids
+    update = distillation_step.make_update(*readers, tx, banned)
+    check = functools.partial(distillation_step.check_start, config.guards, *readers, banned)
+    answer = answers.make_answerer(speaker.sampler.model, encoder, validation(config))
+    state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
+    state = lessons.with_memory(state, config, mesh)
+    parts = Parts(student, teacher, frozen, encoder, loader, speaker, update, check, answer)
+    return parts, state
+
+
+def _update_flops(parts: Parts, batch: DistillationBatch, records: GroundingBatch | None) -> float:
+    """FLOPs of an update over both readers, and over records if it has any."""
+    student, teacher = parts.student.model, parts.teacher.model
+    flops = distillation_step.update_flops(student, teacher, batch)
+    return flops if records is None else flops + grounding.update_flops(student, records)
+
+
+def _validate(
+    parts: Parts, state: TrainState, boards: Sequence[Board], session: Session, step: int
+) -> dict[str, Mean]:
+    """How the student as it stands answers the boards; shows some of its answers.
+
+    Every so many times wrong pictures are shown too, which tells whether it looks at them.
+    """
+    variables, config = parts.speaker.weights(state), session.config
+    given = parts.answer(variables, boards, "picture")
+    measured = monitor.validation_metrics(boards, given)
+    session.show(step, monitor.shown_answers(boards, given, parts.encoder.picture))
+    if guards.is_blind_due(step, session.eval_every, config.guards):
+        measured |= guards.blind_measure(parts.answer, variables, boards, given)
+    return measured

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from jax.sharding import Mesh
 
 from mgsd_jax import tree
 from mgsd_jax.config import DistillationConfig, GuardConfig
@@ -95,18 +96,9 @@ def loss_fn(
     targets = batch.tokens.reshape(-1)
     if batch.other is not None:
         others = response_hidden(teacher, teacher_variables, batch.other, batch.tokens, batch.mask)
-        changed = losses.token_kl(
-            teachers,
-            others,
-            teacher_head,
-            valid,
-            token_chunk=settings.token_chunk,
-            vocab_mask=jnp.asarray(vocab_mask),
-            mesh=student.mesh,
+        weights *= _contrast(
+            teachers, others, teacher_head, batch.mask, settings, vocab_mask, student.mesh
         )
-        changed = changed.reshape(batch.mask.shape)
-        changed = lessons.contrast_weights(changed, batch.mask, settings.contrast_cap)
-        weights *= changed.reshape(-1)
     loss, stats = losses.distill(
         students,
         head,
@@ -130,6 +122,32 @@ def loss_fn(
             mesh=student.mesh,
         )[0]
     return loss, (weights.sum(), jax.tree.map(lambda x: x.reshape(batch.mask.shape), stats))
+
+
+def _contrast(
+    teachers: jax.Array,
+    others: jax.Array,
+    head: jax.Array,
+    mask: jax.Array,
+    settings: DistillationConfig,
+    vocab_mask: np.ndarray,
+    mesh: Mesh | None,
+) -> jax.Array:
+    """Weights [B * R] of the tokens by what another board changes: `lessons.contrast_weights`.
+
+    teachers and others [B * R, D] are what the teacher's `head` reads of this board and of another.
+    """
+    changed = losses.token_kl(
+        teachers,
+        others,
+        head,
+        mask.reshape(-1) > 0,
+        token_chunk=settings.token_chunk,
+        vocab_mask=jnp.asarray(vocab_mask),
+        mesh=mesh,
+    )
+    changed = changed.reshape(mask.shape)
+    return lessons.contrast_weights(changed, mask, settings.contrast_cap).reshape(-1)
 
 
 def vocab_mask(student: Qwen3VL, banned_ids: tuple[int, ...]) -> np.ndarray:

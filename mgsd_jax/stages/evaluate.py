@@ -79,6 +79,18 @@ def run(config: Config, workdir: str) -> None:
         _answer(config.evaluate, claim, boards, cases, models, tracer)
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An evaluation under way: what is asked, where rows go, and what is left."""
+
+    claim: folders.Claim
+    boards: Sequence[Board]
+    tracer: traces.Tracer
+    progress: Progress
+    left: collections.Counter[str]  # rows by mode, and models
+    unwritten: list[Mapping[str, object]]  # rows of process 0 that are not on disk yet
+
+
 def _answer(
     settings: EvaluateConfig,
     claim: folders.Claim,
@@ -88,6 +100,31 @@ def _answer(
     tracer: traces.Tracer,
 ) -> None:
     """Asks for the answers that are missing, and writes the summary."""
+    is_main = jax.process_index() == 0
+    jobs = _jobs(settings, boards, models, _begin(claim, boards, cases, models))
+    total = len(jobs) * len(boards)
+    left = collections.Counter({LOADING: len({job.model for job in jobs if job.places})})
+    for job in jobs:
+        left[job.mode] += len(job.places)
+    done = total - sum(len(job.places) for job in jobs)
+    with open_progress("evaluate", total, start=done, is_main=is_main, unit="row") as progress:
+        evaluation = Evaluation(claim, boards, tracer, progress, left, [])
+        for model in models:
+            todo = [job for job in jobs if job.model == model.name and job.places]
+            if todo:
+                _ask(evaluation, model, todo)
+    if is_main:
+        _write(evaluation)
+        _summarize(claim.folder)
+
+
+def _begin(
+    claim: folders.Claim, boards: Sequence[Board], cases: Sequence[str], models: Sequence[Model]
+) -> set[rows_lib.Key]:
+    """The questions that the folder has answers to.
+
+    Raises ValueError where they are another evaluation's: of other boards, or of other weights.
+    """
     folder = claim.folder
     is_main = jax.process_index() == 0
     if is_main:
@@ -101,61 +138,54 @@ def _answer(
         asked = {name for name, *_ in answered}
         identities = {m.name: m.identity for m in models if m.identity and m.name in asked}
         rows_lib.check_models(folder, identities)
-    jobs = _jobs(settings, boards, models, answered)
-    total = len(jobs) * len(boards)
-    left = collections.Counter({LOADING: len({job.model for job in jobs if job.places})})
+    return answered
+
+
+def _ask(evaluation: Evaluation, model: Model, jobs: Sequence[Job]) -> None:
+    """Asks one model, and lets go of it: memory holds only one."""
+    claim, progress = evaluation.claim, evaluation.progress
+    started = time.perf_counter()
+    asker = model.load()
+    if model.identity:
+        claim.notes.append(
+            functools.partial(rows_lib.add_model, claim.folder, model.name, model.identity)
+        )
+    evaluation.left[LOADING] -= 1
+    progress.spend(LOADING, time.perf_counter() - started - progress.take_compiled())
     for job in jobs:
-        left[job.mode] += len(job.places)
-    done = total - sum(len(job.places) for job in jobs)
-    new: list[Mapping[str, object]] = []
-    with open_progress("evaluate", total, start=done, is_main=is_main, unit="row") as progress:
-        asker = None
-        for model in models:
-            todo = [job for job in jobs if job.model == model.name and job.places]
-            if not todo:
-                continue
+        started, asked = time.perf_counter(), 0
+        for answers in evaluation.tracer.each(asker(job)):
+            if jax.process_index() == 0:
+                _keep(evaluation, job, answers)
+            asked += len(answers)
+            seconds = time.perf_counter() - started
+            _show(evaluation, job, len(answers), seconds, asked == len(job.places))
             started = time.perf_counter()
-            asker = None  # frees the model before this one: memory holds only one
-            asker = model.load()
-            if model.identity:
-                claim.notes.append(
-                    functools.partial(rows_lib.add_model, folder, model.name, model.identity)
-                )
-            left[LOADING] -= 1
-            progress.spend(LOADING, time.perf_counter() - started - progress.take_compiled())
-            for job in todo:
-                started, asked = time.perf_counter(), 0
-                for answers in tracer.each(asker(job)):
-                    if is_main:
-                        new += [
-                            score_row(boards[i], job.mode, a, model=model.name, attempt=job.attempt)
-                            for i, a in answers
-                        ]
-                        # Failed requests are asked again anyway: they alone claim no folder.
-                        if not claim.notes or any("error" not in row for row in new):
-                            claim.record()
-                            rows_lib.append(folder, new)
-                            new = []
-                    asked += len(answers)
-                    seconds = time.perf_counter() - started
-                    _show(progress, job, left, len(answers), seconds, asked == len(job.places))
-                    started = time.perf_counter()
-    if is_main:
-        if new:
-            claim.record()
-            rows_lib.append(folder, new)
-        _summarize(folder)
 
 
-def _show(
-    progress: Progress,
-    job: Job,
-    left: collections.Counter[str],
-    count: int,
-    seconds: float,
-    is_last: bool,
-) -> None:
-    """Shows that `count` answers of a job came in `seconds`; `left` is rows by mode, and models."""
+def _keep(evaluation: Evaluation, job: Job, answers: Sequence[tuple[int, Answer]]) -> None:
+    """Scores answers and writes their rows.
+
+    Failed requests are asked again anyway: they alone claim no folder, and wait for an answer.
+    """
+    evaluation.unwritten.extend(
+        score_row(evaluation.boards[i], job.mode, answer, model=job.model, attempt=job.attempt)
+        for i, answer in answers
+    )
+    if not evaluation.claim.notes or any("error" not in row for row in evaluation.unwritten):
+        _write(evaluation)
+
+
+def _write(evaluation: Evaluation) -> None:
+    if evaluation.unwritten:
+        evaluation.claim.record()
+        rows_lib.append(evaluation.claim.folder, evaluation.unwritten)
+        evaluation.unwritten.clear()
+
+
+def _show(evaluation: Evaluation, job: Job, count: int, seconds: float, is_last: bool) -> None:
+    """Shows that `count` answers of a job came in `seconds`."""
+    progress, left = evaluation.progress, evaluation.left
     left[job.mode] -= count
     seconds -= progress.take_compiled()  # it does not come again
     for kind in (job.mode, ANY):

@@ -6,12 +6,13 @@ Axes: B batch, T tokens, D width.
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import tree
@@ -19,6 +20,8 @@ from mgsd_jax.config import Config, DistillationConfig, GroundingConfig
 from mgsd_jax.data import buckets, loaders
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.encoder import load_encoder
+from mgsd_jax.data.loaders import Loader
+from mgsd_jax.data.processor import Encoded, Processor
 from mgsd_jax.data.records import check_kinds
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.model.flops import forward_flops
@@ -32,6 +35,10 @@ from mgsd_jax.tree import PyTree, Tree
 from mgsd_jax.workdir import folders, sinks, stage_folder
 
 Metrics = dict[str, Mean | jax.Array | float]
+# (trained, batch, frozen) -> (summed loss, (its weight, metrics))
+Validate = Callable[
+    [Tree, GroundingBatch, Tree], tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]
+]
 BATCH_AXES: PyTree = GroundingBatch(
     sessions.INPUT_AXES, targets=sessions.FIRST, loss_mask=sessions.FIRST
 )
@@ -77,10 +84,7 @@ def gradients(
 
 def make_update(
     model: Qwen3VL, settings: GroundingConfig, tx: optax.GradientTransformation
-) -> tuple[
-    Callable[[TrainState, Tree, GroundingBatch], tuple[TrainState, Metrics]],
-    Callable[[Tree, GroundingBatch, Tree], tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]],
-]:
+) -> tuple[Callable[[TrainState, Tree, GroundingBatch], tuple[TrainState, Metrics]], Validate]:
     """The jitted update, its state donated, and the jitted loss on held-out batches.
 
     update(state, frozen, batch) -> (state, metrics); validate(trained, batch, frozen) -> what
@@ -137,14 +141,7 @@ def run(config: Config, workdir: str) -> None:
         )
 
         # Records from the training boards, and fixed ones from the validation boards.
-        make_loader = functools.partial(
-            loaders.grounding_loader,
-            encoder=buckets.fitted(load_encoder(config.data, student.processor), config),
-            mixture=settings.mixture,
-            batch_size=settings.batch_size,
-            process=batches.process_share(mesh),
-            agree=processes.largest,
-        )
+        make_loader = _make_loader(config, student.processor, mesh)
         loader = make_loader(training, seed=config.seed)
         fixed = make_loader(validation, seed=config.seed + 1)
         held_out = [batches.to_global(next(fixed), mesh) for _ in range(settings.eval_batches)]
@@ -178,7 +175,27 @@ def run(config: Config, workdir: str) -> None:
             measured |= sessions.speed(flops, batch.targets.size, seconds)
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
-                    sums = [validate(state.params, b, frozen) for b in held_out]
-                    jax.block_until_ready(sums)
-                measured["val/loss"] = Mean(sum(s for s, _ in sums), sum(w for _, (w, _) in sums))
+                    measured["val/loss"] = _mean_loss(validate, state.params, frozen, held_out)
             session.finish_step(step + 1, state, measured)
+
+
+def _make_loader(
+    config: Config, processor: Processor, mesh: Mesh | None
+) -> Callable[..., Loader[tuple[Encoded, int], GroundingBatch]]:
+    """What makes the loader of some boards' records: `grounding_loader` with the run's settings."""
+    return functools.partial(
+        loaders.grounding_loader,
+        encoder=buckets.fitted(load_encoder(config.data, processor), config),
+        mixture=config.grounding.mixture,
+        batch_size=config.grounding.batch_size,
+        process=batches.process_share(mesh),
+        agree=processes.largest,
+    )
+
+
+def _mean_loss(
+    validate: Validate, trained: Tree, frozen: Tree, held_out: Sequence[GroundingBatch]
+) -> Mean:
+    """The mean cross-entropy over held-out batches, once the device is done with them."""
+    sums = jax.block_until_ready([validate(trained, batch, frozen) for batch in held_out])
+    return Mean(sum(loss for loss, _ in sums), sum(weight for _, (weight, _) in sums))

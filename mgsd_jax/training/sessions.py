@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 from absl import logging
+from etils import epath
 
 from mgsd_jax.config import Config
 from mgsd_jax.data.batch import Inputs
@@ -238,8 +239,7 @@ def open_session(
 ) -> Iterator[Session]:
     """A session that resumes from the last readable checkpoint of a folder, if there is one.
 
-    `metric` is the validation metric that the best checkpoint is kept by. On leaving, a save under
-    way is waited for.
+    The best checkpoint is kept by the validation's `metric`. On leaving, a save is waited for.
     """
     is_main, folder = jax.process_index() == 0, claim.folder
     with contextlib.ExitStack() as resources:
@@ -252,16 +252,7 @@ def open_session(
             best_mode=best_mode,
         )
         resources.callback(checkpoint.close, checkpointer)
-        start = 0
-        restored = checkpoint.restore_latest(checkpointer, state)
-        if restored is not None:
-            start, state = restored.step, restored.state
-            loader.set_state(restored.data_state)
-            logging.info("%s: continues after step %d of %d", folder, start, steps)
-        learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        name = folder.name
-        logging.info("%s: %d steps, %s parameters learn, %s", name, steps, f"{learning:,}", devices)
+        start, state = _resume(folder, checkpointer, state, loader, steps)
         writer = None
         if is_main:
             opened = metrics.open_writer(folder, step=start, config=config)
@@ -294,3 +285,23 @@ def open_session(
                 # Closing waits for the other processes, which may be waiting for this one.
                 resources.pop_all()
             raise
+
+
+def _resume(
+    folder: epath.Path,
+    checkpointer: checkpoint.Checkpointer,
+    state: TrainState,
+    loader: AnyLoader,
+    steps: int,
+) -> tuple[int, TrainState]:
+    """(the steps that are done, the state after them); the loader goes on where they ended."""
+    restored, start = checkpoint.restore_latest(checkpointer, state), 0
+    if restored is not None:
+        start, state = restored.step, restored.state
+        loader.set_state(restored.data_state)
+        logging.info("%s: continues after step %d of %d", folder, start, steps)
+    learning = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    name = folder.name
+    logging.info("%s: %d steps, %s parameters learn, %s", name, steps, f"{learning:,}", devices)
+    return start, state

@@ -13,7 +13,7 @@ import io
 import textwrap
 import tokenize
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import NamedTuple, get_args, get_origin
 
 from mgsd_jax.checks import ranges
 
@@ -55,7 +55,7 @@ def comments(kind: type) -> dict[str, str]:
     return found
 
 
-def fields(kind: type, default: Any = None, prefix: str = "") -> Iterator[Field]:
+def fields(kind: type, default: object = None, prefix: str = "") -> Iterator[Field]:
     """Every field of a section and of the sections in it; `default` is a value of the section."""
     for field in dataclasses.fields(kind):
         hint, name = ranges.hints(kind)[field.name], prefix + field.name
@@ -74,7 +74,7 @@ def fields(kind: type, default: Any = None, prefix: str = "") -> Iterator[Field]
             yield from fields(item, None, f"{name}[].")
 
 
-def _section(hint: Any) -> type | None:
+def _section(hint: ranges.Hint) -> type | None:
     """The dataclass of a field that is a section, or may be one."""
     for kind in (hint, *(() if get_origin(hint) is tuple else get_args(hint))):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):

@@ -190,7 +190,7 @@ def coerce(value: object, kind: Hint, where: str) -> Any:
     return value
 
 
-def _build(value: object, kind: Hint, where: str, wrong: ValueError) -> Any:
+def _build(value: object, kind: Hint, where: str, wrong: ValueError) -> object:
     """The section from a dict, or from a section whose values may be of the wrong kind."""
     if isinstance(value, kind):
         value = vars(value)

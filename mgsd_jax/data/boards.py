@@ -7,12 +7,13 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, overload
 
 from etils import epath
 
 from mgsd_jax.checks import fields
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.data.pictures import open_picture
 from mgsd_jax.data.splits import SPLITS, Split
 from mgsd_jax.envs import ENVS, AnyState, find
@@ -146,7 +147,7 @@ def read_groups(root: epath.PathLike) -> list[Group]:
     return groups
 
 
-def _wanted_groups(path: epath.Path, settings: Mapping[str, Any]) -> list[Group]:
+def _wanted_groups(path: epath.Path, settings: Json) -> list[Group]:
     """The groups that settings ask for, without hashes."""
     groups: list[Group] = []
     try:

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.config import Config, TeacherContext, sizes
 from mgsd_jax.data import batching
 from mgsd_jax.data.benchmarks import benchmark_keys
@@ -86,11 +87,11 @@ class Loader(Generic[Example, Batch]):
         examples = next(self.examples)
         return self.pad(examples, self.agree(self.measure(examples)))
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> Json:
         """The position, as JSON values; the same on every process."""
         return self.examples.get_state()
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Json) -> None:
         """Resumes after the batch that `state` was taken at."""
         self.examples.set_state(state)
 
@@ -282,11 +283,11 @@ class WithRecords:
     def __next__(self) -> PromptRows:
         return next(self.prompts)._replace(records=next(self.records))
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> Json:
         """The positions of both, as JSON values."""
         return {"prompts": self.prompts.get_state(), "records": self.records.get_state()}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Json) -> None:
         """Resumes after the batches that `state` was taken at."""
         self.prompts.set_state(state["prompts"])
         self.records.set_state(state["records"])

@@ -5,12 +5,11 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
-from mgsd_jax.checks.fields import field, read_json
+from mgsd_jax.checks.fields import Json, field, read_json
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 MOST_CHARACTERS = 1_000_000  # of a template, and of a conversation that it writes
@@ -57,7 +56,7 @@ def render(
     Raises ValueError naming the checkpoint's folder for any failure of the template.
     """
     source = f"{tokenizer.name_or_path}: chat template"
-    conversation: list[dict[str, Any]] = [dict(message) for message in messages]
+    conversation: list[Json] = [dict(message) for message in messages]
     if len(template) > MOST_CHARACTERS:
         raise ValueError(
             f"{source}: got {len(template)} characters, want at most {MOST_CHARACTERS}"

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mgsd_jax.checks.fields import LARGEST, Kind, expect, field, optional, read_json
+from mgsd_jax.checks.fields import LARGEST, Json, Kind, expect, field, optional, read_json
 from mgsd_jax.checks.ranges import shown
 from mgsd_jax.data import template as template_lib
 
@@ -66,7 +65,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _added_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
+def _added_tokens(settings: Json, path: Path) -> dict[str, str]:
     """The added tokens of tokenizer_config.json by id; checks each of them and its switches."""
     tokens = {}
     for name, token in settings.get("added_tokens_decoder", {}).items():

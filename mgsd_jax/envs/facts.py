@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mgsd_jax.envs import ENVS
+from mgsd_jax.checks.fields import Json
+from mgsd_jax.envs import ENVS, AnyState
 from mgsd_jax.envs.base import Fact, check_inside, show_cell
 from mgsd_jax.envs.responses import statements
 from mgsd_jax.envs.values import CELL, number, plain, read_cells, read_directions, read_sizes
@@ -190,7 +191,7 @@ def _read_value(label: str, value: str) -> frozenset[Fact] | None:
     return None if cells is None else frozenset((label, cell) for cell in cells)
 
 
-def measure(task: str, state: Any, stated: Stated) -> dict[str, Any]:
+def measure(task: str, state: AnyState, stated: Stated) -> Json:
     """`state_f1`, `state_exact` and `contradicted` of what a response states about a board."""
     return {
         "state_f1": state_f1(stated.facts, ENVS[task].facts(state)),
@@ -213,7 +214,7 @@ def _is_complete(task: str, stated: Stated) -> bool:
     return {"size", *ENVS[task].labels} <= stated.labels
 
 
-def state_from_facts(task: str, stated: Stated) -> Any | None:
+def state_from_facts(task: str, stated: Stated) -> AnyState | None:
     """The board that a response describes, None where it describes none."""
     try:
         return stated_board(task, stated)
@@ -221,7 +222,7 @@ def state_from_facts(task: str, stated: Stated) -> Any | None:
         return None
 
 
-def stated_board(task: str, stated: Stated) -> Any:
+def stated_board(task: str, stated: Stated) -> AnyState:
     """The board that a response describes. Raises ValueError that says why it describes none."""
     named: dict[str, list[Any]] = {name: [] for name in ("size", "open", *ENVS[task].labels)}
     for name, *values in stated.facts:

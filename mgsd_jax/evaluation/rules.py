@@ -7,9 +7,9 @@ answer block (`plans.read_plan`), then plays the plan (`Env.play`). 'upstream_re
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from mgsd_jax.envs import ENVS, facts, find
+from mgsd_jax.envs import ENVS, AnyState, facts, find
 from mgsd_jax.envs.base import Outcome
 from mgsd_jax.envs.plans import read_plan
 from mgsd_jax.envs.responses import answer_span, without_thoughts
@@ -48,12 +48,12 @@ def parse_plan(response: str, task: str, *, lenient: bool = False) -> ParsedPlan
     return ParsedPlan(plan, invalid is None, None if invalid is None else "invalid_token", invalid)
 
 
-def judge(state: Any, task: str, response: str, *, lenient: bool = False) -> Outcome:
+def judge(state: AnyState, task: str, response: str, *, lenient: bool = False) -> Outcome:
     """The outcome of a response on a board by the standard rules; see `parse_plan` and `play`."""
     return play(state, task, parse_plan(response, task, lenient=lenient))
 
 
-def play(state: Any, task: str, parsed: ParsedPlan) -> Outcome:
+def play(state: AnyState, task: str, parsed: ParsedPlan) -> Outcome:
     """The outcome of what `parse_plan` made of a response, on a board."""
     if parsed.reason is not None:
         return Outcome(False, False, False, False, parsed.reason, steps=0, progress=0.0)

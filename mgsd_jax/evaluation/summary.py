@@ -9,9 +9,10 @@ value is NaN.
 import collections
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from mgsd_jax.checks import fields
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation.measures import (
     Getter,
@@ -56,7 +57,7 @@ ERRORS = (
     "not_successful",
 )
 
-Part = dict[str, Any]  # the measures of one model in one mode, of a task or of a level
+Part = Json  # the measures of one model in one mode, of a task or of a level
 
 
 class Summary(TypedDict):

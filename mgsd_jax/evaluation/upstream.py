@@ -26,7 +26,8 @@ class Board:
     start: Cell
     goals: frozenset[Cell] = frozenset()
     tiles: Mapping[Cell, str] | None = None  # FrozenLake
-    walls: Any = None  # Maze, as in the file: [row][column]{north, south, east, west}
+    # Maze, as in the file: [row][column]{north, south, east, west}
+    walls: Sequence[Sequence[Mapping[str, bool]]] | None = None
     table: frozenset[Cell] = frozenset()
     printer: Cell | None = None
     pick_cells: frozenset[Cell] = frozenset()

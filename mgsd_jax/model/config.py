@@ -202,7 +202,7 @@ _TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vis
 _MOST = {"num_hidden_layers": 1000, "depth": 1000}
 
 
-def _made(make: Callable[..., Config], source: str, **values: Any) -> Config:
+def _made(make: Callable[..., Config], source: str, **values: object) -> Config:
     """`make(**values)`; a ValueError about values that do not fit together names the `source`."""
     try:
         return make(**values)

@@ -7,10 +7,12 @@ memory and fetches them back: the arithmetic of `save_names` in the memory of `f
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 from flax import linen as nn
+from flax.typing import CollectionFilter, InOutScanAxis
+from jax.extend.core import Primitive
 
 Remat = Literal["none", "full", "save_names", "offload"]
 Carry = TypeVar("Carry")
@@ -18,7 +20,7 @@ Carry = TypeVar("Carry")
 # what its kernel keeps for its own backward pass.
 SAVED = ("qkv", "attention")
 # Collections that have a leading layer axis in a stack.
-STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}
+STACKED: dict[CollectionFilter, InOutScanAxis] = {"params": 0, "adapters": 0}
 
 
 def scan_layers(
@@ -51,7 +53,7 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
 )
 
 
-def _offload(primitive: Any, *arrays: jax.ShapeDtypeStruct, **params: Any) -> object:
+def _offload(primitive: Primitive, *arrays: jax.ShapeDtypeStruct, **params: object) -> object:
     # The log-sums of a kernel, [B, N, T], are 1/H of its output: not worth a transfer, and libtpu
     # 0.0.52 ends in a fault (a bitcast between unequal sizes) when they are sent.
     policy = _OFFLOAD if all(len(x.shape) > 3 for x in arrays) else _SAVE

@@ -7,7 +7,7 @@ Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from mgsd_jax.sampling.sampler import Sampler
 from mgsd_jax.stages import distillation_step, grounding, loading
 from mgsd_jax.stages.distillation_step import DistillationBatch
 from mgsd_jax.training import lessons, optimizer, trainable
-from mgsd_jax.tree import Tree
+from mgsd_jax.tree import PyTree, Tree
 from mgsd_jax.weights import table
 from mgsd_jax.weights.released import find_config
 
@@ -43,7 +43,7 @@ class Program:
     """One jitted function of a stage."""
 
     name: str  # 'distillation/update'
-    jitted: Any  # what jax.jit made
+    jitted: jax.stages.Wrapped  # what jax.jit made
     arguments: tuple[object, ...]  # ShapeDtypeStructs, and what else it takes
     resident: int  # bytes on a chip of arrays that are held meanwhile, but are not its arguments
     work: Work
@@ -278,7 +278,7 @@ def _patches(config: Config) -> int:
     return config_lib.sizes(config.data.patch_buckets)[-1]
 
 
-def _array(shape: tuple[int, ...], dtype: DTypeLike) -> Any:  # stands for a jax.Array
+def _array(shape: tuple[int, ...], dtype: DTypeLike) -> PyTree:  # stands for a jax.Array
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

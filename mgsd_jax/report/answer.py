@@ -1,11 +1,9 @@
 """What a model says of one picture, in words for a terminal and as the picture with its route."""
 
-from typing import Any
-
 import numpy as np
 from markupsafe import Markup
 
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, AnyState
 from mgsd_jax.envs.base import show_cells
 from mgsd_jax.envs.search import DELTAS, Cell
 from mgsd_jax.evaluation.reply import Reply
@@ -65,7 +63,7 @@ def _warnings(reply: Reply) -> list[str]:
     return [f"Warning: {text}" for text in found]
 
 
-def board_lines(task: str, state: Any) -> list[str]:
+def board_lines(task: str, state: AnyState) -> list[str]:
     """A board as a drawing in letters, with walls where the task has them.
 
     Where two cells do not agree on whether the side between them is open, the wall is dotted.

@@ -6,7 +6,6 @@ Axes: B batch, R response tokens.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.model.qwen3vl import Qwen3VL
 from mgsd_jax.parallel import axes, batches
 from mgsd_jax.sampling.sampler import Sampler
+from mgsd_jax.tree import Tree
 
 Answerer = Callable[..., list[Answer]]
 Responder = Callable[..., list[Answer]]
@@ -49,7 +49,7 @@ def make_responder(
     first_rng = batches.make_key(seed, mesh)
 
     def respond(
-        variables: Any,
+        variables: Tree,
         inputs: Inputs,
         row_ids: np.ndarray,
         *,
@@ -85,7 +85,7 @@ def make_answerer(
     size = settings.batch_size + -settings.batch_size % axes.parts(model.mesh, axes.BATCH)
 
     def answer(
-        variables: Any,
+        variables: Tree,
         boards: Sequence[Board],
         mode: Mode,
         *,

@@ -10,7 +10,6 @@ import functools
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from absl import logging
 from etils import epath
 
 from mgsd_jax import config as config_lib
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.config import Config, EvaluateConfig, Mode
 from mgsd_jax.data import benchmarks, buckets, loaders
 from mgsd_jax.data import prompts as prompts_lib
@@ -244,7 +244,7 @@ def _summarize(folder: epath.Path) -> None:
         logging.warning("%d requests failed and count as failures; run again to ask them", failed)
 
 
-def _table(models: Mapping[str, Mapping[str, Any]]) -> str:
+def _table(models: Mapping[str, Mapping[str, summary.Part]]) -> str:
     """The macro averages of a summary, a model a line and a mode a column."""
     modes = list(dict.fromkeys(mode for measures in models.values() for mode in measures))
     width = max(len(name) for name in ("model", *models))
@@ -256,7 +256,7 @@ def _table(models: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([title, *lines])
 
 
-def _cell(macro: Mapping[str, Any]) -> str:
+def _cell(macro: Json) -> str:
     if macro["value"] is None:
         return "-"
     value, low, high = (f"{100 * macro[key]:.1f}" for key in ("value", "low", "high"))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.checks.fields import read_json
+from mgsd_jax.checks.fields import Json, read_json
 from mgsd_jax.config import Config
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.model.config import ModelConfig
@@ -159,7 +158,7 @@ def write_folder(
     files.write_json(folder / "config.json", _hf_config(settings, config, dtype))
 
 
-def _hf_config(source: dict[str, Any], config: ModelConfig, dtype: FloatType) -> dict[str, Any]:
+def _hf_config(source: Json, config: ModelConfig, dtype: FloatType) -> Json:
     """The source's config.json (its eos_token_id and the like) with our part of it written anew."""
     written = source | config.to_hf()
     for section in ("text_config", "vision_config"):

@@ -11,7 +11,6 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -32,12 +31,12 @@ from mgsd_jax.data.boards import (
     read_groups,
 )
 from mgsd_jax.data.splits import SHARES, SPLITS, Split, unique_boards
-from mgsd_jax.envs import ENVS
+from mgsd_jax.envs import ENVS, AnyState
 from mgsd_jax.workdir import folders, paths
 from mgsd_jax.workdir.progress import Progress, open_progress
 
 Settings = dict[str, object]  # what the boards of a folder depend on, as JSON values
-States = Sequence[Any]  # of one task's env
+States = Sequence[AnyState]  # of one task's env
 
 
 def run(config: Config, workdir: str) -> None:

@@ -9,12 +9,13 @@ import errno
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, NotRequired, TypedDict, cast, get_args
+from collections.abc import Iterator
+from typing import NotRequired, TypedDict, cast, get_args
 
 from absl import logging
 
 from mgsd_jax.checks import fields
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.evaluation.rules import Rules, score_text
 from mgsd_jax.sampling import endpoint
 from mgsd_jax.workdir import paths
@@ -27,10 +28,10 @@ class Row(TypedDict):
     task_text: str
     response: str | list[object] | None
     task: NotRequired[str | None]  # absent or null: that of the text
-    expected: NotRequired[dict[str, Any] | None]
+    expected: NotRequired[Json | None]
 
 
-Result = dict[str, Any]  # {score} or {error}
+Result = Json  # {score} or {error}
 
 
 def run(input_path: str, output_path: str | None = None) -> int:
@@ -87,7 +88,7 @@ def _why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _checked(row: Mapping[str, Any], where: str) -> Row:
+def _checked(row: Json, where: str) -> Row:
     """The row. Raises ValueError if a key is absent or its value is of another kind."""
 
     def check(is_right: bool, key: str, want: str) -> None:
@@ -116,7 +117,7 @@ def _score(row: Row) -> Result:
         return {"error": str(error)}
 
 
-def _matches(got: Result, expected: Mapping[str, Any]) -> bool:
+def _matches(got: Result, expected: Json) -> bool:
     """Whether a score has all the expected values, or an error is about the expected key."""
     if "exception" in expected:
         # The public code's KeyError message is the key in quotes; other messages are its own.

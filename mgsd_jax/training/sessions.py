@@ -5,30 +5,30 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import jax
 from absl import logging
 from etils import epath
 
+from mgsd_jax.checks.fields import Json
 from mgsd_jax.config import Config
 from mgsd_jax.data.batch import Inputs
-from mgsd_jax.data.loaders import Loader, WithRecords
 from mgsd_jax.model.flops import peak_flops
 from mgsd_jax.parallel import means, processes
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training import guards
 from mgsd_jax.training.optimizer import TrainState
+from mgsd_jax.tree import PyTree
 from mgsd_jax.workdir import checkpoint, metrics, signals, traces
 from mgsd_jax.workdir.folders import Claim
 from mgsd_jax.workdir.progress import Progress, mean_cost, open_progress
 from mgsd_jax.workdir.sinks import Picture
 
-AnyLoader = Loader[Any, Any] | WithRecords  # of either stage
 Measured = dict[str, Mean | means.Array]  # a scalar that is no Mean is not averaged
 
 # M-RoPE positions are [3, B, T]; everything else has the batch first.
-FIRST: Any = 0
+FIRST: PyTree = 0
 INPUT_AXES = Inputs(tokens=0, positions=1, valid=0, next_position=0, pictures=FIRST)
 
 # Exit codes of a training run, besides 0 (done), 1 (an error with a traceback) and 2 (bad input).
@@ -45,6 +45,18 @@ _TOLD = (
     ("tokens_per_s/rollout", "rollout {:,.0f} tokens/s"),
     ("tokens_per_s/update", "update {:,.0f} tokens/s"),
 )
+
+
+class Resumable(Protocol):
+    """A loader of either stage: checkpoints hold its position."""
+
+    def get_state(self) -> Json:
+        """The position, as JSON values."""
+        ...
+
+    def set_state(self, state: Json) -> None:
+        """Goes on after the position."""
+        ...
 
 
 class Stopped(Exception):
@@ -85,7 +97,7 @@ class Session:
     eval_every: int  # steps between validations
     config: Config
     metric: str  # of the best checkpoint
-    loader: AnyLoader
+    loader: Resumable
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer | None  # on process 0
     progress: Progress
@@ -230,7 +242,7 @@ def open_session(
     claim: Claim,
     config: Config,
     state: TrainState,
-    loader: AnyLoader,
+    loader: Resumable,
     *,
     metric: str,
     best_mode: Literal["max", "min"],
@@ -291,7 +303,7 @@ def _resume(
     folder: epath.Path,
     checkpointer: checkpoint.Checkpointer,
     state: TrainState,
-    loader: AnyLoader,
+    loader: Resumable,
     steps: int,
 ) -> tuple[int, TrainState]:
     """(the steps that are done, the state after them); the loader goes on where they ended."""

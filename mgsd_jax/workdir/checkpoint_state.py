@@ -6,17 +6,13 @@ optimizer to get at the parameters.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from mgsd_jax import tree
 from mgsd_jax.checks.fields import Json
-from mgsd_jax.tree import Tree
-
-PyTree = Any  # dicts, tuples and dataclasses of leaves
-Leaf = Any  # an array, or a jax.ShapeDtypeStruct: shape, dtype, and perhaps sharding
+from mgsd_jax.tree import Leaf, PyTree, Tree
 
 
 class Unreadable(ValueError):

@@ -8,13 +8,9 @@ that a run may be resumed with another value (ranges.py).
 """
 
 import dataclasses
-import json
 import pathlib
-import typing
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from mgsd_jax.checks.fields import Json
 from mgsd_jax.checks.ranges import (
     FREE,
     Between,
@@ -23,11 +19,13 @@ from mgsd_jax.checks.ranges import (
     Regex,
     Span,
     coerce,
-    replace_field,
 )
+from mgsd_jax.checks.sections import defaults as defaults
+from mgsd_jax.checks.sections import override as override
+from mgsd_jax.checks.sections import to_dict as to_dict
+from mgsd_jax.checks.sections import to_text as to_text
 
 ASSETS = str(pathlib.Path(__file__).resolve().parent / "assets")  # models shipped with the package
-Section = TypeVar("Section")  # a dataclass of this file
 TeacherContext = Literal["state", "state_and_plan", "state_and_all_optimal_plans"]
 StateText = Literal["cells", "rows"]
 Segment = Literal["state", "sentence", "plan", "format"]  # parts of a response
@@ -466,25 +464,6 @@ def excluded_folders(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*config.data.exclude, *evaluated)))
 
 
-def override(config: Section, assignments: Sequence[str]) -> Section:
-    """A copy of `config` with 'a.b=value' assignments applied, left to right.
-
-    Values are Python literals (`1e-4`, `(3, 4)`, `None`) or bare strings, for a tuple of strings
-    several with commas between them. Raises ValueError for an unknown field (listing the known
-    ones) and for a value of the wrong type.
-
-    >>> override(OptimConfig(lr=1.0), ['lr=1e-4']).lr
-    0.0001
-    """
-    for assignment in assignments:
-        name, separator, text = assignment.partition("=")
-        if not separator:
-            raise ValueError(f"--set: got {assignment!r}, want a.b=value")
-        path = name.strip()
-        config = replace_field(config, path.split("."), text.strip(), f"--set {path}")
-    return config
-
-
 def check(config: Config) -> Config:
     """Returns the config after checking every field against its annotation; raises ValueError."""
     config = coerce(config, Config, "config")
@@ -545,47 +524,6 @@ def update_rows(settings: DistillationConfig) -> dict[str, int]:
     if asked:
         rows["distillation.grounding_share"] = asked * settings.rollouts
     return rows
-
-
-def defaults(kind: type) -> Json:
-    """The default of each field of a section and of the sections in it, as plain JSON types.
-
-    Fields without a default are left out.
-    """
-    found: Json = {}
-    for field in dataclasses.fields(kind):
-        section = typing.get_type_hints(kind)[field.name]
-        if dataclasses.is_dataclass(section):
-            found[field.name] = defaults(typing.cast(type, section))
-        elif field.default is not dataclasses.MISSING:
-            found[field.name] = json.loads(json.dumps(field.default))
-    return found
-
-
-def to_dict(config: Any) -> Json:
-    """The config as plain JSON types (tuples as lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def to_text(config: Config) -> str:
-    """The config as lines 'a.b=value', each of which --set takes; long tuples have more lines."""
-    return "\n".join(_lines(config, ""))
-
-
-def _lines(section: Any, prefix: str) -> Iterator[str]:
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _lines(value, f"{prefix}{field.name}.")
-            continue
-        if isinstance(value, tuple):
-            value = tuple(dataclasses.asdict(v) if isinstance(v, LevelSet) else v for v in value)
-        text = value if isinstance(value, str) else repr(value)
-        line = f"{prefix}{field.name}={text}"
-        if len(line) > 100 and isinstance(value, tuple):
-            items = "".join(f"    {item!r},\n" for item in value)
-            line = f"{prefix}{field.name}=(\n{items})"
-        yield line
 
 
 def sizes(buckets: tuple[int, ...] | Literal["auto"]) -> tuple[int, ...]:

@@ -1,34 +1,29 @@
-"""Batches for training: Grain draws, renders and tokenises boards ahead of the device.
+"""Batches for training: what a batch of each stage holds, drawn, rendered and tokenised.
 
-A loader's `get_state` / `set_state` resume it at the very next batch. Every random choice (order,
-kind of record, which optimal plan) is a function of (seed, position), so restarts and thread counts
-change nothing. Nor does the number of processes: together they make the batch that one process
-would, each of them its own run of the rows, padded to the largest bucket that any of them needs.
+Every random choice (order, kind of record, which optimal plan) is a function of (seed, position).
+See examples.py for how batches are made ahead, resumed and shared by processes.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
-import grain
 import numpy as np
 
 from mgsd_jax import config as config_lib
 from mgsd_jax.checks.fields import Json
-from mgsd_jax.config import Config, TeacherContext, sizes
+from mgsd_jax.config import Config, DataConfig, TeacherContext, sizes
 from mgsd_jax.data import batching
 from mgsd_jax.data.benchmarks import benchmark_keys
 from mgsd_jax.data.boards import Board, LazyBoards, read_split
 from mgsd_jax.data.encoder import Encoder
+from mgsd_jax.data.examples import Agree, Loader, Sizes, make_examples
 from mgsd_jax.data.processor import Encoded
 from mgsd_jax.data.records import RECORDS, check_kinds
 from mgsd_jax.data.splits import Split, draw
 from mgsd_jax.envs.noise import disturb
 
-Example = TypeVar("Example")
-Batch = TypeVar("Batch")
-Sizes = tuple[int, ...]  # buckets of a batch: its tokens (of each side), its patches
-Agree = Callable[[Sizes], Sizes]  # the largest of each size over the processes
 STREAM_LENGTH = 1 << 24  # boards in one pass over a stream
 
 
@@ -64,36 +59,6 @@ def load_boards(config: Config, split: Split, share: tuple[int, int] = (0, 1)) -
     excluded = benchmark_keys(config_lib.excluded_folders(config))
     levels = tuple((kind.task, level) for kind in data.boards for level in kind.levels)
     return stream_boards(levels, split, seed=config.seed, exclude=excluded)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loader(Generic[Example, Batch]):
-    """An endless iterator of the batches of one process, in the shapes that all processes agree on.
-
-    Grain makes the examples ahead, in threads. Only then are buckets chosen and rows padded, once:
-    the bucket of a batch is known when every process has its examples. With several processes
-    `next` is a collective call: all of them make it, in the same order as their other collectives.
-    """
-
-    examples: grain.DatasetIterator[list[Example]]
-    measure: Callable[[Sequence[Example]], Sizes]  # the buckets that examples need
-    pad: Callable[[Sequence[Example], Sizes], Batch]
-    agree: Agree
-
-    def __iter__(self) -> "Loader[Example, Batch]":
-        return self
-
-    def __next__(self) -> Batch:
-        examples = next(self.examples)
-        return self.pad(examples, self.agree(self.measure(examples)))
-
-    def get_state(self) -> Json:
-        """The position, as JSON values; the same on every process."""
-        return self.examples.get_state()
-
-    def set_state(self, state: Json) -> None:
-        """Resumes after the batch that `state` was taken at."""
-        self.examples.set_state(state)
 
 
 def grounding_loader(
@@ -134,7 +99,7 @@ def grounding_loader(
             patch_channels=processor.pictures.channels,
         )
 
-    examples = _examples(boards, example, encoder, batch_size, seed, process)
+    examples = make_examples(boards, example, data.workers, batch_size, seed, process)
     return Loader(examples, measure, pad, agree)
 
 
@@ -185,7 +150,6 @@ def prompt_loader(
     such a number of batches before (`Interleaved`), and rows say where their rollouts lie. Row ids
     are those of the batch of all processes.
     """
-    data, pad_id = encoder.data, encoder.processor.pad_id
 
     def example(board: Board, rng: np.random.Generator) -> PromptExample:
         read = board if teacher_board == "same" else _another(boards, board, rng)
@@ -200,40 +164,10 @@ def prompt_loader(
             encoder.teacher(_another(boards, board, rng), context) if has_others else None,
         )
 
-    def measure(examples: Sequence[PromptExample]) -> Sizes:
-        students = [example.student for example in examples]
-        teachers = [example.teacher for example in examples]
-        teachers += [example.other for example in examples if example.other is not None]
-        return (
-            batching.token_bucket(students, sizes(data.prompt_buckets), name="a student prompt"),
-            batching.token_bucket(teachers, sizes(data.teacher_buckets), name="a teacher prompt"),
-            batching.patch_bucket(students, sizes(data.patch_buckets)),
-        )
-
     def pad(examples: Sequence[PromptExample], shape: Sizes) -> PromptRows:
-        student_length, teacher_length, patches = shape
         rows = [row for row in examples for _ in range(rollouts)]
-        batch = batching.prompt_batch(
-            [row.student for row in rows],
-            [row.teacher for row in rows],
-            student_length=student_length,
-            teacher_length=teacher_length,
-            pad_id=pad_id,
-            patch_buckets=(patches,),
-            max_pictures=1,
-            first_row=process[0] * len(rows),
-        )
-        if reference_share > 0:
-            responses = [row.reference for row in rows]
-            held = batching.references(responses, length=response_length, pad_id=pad_id)
-            batch = batch._replace(references=held)
-        drafts = [row.draft for row in rows if row.draft is not None]
-        if drafts:
-            batch = batch._replace(draft=batching.pad_drafts(drafts, response_length))
-        others = [row.other for row in rows if row.other is not None]
-        if others:
-            read = batching.text_inputs(others, length=teacher_length, pad_id=pad_id)
-            batch = batch._replace(other=read)
+        batch = _pad_prompts(rows, shape, pad_id, first_row=process[0] * len(rows))
+        batch = _with_responses(batch, rows, response_length, pad_id, is_given=reference_share > 0)
         if replay_steps:
             batch = batch._replace(slots=np.array([row.slot for row in rows], np.int32))
         return PromptRows(batch, tuple(row.board for row in rows))
@@ -241,9 +175,61 @@ def prompt_loader(
     def earlier(examples: Sequence[PromptExample]) -> Sequence[PromptExample]:
         return Interleaved(examples, batch_size // 2, replay_steps, seed)
 
+    data, pad_id = encoder.data, encoder.processor.pad_id
     arrange = earlier if replay_steps else None
-    found = _examples(boards, example, encoder, batch_size, seed, process, arrange)
-    return Loader(found, measure, pad, agree)
+    found = make_examples(boards, example, data.workers, batch_size, seed, process, arrange)
+    return Loader(found, functools.partial(_measure_prompts, data), pad, agree)
+
+
+def _measure_prompts(data: DataConfig, examples: Sequence[PromptExample]) -> Sizes:
+    """The buckets of both readers' prompts, and of the pictures."""
+    students = [example.student for example in examples]
+    teachers = [example.teacher for example in examples]
+    teachers += [example.other for example in examples if example.other is not None]
+    return (
+        batching.token_bucket(students, sizes(data.prompt_buckets), name="a student prompt"),
+        batching.token_bucket(teachers, sizes(data.teacher_buckets), name="a teacher prompt"),
+        batching.patch_bucket(students, sizes(data.patch_buckets)),
+    )
+
+
+def _pad_prompts(
+    rows: Sequence[PromptExample], shape: Sizes, pad_id: int, *, first_row: int
+) -> batching.PromptBatch:
+    """The prompts that student and teacher read."""
+    student_length, teacher_length, patches = shape
+    batch = batching.prompt_batch(
+        [row.student for row in rows],
+        [row.teacher for row in rows],
+        student_length=student_length,
+        teacher_length=teacher_length,
+        pad_id=pad_id,
+        patch_buckets=(patches,),
+        max_pictures=1,
+        first_row=first_row,
+    )
+    others = [row.other for row in rows if row.other is not None]
+    if not others:
+        return batch
+    read = batching.text_inputs(others, length=teacher_length, pad_id=pad_id)
+    return batch._replace(other=read)
+
+
+def _with_responses(
+    batch: batching.PromptBatch,
+    rows: Sequence[PromptExample],
+    length: int,
+    pad_id: int,
+    *,
+    is_given: bool,
+) -> batching.PromptBatch:
+    """The batch with what rows have of responses: right ones where they are given, and guesses."""
+    if is_given:
+        responses = [row.reference for row in rows]
+        held = batching.references(responses, length=length, pad_id=pad_id)
+        batch = batch._replace(references=held)
+    drafts = [row.draft for row in rows if row.draft is not None]
+    return batch._replace(draft=batching.pad_drafts(drafts, length)) if drafts else batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,48 +292,3 @@ def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) ->
         f"distillation.teacher_board=other: no second board of {board.task} level "
         f"{board.level}, want two or more"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Share(Generic[Example]):
-    """The examples of one process: its own run of rows out of every `batch_size`."""
-
-    examples: Sequence[Example]
-    batch_size: int
-    process: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.process[1]
-
-    def __getitem__(self, index: int) -> Example:
-        process, count = self.process
-        own = self.batch_size // count
-        batch, row = divmod(index, own)
-        return self.examples[batch * self.batch_size + process * own + row]
-
-
-def _examples(
-    boards: Sequence[Board],
-    example: Callable[[Board, np.random.Generator], Example],
-    encoder: Encoder,
-    batch_size: int,
-    seed: int,
-    process: tuple[int, int],
-    arrange: Callable[[Sequence[Example]], Sequence[Example]] | None = None,
-) -> grain.DatasetIterator[list[Example]]:
-    """Lists of this process's examples of a batch; the boards are shuffled anew each epoch.
-
-    `arrange` may give the endless examples another order.
-    """
-    workers, count = encoder.data.workers, process[1]
-    if not boards:
-        raise ValueError("boards: got none, want at least one to train on")
-    if batch_size % count:
-        raise ValueError(f"batch_size: got {batch_size}, want a multiple of {count} processes")
-    examples = grain.MapDataset.source(boards).seed(seed).shuffle().repeat().random_map(example)
-    if arrange is not None:
-        examples = grain.MapDataset.source(arrange(cast(Any, examples)))
-    if count > 1:
-        examples = grain.MapDataset.source(_Share(cast(Any, examples), batch_size, process))
-    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    return iter(examples.batch(batch_size // count, batch_fn=list).to_iter_dataset(options))

@@ -26,8 +26,7 @@ class Board:
     start: Cell
     goals: frozenset[Cell] = frozenset()
     tiles: Mapping[Cell, str] | None = None  # FrozenLake
-    # Maze, as in the file: [row][column]{north, south, east, west}
-    walls: Sequence[Sequence[Mapping[str, bool]]] | None = None
+    walls: Any = None  # Maze, as in the file: [row][column]{north, south, east, west}
     table: frozenset[Cell] = frozenset()
     printer: Cell | None = None
     pick_cells: frozenset[Cell] = frozenset()

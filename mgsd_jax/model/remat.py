@@ -7,11 +7,10 @@ memory and fetches them back: the arithmetic of `save_names` in the memory of `f
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import linen as nn
-from flax.typing import CollectionFilter, InOutScanAxis
 from jax.extend.core import Primitive
 
 Remat = Literal["none", "full", "save_names", "offload"]
@@ -20,7 +19,7 @@ Carry = TypeVar("Carry")
 # what its kernel keeps for its own backward pass.
 SAVED = ("qkv", "attention")
 # Collections that have a leading layer axis in a stack.
-STACKED: dict[CollectionFilter, InOutScanAxis] = {"params": 0, "adapters": 0}
+STACKED: dict[Any, Any] = {"params": 0, "adapters": 0}
 
 
 def scan_layers(

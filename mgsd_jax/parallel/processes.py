@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,7 +27,6 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # The runtime's messages begin like this. Ours never do: they begin with a field or a file.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 _NUMBER = re.compile("[0-9]{1,6}")
-Value = TypeVar("Value")
 Settings = tuple[str | None, int | None, int | None]  # coordinator, processes, process
 
 
@@ -96,7 +95,7 @@ def join(coordinator: str | None, count: int | None, index: int | None) -> bool:
     return jax.process_count() > 1
 
 
-def gather(value: Value) -> list[Value]:
+def gather(value: Any) -> list[Any]:
     """The values of all processes, in their order; a value is anything that JSON can hold.
 
     It returns when all processes have called it, so it also serves as a barrier.

@@ -7,7 +7,7 @@ Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Program:
     """One jitted function of a stage."""
 
     name: str  # 'distillation/update'
-    jitted: jax.stages.Wrapped  # what jax.jit made
+    jitted: Any  # what jax.jit made
     arguments: tuple[object, ...]  # ShapeDtypeStructs, and what else it takes
     resident: int  # bytes on a chip of arrays that are held meanwhile, but are not its arguments
     work: Work

@@ -22,9 +22,8 @@ from mgsd_jax.stages import loading
 from mgsd_jax.stages.distillation_step import DistillationBatch
 from mgsd_jax.stages.loading import Loaded
 from mgsd_jax.training import guards, lessons, monitor
-from mgsd_jax.training.divergences import TokenStats
 from mgsd_jax.training.optimizer import TrainState
-from mgsd_jax.tree import Tree
+from mgsd_jax.tree import PyTree, Tree
 
 # Small programs around those of the sampler.
 _with_references = jax.jit(lessons.with_references)
@@ -56,8 +55,9 @@ class Responses:
 
     asked: PromptBatch  # the prompts of all rows, on the mesh of the update
     learned: Rollout  # of all rows there: where a row has a reference or replays, not its own
-    own: Rollout  # what the rows of this process said
-    own_learned: Rollout  # what the rows of this process learn from
+    # Rollouts of numpy arrays, the rows of this process: what they said, and what they learn from.
+    own: PyTree
+    own_learned: PyTree
 
 
 def make_speaker(student: Loaded, frozen: Tree, config: Config) -> Speaker:
@@ -156,10 +156,13 @@ def update_metrics(
     said: Responses,
     prompts: PromptRows,
     groups: np.ndarray,
-    stats: TokenStats,
+    stats: PyTree,
     settings: DistillationConfig,
 ) -> dict[str, Mean]:
-    """How student and teacher differ over the responses, and signs of rollouts going wrong."""
+    """How student and teacher differ over the responses, and signs of rollouts going wrong.
+
+    `stats` are TokenStats of numpy arrays, of the rows of this process.
+    """
     learned = said.own_learned
     return monitor.token_metrics(groups, stats) | guards.rollout_measures(
         learned.tokens,

@@ -20,7 +20,7 @@ from mgsd_jax.config import Config, DistillationConfig, GroundingConfig
 from mgsd_jax.data import buckets, loaders
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.encoder import load_encoder
-from mgsd_jax.data.loaders import Loader
+from mgsd_jax.data.examples import Loader
 from mgsd_jax.data.processor import Encoded, Processor
 from mgsd_jax.data.records import check_kinds
 from mgsd_jax.model import qwen3vl
@@ -123,8 +123,7 @@ def run(config: Config, workdir: str) -> None:
     settings = config.grounding
     check_kinds(settings.mixture)
     sinks.check(config.metrics)
-    share = (jax.process_index(), jax.process_count())
-    training = loaders.load_boards(config, "train", share)
+    training = loaders.load_boards(config, "train", (jax.process_index(), jax.process_count()))
     validation = loaders.load_boards(config, "val")
     stage_folder.check_finished(settings.student)
     with contextlib.ExitStack() as held:

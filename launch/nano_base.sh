@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes the nano base model that the quickstart starts from, anew:
-#   bash launch/nano_base.sh WORKDIR [plans]
-# With `plans` a base that has seen plans in its prompt, which the study's rows of plans start from.
+#   bash launch/nano_base.sh WORKDIR [plans|small]
+# With `plans` a base that has seen plans in its prompt, which the study's rows of plans start from;
+# with `small` the base of the small study, for boards of several sizes in pictures of one size.
+# Run it again to continue where it was stopped.
 # Copy WORKDIR/export over mgsd_jax/assets/nano_base to ship it.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_package "${EXTRAS:-}"
 
-WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR [plans]}
+WORKDIR=${1:?usage: bash launch/nano_base.sh WORKDIR [plans|small]}
 VARIANT=${2:-}
 mkdir -p "$WORKDIR"
 trap 'exit 130' INT

@@ -1,16 +1,20 @@
-"""Runs the nano study: trains and evaluates every row of configs/study/rows.py, prints the tables.
+"""Runs a study: trains and evaluates its rows of configs/study/rows.py, prints the tables.
 
-    bash launch/study.sh WORKDIR [--jobs 2] [--rows method,sampled] [--dry-run | --table]
+    bash launch/study.sh WORKDIR [--study=small] [--jobs 2] [--rows method,jsd]
+                         [--dry-run | --table]
 
-Runs that are done are left alone and those that were stopped continue, so the command can be given
-again. Each of the --jobs parallel runs gets a core of its own. Logs: WORKDIR/ROW/SEED.log.
+The nano study starts from the model that ships, the small study makes its base first. Runs that are
+done are left alone and those that were stopped continue, so the command can be given again. Each of
+the --jobs parallel runs gets a core of its own. Logs: WORKDIR/ROW/SEED.log.
 """
 
 import argparse
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
 import runpy
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,27 +25,61 @@ import tqdm
 from study_tables import StudyRow
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "study" / "nano.py"
-# Boards never trained on, and what the larger ones need: (name, settings).
-ELSEWHERE = (
-    ("colours", ("data.channels=(2,1,0)",)),
-    ("sprites", ("data.sprites=other",)),
-    (
-        "larger",
-        (
-            "data.folder={study}/larger",
-            "data.boards=({'task':'frozenlake','levels':(5,6),'train':0,'val':0,'test':100},"
-            "{'task':'maze','levels':(4,),'train':0,'val':0,'test':200},"
-            "{'task':'minibehaviour','levels':(6,),'train':0,'val':0,'test':200})",
-            "data.prompt_buckets=(64,)",
-            "data.teacher_buckets=(96,)",
-            "data.patch_buckets=(144,)",
-            "evaluate.sampling.max_new_tokens=110",
-        ),
-    ),
-)
+CONFIGS = ROOT / "configs" / "study"
+ROWS: tuple[StudyRow, ...] = runpy.run_path(str(CONFIGS / "rows.py"))["ROWS"]
+SMALL = runpy.run_path(str(CONFIGS / "small.py"))
+Settings = tuple[str, ...]  # as after --set
+COLOURS = ("colours", ("data.channels=(2,1,0)",))
+SPRITES = ("sprites", ("data.sprites=other",))
 CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
-ELSEWHERE_ROWS = ("base", "sft", "grounding_only", "distillation_only", "method", "jsd", "jsd_only")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Some rows of configs/study/rows.py with one config, and the boards that they are asked about.
+
+    Boards elsewhere are of kinds that no row has trained on: (name, settings).
+    """
+
+    config: str  # as after --config
+    rows: tuple[StudyRow, ...]
+    elsewhere: tuple[tuple[str, Settings], ...]
+    elsewhere_rows: tuple[str, ...]  # rows asked about them, beside those of two groups
+    base: str = ""  # what launch/nano_base.sh makes in {study}/model; '': the model that ships
+
+
+def nano_study() -> Study:
+    larger = (
+        "data.folder={study}/larger",
+        "data.boards=({'task':'frozenlake','levels':(5,6),'train':0,'val':0,'test':100},"
+        "{'task':'maze','levels':(4,),'train':0,'val':0,'test':200},"
+        "{'task':'minibehaviour','levels':(6,),'train':0,'val':0,'test':200})",
+        "data.prompt_buckets=(64,)",
+        "data.teacher_buckets=(96,)",
+        "data.patch_buckets=(144,)",
+        "evaluate.sampling.max_new_tokens=110",
+    )
+    asked = ("base", "sft", "grounding_only", "distillation_only", "method", "jsd", "jsd_only")
+    elsewhere = (COLOURS, SPRITES, ("larger", larger))
+    return Study(str(CONFIGS / "nano.py"), ROWS, elsewhere, asked)
+
+
+def small_study(size: str = "small") -> Study:
+    """The main rows and the best recipe, with and without grounding, on boards of several sizes."""
+    names = ("base", "grounded", "distillation_only", "method", "jsd_only", "jsd")
+    found = {row.name: row for row in ROWS}
+    rows = tuple(dataclasses.replace(found[name], group="main") for name in names)
+    there = SMALL["SIZES"][size]
+    boards = SMALL["level_sets"](there.held_out, test=there.test)
+    held_out = (
+        "data.folder={study}/held_out",
+        f"data.boards={tuple(map(dataclasses.asdict, boards))}",
+    )
+    elsewhere = (("held_out", held_out), COLOURS, SPRITES)
+    return Study(f"{CONFIGS / 'small.py'}:{size}", rows, elsewhere, names, base=size)
+
+
+STUDIES = {"nano": nano_study, "small": small_study}
 Task = tuple[StudyRow, int]  # and a seed
 
 
@@ -51,39 +89,45 @@ def filled(settings: tuple[str, ...], study: pathlib.Path, seed: int) -> list[st
     return [part for setting in named for part in ("--set", setting)]
 
 
-def command(stage: str, workdir: pathlib.Path, study: pathlib.Path, *settings: str) -> list[str]:
+def command(
+    of: Study, stage: str, workdir: pathlib.Path, study: pathlib.Path, *settings: str
+) -> list[str]:
     """One run of the program; the seed is the name of its folder."""
     seed = int(workdir.name)
-    program = [sys.executable, "-m", "mgsd_jax.main", f"--stage={stage}", f"--config={CONFIG}"]
-    shared = ("data.folder={study}/data", f"seed={seed}")
+    program = [sys.executable, "-m", "mgsd_jax.main", f"--stage={stage}", f"--config={of.config}"]
+    model = ("model.path={study}/model/export",) if of.base else ()
+    shared = ("data.folder={study}/data", f"seed={seed}", *model)
     return [*program, f"--workdir={workdir}", *filled((*shared, *settings), study, seed)]
 
 
-def commands(row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
+def commands(of: Study, row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
     """Training and evaluation of one row with one seed, in order."""
     workdir = study / row.name / str(seed)
-    training = [command(row.stage, workdir, study, *row.settings)] if row.stage else []
+    training = [command(of, row.stage, workdir, study, *row.settings)] if row.stage else []
     names = {"": ("base", "{model}"), "grounding": ("grounded", "{workdir}/grounding")}
     model = names.get(row.stage, ("distilled", "{workdir}/distillation"))
     base = [setting for setting in row.settings if setting.startswith("model.")]
     boards: list[tuple[str, ...]] = [()]
-    if row.name in ELSEWHERE_ROWS or row.group in ("options", "plans"):
+    if row.name in of.elsewhere_rows or row.group in ("options", "plans"):
         # What the base says to a text stands for all of them.
         asked = () if row.name == "base" else ("evaluate.modes=picture,perception",)
         boards += [
-            (*some, *asked, f"evaluate.folder={{workdir}}/{name}") for name, some in ELSEWHERE
+            (*some, *asked, f"evaluate.folder={{workdir}}/{name}") for name, some in of.elsewhere
         ]
     return training + [
-        command("evaluate", workdir, study, f"evaluate.models=({model!r},)", *base, *settings)
+        command(of, "evaluate", workdir, study, f"evaluate.models=({model!r},)", *base, *settings)
         for settings in boards
     ]
 
 
-def generate(study: pathlib.Path) -> list[list[str]]:
-    """The commands that draw the boards of the study."""
+def prepare(of: Study, study: pathlib.Path) -> list[list[str]]:
+    """The commands that make the base, where the study has one of its own, and draw the boards."""
     workdir = study / "boards" / "0"
-    larger = dict(ELSEWHERE)["larger"]
-    return [command("generate", workdir, study), command("generate", workdir, study, *larger)]
+    others = [some for _, some in of.elsewhere if some[0].startswith("data.folder=")]
+    drawn = [command(of, "generate", workdir, study, *some) for some in ((), *others)]
+    if not of.base or (study / "model" / "export" / "config.json").is_file():
+        return drawn
+    return [["bash", str(ROOT / "launch" / "nano_base.sh"), str(study / "model"), of.base], *drawn]
 
 
 def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Path) -> None:
@@ -97,7 +141,7 @@ def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Pat
         raise RuntimeError(f"{log}: got exit code {done.returncode} from {' '.join(argv)}, want 0")
 
 
-def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
+def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
     """Run the tasks in order, each after the one that it needs, and return how many failed.
 
     Ctrl-C reaches the programs too: they save and stop, no other is started, and this ends in 130.
@@ -109,7 +153,7 @@ def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
     is_stopped = threading.Event()
 
     def work(row: StudyRow, seed: int, core: int | None) -> None:
-        for argv in commands(row, seed, study):
+        for argv in commands(of, row, seed, study):
             if is_stopped.is_set():
                 return
             run(argv, study / row.name / f"{seed}.log", core, study)
@@ -144,10 +188,10 @@ def run_all(tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
     return failures
 
 
-def show(study: pathlib.Path, rows: Sequence[StudyRow]) -> None:
+def show(of: Study, study: pathlib.Path) -> None:
     """Print the tables of what has been run, and draw WORKDIR/curves.svg."""
-    print(study_tables.write_tables(study, rows, [name for name, _ in ELSEWHERE]))
-    models = study_tables.read_study(study, rows)
+    print(study_tables.write_tables(study, of.rows, [name for name, _ in of.elsewhere]))
+    models = study_tables.read_study(study, of.rows)
     curves = study_tables.curves_svg(models[name] for name in models if name in CURVES)
     (study / "curves.svg").write_text(curves)
 
@@ -161,28 +205,28 @@ def choose(names: str, known: Mapping[str, StudyRow]) -> list[Task]:
 
 
 def main() -> None:
-    rows = runpy.run_path(str(ROOT / "configs" / "study" / "rows.py"))["ROWS"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--study", choices=[*STUDIES], default="nano", help="default: nano")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--rows", default="", help="names with commas between them (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
     parser.add_argument("--table", action="store_true", help="tables and curves of what is there")
     args = parser.parse_args()
-    study = args.workdir.absolute()
-    tasks = choose(args.rows, {row.name: row for row in rows})
+    study, of = args.workdir.absolute(), STUDIES[args.study]()
+    tasks = choose(args.rows, {row.name: row for row in of.rows})
     if args.dry_run and not args.table:
-        for argv in [*generate(study), *(c for task in tasks for c in commands(*task, study))]:
-            print(" ".join(argv))
+        for argv in [*prepare(of, study), *(c for t in tasks for c in commands(of, *t, study))]:
+            print(shlex.join(argv))
         return
     if not args.table:
-        for argv in generate(study):
-            run(argv, study / "boards.log", None, study)
-        if failures := run_all(tasks, study, args.jobs):
+        for argv in prepare(of, study):
+            run(argv, study / "prepare.log", None, study)
+        if failures := run_all(of, tasks, study, args.jobs):
             raise SystemExit(f"{failures} runs failed")
-    show(study, rows)
+    show(of, study)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.name not in TA
 ARGUMENTS = {
     "qwen3vl": ("4b", "8b"),
     "gpu_4b": ("80gb", "24gb"),
-    "nano_base": ("text", "sight", "finish", "text,plans", "finish,plans"),
+    "nano_base": ("text", "sight", "finish", "text,plans", "finish,plans", "sight,small"),
 }
 
 

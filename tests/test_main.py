@@ -147,7 +147,8 @@ def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathl
         ("qwen3vl.py:9b", ": size: got '9b', want 4b or 8b"),
         ("qwen3vl.py:", "size: got '', want 4b or 8b"),
         ("gpu_4b.py:8b", "memory: got '8b', want 24gb or 80gb"),
-        ("nano_base.py:all", "run: got 'all', want text, sight or finish, perhaps with ',plans'"),
+        ("nano_base.py:all", "run: got 'all', want text, sight or finish, perhaps with one of"),
+        ("study/small.py:all", "size: got 'all', want one of ['small'"),
         (
             "nano.py:4b",
             "nano.py:4b: got TypeError: get_config() takes 0 positional",

@@ -1,5 +1,7 @@
 """The study: its rows are valid runs of the program, and its tables say what the rows hold."""
 
+import collections
+import itertools
 import json
 import pathlib
 import runpy
@@ -7,25 +9,42 @@ import sys
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import study_tables as tables
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.command_line import load_config
+from mgsd_jax.config import Config
+from mgsd_jax.data.boards import Board
+from mgsd_jax.data.encoder import load_encoder
+from mgsd_jax.data.nano_tokenizer import write_tokenizer
+from mgsd_jax.data.processor import load_processor
+from mgsd_jax.envs import ENVS
+from mgsd_jax.envs.maze import WALLS, MazeState
+from mgsd_jax.stages import init
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROWS = runpy.run_path(str(ROOT / "configs" / "study" / "rows.py"))["ROWS"]
-STUDY = pathlib.Path("/study")
 RUNNER = runpy.run_path(str(ROOT / "launch" / "study.py"))
+ROWS = RUNNER["ROWS"]
+NANO, SMALL = (RUNNER["STUDIES"][name]() for name in ("nano", "small"))
+STUDY = pathlib.Path("/study")
 
 
-def test_every_row_is_a_valid_config_and_needs_rows_that_exist() -> None:
-    names = [row.name for row in ROWS]
+def config_of(argv: list[str]) -> Config:
+    """The config of a command of the program."""
+    settings = [argv[i + 1] for i, part in enumerate(argv) if part == "--set"]
+    return load_config(argv[4].removeprefix("--config="), settings)
+
+
+@pytest.mark.parametrize("of", [NANO, SMALL], ids=["nano", "small"])
+def test_every_row_is_a_valid_config_and_needs_rows_that_exist(of: Any) -> None:
+    names = [row.name for row in of.rows]
     assert len(set(names)) == len(names)
-    for row in ROWS:
+    for row in of.rows:
         assert not row.needs or row.needs in names[: names.index(row.name)]
-        for number, argv in enumerate(RUNNER["commands"](row, row.seeds[0], STUDY)):
-            settings = [argv[i + 1] for i, part in enumerate(argv) if part == "--set"]
-            config = load_config(argv[4].removeprefix("--config="), settings)
+        for number, argv in enumerate(RUNNER["commands"](of, row, row.seeds[0], STUDY)):
+            config = config_of(argv)
             assert config.seed == row.seeds[0]
             assert config.data.folder.startswith("/study/")
             if row.needs and number == 0:
@@ -54,6 +73,78 @@ def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_small_study_makes_its_base_and_holds_levels_out(tmp_path: pathlib.Path) -> None:
+    """Rows train on some levels, are asked about all, and start from the base that was made."""
+    base, *draws = RUNNER["prepare"](SMALL, tmp_path)
+    assert base[1:] == [str(ROOT / "launch" / "nano_base.sh"), str(tmp_path / "model"), "small"]
+    levels = [
+        {(some.task, level) for some in config_of(argv).data.boards for level in some.levels}
+        for argv in draws
+    ]
+    trained, held_out = levels
+    assert not trained & held_out and {task for task, _ in trained} == {t for t, _ in held_out}
+    folders = [config_of(argv).data.folder for argv in draws]
+    assert folders == [str(tmp_path / "data"), str(tmp_path / "held_out")]
+    for row in SMALL.rows:
+        *training, own, held, _, _ = RUNNER["commands"](SMALL, row, 0, tmp_path)
+        assert [config_of(argv).data.folder for argv in (own, held)] == folders
+        assert len(training) == bool(row.stage)
+        for argv in (*training, own, held):
+            config = config_of(argv)
+            assert config.model.path == f"{tmp_path}/model/export"
+            assert {config_lib.picture_size(config.data, level) for level in (3, 6)} == {256}
+    (tmp_path / "model" / "export").mkdir(parents=True)
+    (tmp_path / "model" / "export" / "config.json").touch()
+    assert RUNNER["prepare"](SMALL, tmp_path) == draws
+
+
+def snake(size: int) -> MazeState:
+    """The maze with the longest way: from corner to corner through every cell."""
+    order = [(r, c if r % 2 == 0 else size - 1 - c) for r in range(size) for c in range(size)]
+    sides = {(-1, 0): "up", (1, 0): "down", (0, -1): "left", (0, 1): "right"}
+    walls = [[sum(WALLS.values())] * size for _ in range(size)]
+    for here, there in itertools.pairwise(order):
+        for (r, c), (other_r, other_c) in ((here, there), (there, here)):
+            walls[r][c] -= WALLS[sides[other_r - r, other_c - c]]
+    return MazeState(tuple(map(tuple, walls)), order[0], order[-1])
+
+
+def long_boards(task: str, level: int) -> list[Board]:
+    """The longest of 500 boards, by plan and by text, and the longest maze that there is."""
+    env, rng = ENVS[task], np.random.default_rng(0)
+    states = [env.generate(rng, level) for _ in range(500)]
+    found = [max(states, key=lambda s: len(env.describe(s)))]
+    found.append(max(states, key=lambda s: len(env.shortest_plan(s))))
+    found += [snake(level)] if task == "maze" else []
+    return [Board(task, level, 0, state, None) for state in found]
+
+
+@pytest.mark.parametrize("size", [*RUNNER["SMALL"]["SIZES"]])
+def test_every_record_and_response_of_a_size_fits_its_buckets(
+    size: str, tmp_path: pathlib.Path
+) -> None:
+    there = RUNNER["SMALL"]["SIZES"][size]
+    config = load_config(f"{ROOT / 'configs' / 'study' / 'small.py'}:{size}", [])
+    tokenizer = write_tokenizer(tmp_path, there.shape, [*there.trained])
+    (tmp_path / "config.json").write_text(json.dumps(init.hf_config(there.shape, tokenizer)))
+    encoder = load_encoder(config.data, load_processor(tmp_path))
+    rng = np.random.default_rng(0)
+    lengths: dict[str, int] = collections.defaultdict(int)
+    for levels, longest in zip((there.trained, there.held_out), there.responses, strict=True):
+        for task, level in [(name, one) for name in levels for one in set(levels[name])]:
+            for board in long_boards(task, level):
+                student = encoder.student(board)
+                assert len(encoder.reference(board, rng)) <= longest
+                assert len(student.pictures[0].patches) == 256
+                assert len(student.tokens) <= max(config.data.prompt_buckets)
+                assert len(encoder.teacher(board, "state").tokens) <= there.teacher[-1]
+                for kind in ("questions", "cells", "plan_from_text", "plan_from_picture"):
+                    tokens = len(encoder.record(board, kind, rng)[0].tokens)
+                    lengths[kind] = max(lengths[kind], tokens)
+    assert lengths.pop("plan_from_text") <= there.text[-1]
+    assert max(lengths.values()) <= there.pictures[-1]
+
+
 def test_rows_run_in_order_each_after_the_one_that_it_needs(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,7 +159,7 @@ def test_rows_run_in_order_each_after_the_one_that_it_needs(
 
     RUNNER["run_all"].__globals__["run"], kept = run, RUNNER["run"]
     try:
-        assert RUNNER["run_all"](tasks, tmp_path, 1) == 1
+        assert RUNNER["run_all"](NANO, tasks, tmp_path, 1) == 1
     finally:
         RUNNER["run_all"].__globals__["run"] = kept
     assert list(dict.fromkeys(began)) == ["grounded", "method", "jsd", "base"]

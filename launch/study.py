@@ -45,6 +45,7 @@ class Study:
     rows: tuple[StudyRow, ...]
     elsewhere: tuple[tuple[str, Settings], ...]
     elsewhere_rows: tuple[str, ...]  # rows asked about them, beside those of two groups
+    training: Settings = ()  # of every stage that trains
     base: str = ""  # what launch/nano_base.sh makes in {study}/model; '': the model that ships
 
 
@@ -75,8 +76,9 @@ def small_study(size: str = "small") -> Study:
         "data.folder={study}/held_out",
         f"data.boards={tuple(map(dataclasses.asdict, boards))}",
     )
-    elsewhere = (("held_out", held_out), COLOURS, SPRITES)
-    return Study(f"{CONFIGS / 'small.py'}:{size}", rows, elsewhere, names, base=size)
+    elsewhere = (("held_out", held_out), *((COLOURS, SPRITES) if size == "small" else ()))
+    training = () if there.train else ("data.source=stream",)
+    return Study(f"{CONFIGS / 'small.py'}:{size}", rows, elsewhere, names, training, size)
 
 
 STUDIES = {"nano": nano_study, "small": small_study}
@@ -103,7 +105,9 @@ def command(
 def commands(of: Study, row: StudyRow, seed: int, study: pathlib.Path) -> list[list[str]]:
     """Training and evaluation of one row with one seed, in order."""
     workdir = study / row.name / str(seed)
-    training = [command(of, row.stage, workdir, study, *row.settings)] if row.stage else []
+    training = (
+        [command(of, row.stage, workdir, study, *of.training, *row.settings)] if row.stage else []
+    )
     names = {"": ("base", "{model}"), "grounding": ("grounded", "{workdir}/grounding")}
     model = names.get(row.stage, ("distilled", "{workdir}/distillation"))
     base = [setting for setting in row.settings if setting.startswith("model.")]

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "qwen3vl": ("4b", "8b"),
     "gpu_4b": ("80gb", "24gb"),
     "nano_base": ("text", "sight", "finish", "text,plans", "finish,plans", "sight,small"),
+    "small": ("small", "gpu", "toy"),
 }
 
 

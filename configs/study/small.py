@@ -26,7 +26,7 @@ class Size:
     shape: c.NanoConfig
     trained: dict[str, tuple[int, ...]]  # levels by task that the rows train on
     held_out: dict[str, tuple[int, ...]]  # levels that only the base has met
-    train: int  # boards of a task, over its trained levels
+    train: int  # boards of a task, over its trained levels; 0: drawn on the fly
     test: int  # boards of a level that are asked about
     text: tuple[int, ...]  # lengths of text records of all levels
     pictures: tuple[int, ...]  # lengths of records with a picture
@@ -65,7 +65,65 @@ SMALL = Size(
     rows=64,
     microbatches=8,
 )
-SIZES = {"small": SMALL}
+# Boards are drawn on the fly: pictures of thousands of them would take a minute to write. Levels
+# stand more than once so that every task is drawn as often.
+GPU = Size(
+    c.NanoConfig(
+        folder="{workdir}/init",
+        width=512,
+        layers=6,
+        heads=8,
+        kv_heads=4,
+        head_width=64,
+        mlp=1408,
+        vision_width=256,
+        vision_layers=6,
+        vision_heads=8,
+        vision_mlp=1024,
+    ),
+    trained={"frozenlake": (3, 4, 5), "maze": (3, 4, 4), "minibehaviour": (5, 5, 5)},
+    held_out={"frozenlake": (6,), "maze": (5,), "minibehaviour": (6,)},
+    train=0,
+    test=100,
+    text=(136, 184),
+    pictures=(192,),
+    teacher=(72, 88),
+    responses=(80, 112),
+    base=(900, 400, 100),
+    base_rows=(192, 96),
+    steps=(40, 120),
+    rows=64,
+    compute_dtype="bfloat16",
+    lr=5e-4,
+)
+# The same programs and stages as on a GPU, in minutes on a CPU; nothing is learned.
+TOY = dataclasses.replace(
+    GPU,
+    shape=c.NanoConfig(
+        folder="{workdir}/init",
+        width=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_width=16,
+        mlp=32,
+        vision_width=16,
+        vision_layers=2,
+        vision_heads=2,
+        vision_mlp=16,
+        deepstack=(0,),
+    ),
+    trained={"frozenlake": (3,), "maze": (3,), "minibehaviour": (5,)},
+    held_out={"frozenlake": (4,), "maze": (4,), "minibehaviour": (6,)},
+    test=2,
+    text=(136,),
+    teacher=(72,),
+    base=(4, 4, 2),
+    base_rows=(8, 8),
+    steps=(2, 2),
+    rows=8,
+)
+SIZES = {"small": SMALL, "gpu": GPU, "toy": TOY}
 
 
 def level_sets(
@@ -91,7 +149,7 @@ def get_config(name: str = "small") -> c.Config:
         ),
         data=dataclasses.replace(
             nano.data,
-            boards=level_sets(size.trained, size.train, val=32, test=size.test),
+            boards=level_sets(size.trained, size.train, 32 if size.train else 0, size.test),
             picture_size=256,
             cell_pixels=0,
             prompt_buckets=(80,),

@@ -5,8 +5,8 @@
 
 Model and boards are those of configs/study/small.py:gpu, the rows those of the small study with one
 seed (launch/study.sh WORKDIR --study=small). What one row needs of another is made first, in one
-process. Then every row is trained and evaluated in a process of its own, all on the same GPU, because
-most of the time each of them waits for its boards to be drawn.
+process. Then every row is trained and evaluated in a process of its own, all on the same GPU: most
+of the time each of them waits for its boards to be drawn.
 
 Run it again to continue where it was stopped, by --budget (seconds), SIGTERM or Ctrl-C. Prints the
 time of each part and the tables of the study; --out (default: WORKDIR/gpu_study.json) gets both.

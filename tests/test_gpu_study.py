@@ -1,4 +1,4 @@
-"""launch/gpu_study.py: its parts are those of the small study, and a toy runs through and resumes."""
+"""launch/gpu_study.py: its parts are those of the small study; a toy runs through and resumes."""
 
 import collections
 import json

@@ -36,6 +36,7 @@ class Base:
     lengths: tuple[tuple[int, ...], tuple[int, ...]]  # of records of text, of those with pictures
     microbatches: int = 1
     lr: float = 1e-3  # of the runs with pictures; text has twice as much
+    save_every: int = 100
 
 
 def get_config(run: str = "text") -> c.Config:
@@ -95,6 +96,7 @@ def small_base(name: str) -> Base:
         lengths=(size.text, size.pictures),
         microbatches=size.microbatches,
         lr=size.lr,
+        save_every=size.save_every,
     )
 
 
@@ -141,7 +143,7 @@ def text(base: Base) -> c.Config:
             eval_every=100,
         ),
         export=c.ExportConfig(source="{workdir}/grounding", folder="{workdir}/export"),
-        checkpoint=c.CheckpointConfig(every=50),
+        checkpoint=c.CheckpointConfig(every=base.save_every),
     )
 
 

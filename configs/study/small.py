@@ -39,6 +39,7 @@ class Size:
     microbatches: int = 1
     compute_dtype: str = "float32"
     lr: float = 1e-3
+    save_every: int = 40  # steps between checkpoints: a minute or two of work
 
 
 SMALL = Size(
@@ -95,6 +96,7 @@ GPU = Size(
     rows=64,
     compute_dtype="bfloat16",
     lr=5e-4,
+    save_every=300,
 )
 # The same programs and stages as on a GPU, in minutes on a CPU; nothing is learned.
 TOY = dataclasses.replace(
@@ -144,6 +146,7 @@ def get_config(name: str = "small") -> c.Config:
     rate = {"lr": size.lr}
     return dataclasses.replace(
         nano,
+        checkpoint=dataclasses.replace(nano.checkpoint, every=size.save_every),
         model=dataclasses.replace(
             nano.model, path="{workdir}/export", compute_dtype=size.compute_dtype
         ),

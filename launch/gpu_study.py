@@ -226,8 +226,12 @@ def measured(of: Study, study: pathlib.Path) -> dict[str, Json]:
         except ValueError:
             continue
         for row, model in models.items():
-            found = {mode: study_tables.estimate(model, mode).value for mode in ("picture", "text")}
-            result.setdefault(row, {})[name] = {k: round(v, 4) for k, v in found.items()}
+            asked = {answer["mode"] for answer in model.runs[0].rows}
+            result.setdefault(row, {})[name] = {
+                mode: round(study_tables.estimate(model, mode).value, 4)
+                for mode in ("picture", "text")
+                if mode in asked
+            }
     return result
 
 

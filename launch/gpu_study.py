@@ -154,47 +154,57 @@ def notes(study: pathlib.Path) -> list[Json]:
 # ---------------------------------------------------------------- in the process that starts them
 
 
-def run_lanes(
-    names: Sequence[str], arguments: Sequence[str], study: pathlib.Path, end: float
-) -> int:
-    """Run lanes side by side until `end`; 0, the exit code of one that failed, or STOPPED."""
+def run_lanes(names: Sequence[str], args: argparse.Namespace, study: pathlib.Path) -> int:
+    """Run lanes, `args.jobs` at a time, until `args.end`; 0, 1 where one failed, or STOPPED."""
+    waiting, running = list(names), dict[str, subprocess.Popen[bytes]]()
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(study / "compiled"),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / len(names):.2f}",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / min(args.jobs, len(names)):.2f}",
     }
-    running = {}
-    for name in names:
-        argv = [sys.executable, __file__, *arguments, f"--lane={name}"]
-        with (study / f"{name}.log").open("a") as out:
-            # A session of its own: Ctrl-C is for this process, which asks the lanes once.
-            running[name] = subprocess.Popen(
-                argv, stdout=out, stderr=out, env=environment, start_new_session=True
-            )
+
+    def alive() -> list[subprocess.Popen[bytes]]:
+        return [process for process in running.values() if process.poll() is None]
+
     try:
-        while time.perf_counter() < end and any(p.poll() is None for p in running.values()):
-            time.sleep(0.2)
+        while time.perf_counter() < args.end and (waiting or alive()):
+            if waiting and len(alive()) < args.jobs:
+                name = waiting.pop(0)
+                argv = [sys.executable, __file__, str(study), f"--size={args.size}"]
+                with (study / f"{name}.log").open("a") as out:
+                    # A session of its own: Ctrl-C is for this process, which asks the lanes once.
+                    running[name] = subprocess.Popen(
+                        [*argv, f"--lane={name}"],
+                        stdout=out,
+                        stderr=out,
+                        env=environment,
+                        start_new_session=True,
+                    )
+            time.sleep(0.1)
     except KeyboardInterrupt:
+        waiting = waiting or [*running]
         print("asked to stop: the lanes finish their step and save", file=sys.stderr)
-    return finish(running, study)
+    late = alive()
+    stop(late)
+    failed = [n for n, p in running.items() if p not in late and p.returncode not in (0, STOPPED)]
+    for name in failed:
+        said = (study / f"{name}.log").read_text().splitlines()[-1:]
+        print(f"{name}: got exit code {running[name].returncode}: {said}; see {name}.log")
+    is_stopped = late or waiting or any(process.returncode for process in running.values())
+    return 1 if failed else STOPPED if is_stopped else 0
 
 
-def finish(running: dict[str, subprocess.Popen[bytes]], study: pathlib.Path) -> int:
-    """Ask the lanes that still run to save and stop; the worst exit code of all."""
-    late = [process for process in running.values() if process.poll() is None]
-    for process in late:
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to save and stop, and end those that take longer than GRACE."""
+    end = time.perf_counter() + GRACE
+    for process in processes:
         process.terminate()
-    for process in late:
+    for process in processes:
         try:
-            process.wait(GRACE)
+            process.wait(max(end - time.perf_counter(), 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    failed = [name for name, p in running.items() if p not in late and p.returncode not in (0, 75)]
-    for name in failed:
-        said = (study / f"{name}.log").read_text().splitlines()[-1:]
-        print(f"{name}: got exit code {running[name].returncode}: {said}; see its log")
-    return 1 if failed else STOPPED if late else max(p.returncode for p in running.values())
 
 
 def parameters(model: pathlib.Path) -> int:
@@ -275,6 +285,7 @@ def main() -> int:
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--size", choices=("gpu", "toy"), default="gpu")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds in all (default: 530)")
+    parser.add_argument("--jobs", type=int, help="rows at a time (default: all, of a toy 2)")
     parser.add_argument("--out", type=pathlib.Path, help="file for the JSON")
     parser.add_argument("--lane", help=argparse.SUPPRESS)  # run this lane, in this process
     args = parser.parse_args()
@@ -285,11 +296,11 @@ def main() -> int:
         return work(every[args.lane], study)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     study.mkdir(parents=True, exist_ok=True)
-    arguments = [str(study), f"--size={args.size}"]
-    end = begun + args.budget - GRACE
-    code = run_lanes([FIRST], arguments, study, end)
+    args.jobs = args.jobs or (len(every) if args.size == "gpu" else 2)
+    args.end = begun + args.budget - GRACE
+    code = run_lanes([FIRST], args, study)
     if code == 0:
-        code = run_lanes([name for name in every if name != FIRST], arguments, study, end)
+        code = run_lanes([name for name in every if name != FIRST], args, study)
     walls = study / "walls.json"
     wall = json.loads(walls.read_text()) if walls.is_file() else []
     paths.write_whole(walls, json.dumps([*wall, time.perf_counter() - begun]))

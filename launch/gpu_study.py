@@ -109,6 +109,7 @@ def run_stage(argv: Sequence[str]) -> None:
 def work(parts: Sequence[Part], study: pathlib.Path) -> int:
     """Run the parts that are not done, noting the time of each; returns the exit code."""
     flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     log.set_up()
     compiled.keep(None, study, os.environ)

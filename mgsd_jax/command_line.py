@@ -15,10 +15,10 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 
-from absl import flags
+from absl import app, flags, logging  # noqa: F401  (app and logging have flags, too)
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.checks import meanings
+from mgsd_jax.checks import meanings, ranges
 
 # Every stage and what it does, in the order of a whole run.
 STAGES = {
@@ -33,6 +33,9 @@ STAGES = {
     "ask": "show the picture of --input to a model: its board, route and plan, or any answer",
     "score": "score the rows of --input (JSON lines: rules, task, task_text, response)",
 }
+
+# The stages whose processes work together; each process runs the others for itself.
+JOINT = ("grounding", "distillation", "evaluate")
 
 STAGE = flags.DEFINE_enum("stage", None, [*STAGES], "What to do: one of the stages above.")
 CONFIG = flags.DEFINE_string(
@@ -69,6 +72,8 @@ HELP_CONFIG = flags.DEFINE_string(
 )
 VERSION = flags.DEFINE_boolean("version", False, "Print the versions of this and of JAX.")
 
+# How flags begin that are known only after the imports: of grain, of orbax, and absl's long help.
+_LATER = ("array_record_", "grain_", "experimental_", "helpfull", "helpxml")
 _HELP = {"--help", "-help", "-h", "-?", "--helpshort", "-helpshort"}
 _AFTER_FLAGS = """
   --verbosity      1 logs everything, also what libraries say; -1 warnings and errors alone.
@@ -161,9 +166,43 @@ def parse_flags(argv: Sequence[str], *, known_only: bool = False) -> list[str]:
 def answer_first(argv: Sequence[str]) -> None:
     """Ends the process where no stage is asked for, or none can be: its imports take seconds."""
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
-    parse_flags(argv, known_only=True)  # flags of libraries are not there yet
+    names = [word.lstrip("-") for word in argv if word.startswith("-")]
+    are_known = not any(name.removeprefix("no").startswith(_LATER) for name in names)
+    rest = parse_flags(argv, known_only=not are_known)
+    if are_known:
+        try:
+            checked(rest)
+        except ValueError as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(2)
     flags.FLAGS.unparse_flags()
     signal.signal(signal.SIGPIPE, before)
+
+
+def checked(rest: Sequence[str]) -> config_lib.Config | None:
+    """The config of the stage, None where it has none or finds it itself.
+
+    `rest` are the arguments that are not flags. Raises ValueError for whatever is wrong with the
+    flags and can be told before the imports of a stage.
+    """
+    stage = STAGE.value
+    if len(rest) > 1:
+        raise ValueError(f"got stray arguments {list(rest[1:])}, want flags only")
+    if stage is None:
+        raise ValueError(f"--stage is required, one of {[*STAGES]}; see --help")
+    if stage in ("ask", "score"):
+        required(INPUT)
+    if PROFILE.value is not None and stage not in JOINT:
+        raise ValueError(f"--profile: got --stage={stage}, want one of {[*JOINT]}")
+    for flag in (COMPILE_CACHE, WORKDIR):
+        if flag.value is not None:
+            ranges.coerce(flag.value, config_lib.Path, f"--{flag.name}")
+    if stage == "score" or (stage == "ask" and not CONFIG.value):
+        return None
+    found = config()
+    if stage != "ask":
+        required(WORKDIR)
+    return found
 
 
 def answer() -> str:

@@ -24,7 +24,6 @@ from absl import app, flags, logging
 
 from mgsd_jax import config as config_lib
 from mgsd_jax import preflight
-from mgsd_jax.checks import ranges
 from mgsd_jax.command_line import parse_flags
 from mgsd_jax.parallel import processes
 from mgsd_jax.stages import (
@@ -51,10 +50,6 @@ STAGES: dict[str, Callable[[config_lib.Config, str], None]] = {
     "report": report.run,
     "preflight": preflight.run,
 }
-
-# The stages whose processes work together; each process runs the others for itself.
-JOINT = ("grounding", "distillation", "evaluate")
-
 
 # What comes after a stage; after the report there is a page to open.
 NEXT = {
@@ -95,23 +90,15 @@ def main(argv: Sequence[str]) -> int:
     log.set_up()
     stage, are_several = command_line.STAGE.value, False
     try:
-        if len(argv) > 1:
-            raise ValueError(f"got stray arguments {list(argv[1:])}, want flags only")
-        if stage is None:
-            raise ValueError(f"--stage is required, one of {[*command_line.STAGES]}; see --help")
+        config = command_line.checked(argv)
         if stage == "score":
             return score.run(command_line.required(command_line.INPUT), command_line.OUTPUT.value)
-        if command_line.PROFILE.value is not None and stage not in JOINT:
-            raise ValueError(f"--profile: got --stage={stage}, want one of {[*JOINT]}")
         compile_cache = command_line.COMPILE_CACHE.value
-        if compile_cache is not None:
-            ranges.coerce(compile_cache, config_lib.Path, "--compile_cache")
         if stage == "ask":
-            return _ask(compile_cache)
-        config = command_line.config()
+            return _ask(config, compile_cache)
+        assert stage is not None and config is not None
         workdir = command_line.required(command_line.WORKDIR)
-        ranges.coerce(workdir, config_lib.Path, "--workdir")
-        if stage in JOINT:
+        if stage in command_line.JOINT:
             given = (
                 command_line.COORDINATOR.value,
                 command_line.PROCESSES.value,
@@ -142,14 +129,12 @@ def main(argv: Sequence[str]) -> int:
         return exit_code
 
 
-def _ask(compile_cache: str | None) -> int:
+def _ask(config: config_lib.Config | None, compile_cache: str | None) -> int:
     """Asks a model about a picture, by the config of its training unless another one is given."""
     picture, workdir = command_line.required(command_line.INPUT), command_line.WORKDIR.value or ""
     if workdir:
-        workdir = str(paths.absolute(ranges.coerce(workdir, config_lib.Path, "--workdir")))
-    if command_line.CONFIG.value:
-        config = command_line.config()
-    else:
+        workdir = str(paths.absolute(workdir))
+    if config is None:
         config = ask.find_config(command_line.assignments(), workdir)
     compiled.keep(compile_cache, workdir, os.environ)
     with log.compilations_told():

@@ -349,3 +349,24 @@ def test_a_board_that_is_solved_before_the_first_action_is_none() -> None:
     reply = reply_lib.read("maze", answer, 96, pixels, lambda *_: pixels)
     assert reply.board is None and "solved before the first action" in reply.problem
     assert reply.is_doubtful
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("<answer>UP, (0,1),\n north</answer>", "Plan:  cannot be read: UP, (0,1), north"),
+        ("<answer></answer>", "Plan:  none"),
+        (
+            "<answer>" + "go on " * 50 + "</answer>",
+            "Plan:  cannot be read: " + "go on " * 13 + "go",
+        ),
+        ("<think>R</think>I go right.\n", "Plan:  cannot be read: I go right."),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_shown(said: str, shown: str, tmp_path: pathlib.Path) -> None:
+    state = board("maze")
+    stated = right_answer("maze", state).partition("\nI go through")[0]
+    picture = save(tmp_path, ENVS["maze"].render(state, 96))
+    reply = ask.ask(recorded(f"{stated}\n{said}", config=nano_for("maze")), picture, task="maze")
+    (line,) = [line for line in answer_lib.lines(reply) if line.startswith("Plan: ")]
+    assert line == shown + (" ..." if len(said) > 100 else "")

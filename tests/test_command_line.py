@@ -1,6 +1,7 @@
 """The help says all that there is, and what is printed instead of a run can be read again."""
 
 import dataclasses
+import json
 import pathlib
 import subprocess
 import sys
@@ -123,14 +124,68 @@ def test_the_versions_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == ["mgsd_jax", "Python", "jax", "jaxlib", "flax", "transformers"]
 
 
-@pytest.mark.parametrize("words", [("--help",), ("--print_config", "--config=nano")])
-def test_an_answer_imports_no_jax(words: tuple[str, ...]) -> None:
-    script = (
-        "import runpy, sys; sys.argv = ['mgsd_jax', *sys.argv[1:]]\n"
-        "try: runpy.run_module('mgsd_jax', run_name='__main__')\n"
-        "finally: assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
-    )
+RUN = ("--stage=grounding", "--config=nano", "--workdir=x")
+# Flags -> the one line that the program ends with, and 2.
+WRONG = {
+    ("--stag=x",): "Unknown command line flag 'stag'. Did you mean: stage ?; see --help",
+    ("--stage=report", "--sets", "a=1"): "Unknown command line flag 'sets'.",
+    ("--verbosity=1", "--stage=train"): "flag --stage=train: value should be one of <init|",
+    ("--config=a",): "--stage is required, one of ['init'",
+    ("--stage=grounding", "--workdir=x"): "--config is required for --stage=grounding",
+    ("--stage=grounding", "--config=nano"): "--workdir is required for --stage=grounding",
+    ("--stage=score",): "--input is required for --stage=score",
+    ("--stage=ask", "--config=nano"): "--input is required for --stage=ask",
+    (*RUN, "stray"): "got stray arguments ['stray'], want flags only",
+    (*RUN, "--set", "data.a=1"): "--set data.a: no field 'a', want one of [",
+    (*RUN, "--set", "seed"): "--set: got 'seed', want a.b=value",
+    (*RUN, "--config=absent.py"): "--config: got 'absent.py', want an existing Python file or one",
+    (*RUN, "--compile_cache=s3://a"): "--compile_cache: got 's3://a', want a local path or gs://",
+    (*RUN, "--workdir=s3://a"): "--workdir: got 's3://a', want a local path or gs://",
+    (*RUN, "--stage=generate", "--profile=5:8"): "--profile: got --stage=generate, want one of [",
+}
+WITHOUT_JAX = """
+import contextlib, io, json, runpy, sys
+ends = []
+for words in json.loads(sys.argv[1]):
+    sys.argv, out, err, code = ["mgsd_jax", *words], io.StringIO(), io.StringIO(), None
+    for name in [name for name in sys.modules if name.startswith("mgsd_jax")]:
+        del sys.modules[name]
+    from absl import flags
+    for name in [n for n in flags.FLAGS if "mgsd_jax" in flags.FLAGS.find_module_defining_flag(n)]:
+        delattr(flags.FLAGS, name)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module("mgsd_jax", run_name="__main__")
+        except SystemExit as left:
+            code = left.code
+    ends.append((code, out.getvalue(), err.getvalue()))
+    assert not {"jax", "numpy"} & {*sys.modules}, words
+print(json.dumps(ends))
+"""
+
+
+def test_answers_and_wrong_flags_import_no_jax() -> None:
+    answers = [("--help",), ("--print_config", "--config=nano")]
+    asked = json.dumps([*answers, *WRONG])
     done = subprocess.run(
-        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_JAX, asked], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0 and "grounding" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout)
+    for code, out, err in ends[: len(answers)]:
+        assert code == 0 and "grounding" in out and not err
+    for line, (code, out, err) in zip(WRONG.values(), ends[len(answers) :], strict=True):
+        assert err.startswith(line) and err.count("\n") == 1 and not out and code == 2
+
+
+def test_boards_of_the_wrong_form_show_the_right_one() -> None:
+    nano = command_line.load_config("nano", [])
+    for text in ("maze", "('maze',)", "({'task': 'maze'},)", "{'task': 'maze'}"):
+        with pytest.raises(ValueError, match=r"^--set data.boards: ") as raised:
+            config.override(nano, [f"data.boards={text}"])
+        form = "{'task': str, 'levels': tuple[int, ...], 'train': int, 'val': int, 'test': int}"
+        line = str(raised.value)
+        assert form in line or "levels is required" in line
+    boards = "({'task': 'maze', 'levels': (3, 4), 'train': 8, 'val': 4, 'test': 6},)"
+    changed = config.override(nano, [f"data.boards={boards}"]).data.boards
+    assert changed == (config.LevelSet("maze", (3, 4), 8, 4, 6),)

@@ -486,3 +486,19 @@ def test_the_readme_quotes_the_nano_run() -> None:
     for number in ("272 s on two", "1.94 M parameters", "5.7 %", "600 held-out boards"):
         assert number in said
         assert number.removesuffix(" held-out boards") in " ".join(readme.split())
+
+
+def test_the_project_and_the_readme_name_the_same_addresses() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    readme = (ROOT / "README.md").read_text()
+    assert len(project["urls"]) >= 2
+    for name, url in project["urls"].items():
+        assert f"({url})" in readme, name
+
+
+def test_the_readme_says_first_what_was_run() -> None:
+    """What was measured and what never ran stands before all numbers; the page stays short."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    status = next(i for i, line in enumerate(lines) if "**Status**" in line)
+    assert status < next(i for i, line in enumerate(lines) if line.startswith("|"))
+    assert status < 10 and len(lines) < 300

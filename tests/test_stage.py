@@ -335,7 +335,9 @@ def test_a_folder_is_claimed_by_what_changes_results_alone(
             claim(tmp_path, config, *free, change)
         line = str(raised.value)
         assert f"{name}: got " in line and "\n" not in line and "buckets" not in line
-        assert f"set that back, remove {tmp_path} to start anew, or take another" in line
+        assert line.endswith(
+            f"set that back, take another --workdir, or remove {tmp_path} to start anew"
+        )
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
 
 

@@ -266,6 +266,10 @@ def spell(kind: Hint) -> str:
     return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
+def _has_defaults(kind: Hint) -> bool:
+    return any(field.default is not dataclasses.MISSING for field in dataclasses.fields(kind))
+
+
 def _spell(kind: Hint) -> str:
     origin, kinds = get_origin(kind), get_args(kind)
     if origin is Annotated:
@@ -277,4 +281,6 @@ def _spell(kind: Hint) -> str:
     if origin is tuple:
         inner = ["..." if k is Ellipsis else _spell(k) for k in kinds]
         return f"tuple[{', '.join(inner)}]"
+    if dataclasses.is_dataclass(kind) and not _has_defaults(kind):  # an item, written as a dict
+        return f"{{{', '.join(f'{name!r}: {_spell(hint)}' for name, hint in hints(kind).items())}}}"
     return kind.__name__ if origin is None else str(kind)

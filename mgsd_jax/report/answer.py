@@ -5,6 +5,7 @@ from markupsafe import Markup
 
 from mgsd_jax.envs import ENVS, AnyState
 from mgsd_jax.envs.base import show_cells
+from mgsd_jax.envs.responses import answer_span, without_thoughts
 from mgsd_jax.envs.search import DELTAS, Cell
 from mgsd_jax.evaluation.reply import Reply
 from mgsd_jax.evaluation.rules import parse_plan
@@ -13,6 +14,7 @@ from mgsd_jax.report.markup import tag
 from mgsd_jax.report.words import TASKS
 
 _RESPONSE_LIMIT = 2000  # characters of a response that are shown
+_PLAN_LIMIT = 80  # characters of a plan that cannot be read
 _CELL_LIMIT = 12  # cells that are listed
 
 
@@ -20,8 +22,10 @@ def lines(reply: Reply) -> list[str]:
     """The board, the route and the plan of a reply, with warnings where they are needed."""
     if not reply.task:
         return [_cut(reply.answer.text) or "(no words)", *_warnings(reply)]
-    plan = parse_plan(reply.answer.text, reply.task).plan
-    env, words = ENVS[reply.task], " ".join(plan) or "none"
+    parsed = parse_plan(reply.answer.text, reply.task)
+    env, plan, words = ENVS[reply.task], parsed.plan, " ".join(parsed.plan) or "none"
+    if not parsed.parsed:
+        words = f"cannot be read: {_unread(reply.answer.text)}"
     if reply.board is None or reply.row is None:
         said = _cut(reply.answer.text).splitlines() or ["(nothing)"]
         return ["It answers:", *(f"  {line}" for line in said), *_warnings(reply)]
@@ -37,8 +41,15 @@ def lines(reply: Reply) -> list[str]:
     return [*found, *_warnings(reply)]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _RESPONSE_LIMIT else text[:_RESPONSE_LIMIT] + " ..."
+def _cut(text: str, limit: int = _RESPONSE_LIMIT) -> str:
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _unread(text: str) -> str:
+    """What stands in place of a plan: the answer block, or the last line of an answer without."""
+    span = answer_span(text)
+    said = text[slice(*span)] if span else (without_thoughts(text).strip().splitlines() or [""])[-1]
+    return _cut(" ".join(said.split()), _PLAN_LIMIT) or "(nothing)"
 
 
 def _warnings(reply: Reply) -> list[str]:

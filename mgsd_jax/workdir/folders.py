@@ -188,7 +188,7 @@ def check_config(
     identities = fields.read_json(known) if known.exists() else {}
     places = {*ranges.places(Config)}
     differing = [
-        f"{name}: got {_shown(ours, name)}, want {_shown(theirs, name)}"
+        f"{name}: got {_shown(ours, name)}, want {_shown(theirs, name)} (the run's)"
         for name in sorted(theirs.keys() | ours.keys())
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name))
         and not (name in places and _is_moved(theirs.get(name), ours.get(name), identities))
@@ -196,8 +196,8 @@ def check_config(
     ]
     if differing:
         raise ValueError(
-            f"{path} is of a run with another config: {'; '.join(differing)}; set that back, "
-            f"remove {folder} to start anew, or take another folder"
+            f"{path}: {'; '.join(differing)}; set that back, take another --workdir, or remove "
+            f"{folder} to start anew"
         )
 
 

@@ -163,6 +163,8 @@ def run_lanes(names: Sequence[str], args: argparse.Namespace, study: pathlib.Pat
         "JAX_COMPILATION_CACHE_DIR": str(study / "compiled"),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / min(args.jobs, len(names)):.2f}",
     }
+    if args.size == "toy":  # compiling is all that it does
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
     def alive() -> list[subprocess.Popen[bytes]]:
         return [process for process in running.values() if process.poll() is None]

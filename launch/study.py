@@ -125,13 +125,13 @@ def commands(of: Study, row: StudyRow, seed: int, study: pathlib.Path) -> list[l
 
 
 def prepare(of: Study, study: pathlib.Path) -> list[list[str]]:
-    """The commands that make the base, where the study has one of its own, and draw the boards."""
+    """The commands that draw the boards, and make the base where the study has one of its own."""
     workdir = study / "boards" / "0"
     others = [some for _, some in of.elsewhere if some[0].startswith("data.folder=")]
     drawn = [command(of, "generate", workdir, study, *some) for some in ((), *others)]
     if not of.base or (study / "model" / "export" / "config.json").is_file():
         return drawn
-    return [["bash", str(ROOT / "launch" / "nano_base.sh"), str(study / "model"), of.base], *drawn]
+    return [*drawn, ["bash", str(ROOT / "launch" / "nano_base.sh"), str(study / "model"), of.base]]
 
 
 def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Path) -> None:

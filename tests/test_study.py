@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(
 
 def test_the_small_study_makes_its_base_and_holds_levels_out(tmp_path: pathlib.Path) -> None:
     """Rows train on some levels, are asked about all, and start from the base that was made."""
-    base, *draws = RUNNER["prepare"](SMALL, tmp_path)
+    *draws, base = RUNNER["prepare"](SMALL, tmp_path)
     assert base[1:] == [str(ROOT / "launch" / "nano_base.sh"), str(tmp_path / "model"), "small"]
     levels = [
         {(some.task, level) for some in config_of(argv).data.boards for level in some.levels}

@@ -31,7 +31,7 @@ SMALL = runpy.run_path(str(CONFIGS / "small.py"))
 Settings = tuple[str, ...]  # as after --set
 COLOURS = ("colours", ("data.channels=(2,1,0)",))
 SPRITES = ("sprites", ("data.sprites=other",))
-CURVES = ("distillation_only", "method", "sampled", "forward", "other_board")
+CURVES = ("distillation_only", "method", "jsd", "jsd_only", "best")
 
 
 @dataclasses.dataclass(frozen=True)

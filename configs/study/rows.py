@@ -30,7 +30,7 @@ def _method(name: str, title: str, *settings: str, seeds: tuple[int, ...] = ONE_
 
 
 def _jsd(name: str, title: str, *settings: str) -> Row:
-    """The best recipe found, Jensen-Shannon after grounding, with an option, three times."""
+    """The method by Jensen-Shannon's divergence, perhaps with an option, three times."""
     return _method(name, title, "distillation.objective=jsd", *settings, seeds=MAIN_SEEDS)
 
 
@@ -78,6 +78,7 @@ GROUPS = {
         Row("grounding_only", "Grounding alone", "grounding", _LONG_GROUNDING, MAIN_SEEDS),
         Row("distillation_only", "Distillation alone", "distillation", _ALONE, MAIN_SEEDS),
         _method("method", "Grounding, then distillation", seeds=MAIN_SEEDS),
+        _jsd("jsd", "Grounding, then distillation, Jensen-Shannon"),
         Row("jsd_only", "Distillation alone, Jensen-Shannon", "distillation", _JSD, MAIN_SEEDS),
     ),
     "controls": (
@@ -109,12 +110,6 @@ GROUPS = {
             seeds=MAIN_SEEDS,
         ),
         _method("forward", "Forward KL", "distillation.objective=forward_kl"),
-        _method(
-            "jsd",
-            "Jensen-Shannon, half and half",
-            "distillation.objective=jsd",
-            seeds=MAIN_SEEDS,
-        ),
         _method("rollouts_4", "16 prompts, 4 rollouts each", *_ROLLOUTS_4),
     ),
     # Which tokens count.

@@ -204,7 +204,7 @@ def test_an_evaluation_that_fails_first_leaves_its_folder_to_any_other(
     evaluate.run(other, str(tmp_path))
     free = {"batch_size": 7, "endpoint_workers": 3, "endpoint_seconds": 1.0}
     evaluate.run(make_config(models=(("base", "elsewhere"),), **free), str(tmp_path))
-    with pytest.raises(ValueError, match=r"models: got .*; set that back, remove .*/evaluate to s"):
+    with pytest.raises(ValueError, match=r"got .*; set that back, .*remove .*/evaluate to s"):
         evaluate.run(make_config(), str(tmp_path))
 
 

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--boards", type=int, default=30, help="of each level")
     parser.add_argument("--mazes", action="store_true", help="the table of mazes")
     arguments = parser.parse_args()
-    config = runpy.run_path(str(ROOT / "configs" / "qwen3vl.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "qwen3vl.py"))["get_config"]("4b,release")
     processor = load_processor(arguments.folder)
     if arguments.mazes:
         print(*maze_table(processor, config.data, arguments.boards), sep="\n")

@@ -8,9 +8,8 @@ Hardware:  one GPU of 80 GB, or of 24 GB (:24gb). Of the smaller one JAX takes t
 Expected:  memory by arithmetic, see `benchmarks/memory.py`. Speed and accuracy: not measured.
 
 There is one copy of the base weights, in bfloat16: the student is the base with adapters, the
-teacher is the base without. Distillation continues with grounding's adapters. The teacher reads the
-state alone and the divergence is Jensen-Shannon's, which varied least between the seeds of
-docs/study.md; adapters learn at ten times the rate that the release has for all parameters.
+teacher is the base without. Distillation continues with grounding's adapters, which learn at ten
+times the rate that the release has for all parameters.
 """
 
 import dataclasses
@@ -36,14 +35,12 @@ def get_config(memory: str = "80gb") -> c.Config:
         full,
         model=dataclasses.replace(full.model, remat="full"),  # as benchmarks/memory.py counts
         mesh=c.MeshConfig(),
-        data=dataclasses.replace(full.data, teacher_buckets=(576,), sequence_buckets=(592,)),
+        data=dataclasses.replace(full.data, sequence_buckets=(592,)),
         grounding=dataclasses.replace(full.grounding, lora=ADAPTERS, microbatches=4),
         distillation=dataclasses.replace(
             full.distillation,
             optim=c.OptimConfig(lr=1e-5, warmup=0.05),
             lora=ADAPTERS,
-            teacher_context="state",
-            objective="jsd",
             microbatches=8,
         ),
         preflight=c.PreflightConfig(topology="v5p:1x1x1", hbm_gib=79.0),

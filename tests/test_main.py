@@ -165,7 +165,8 @@ def test_a_config_file_that_fails_is_named(text: str, line: str, tmp_path: pathl
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ("qwen3vl.py:9b", ": size: got '9b', want 4b or 8b"),
+        ("qwen3vl.py:9b", ": size: got '9b', want 4b or 8b, perhaps with ',release'"),
+        ("qwen3vl.py:4b,paper", ": size: got '4b,paper', want 4b or 8b, perhaps with ',release'"),
         ("qwen3vl.py:", "size: got '', want 4b or 8b"),
         ("gpu_4b.py:8b", "memory: got '8b', want 24gb or 80gb"),
         ("nano_base.py:all", "run: got 'all', want text, sight or finish, perhaps with one of"),

@@ -1,5 +1,6 @@
 """What recipes and docs/preflight/README.md quote is what the saved pages of the compiler say."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -157,8 +158,21 @@ def test_the_readme_quotes_the_chip_hours_of_the_pages() -> None:
         seconds = sum(n * float(typical_step(page, stage)) for stage, n in steps.items())
         hours.append(f"{seconds * 16 / 3600:.0f}")
     text = (ROOT / "README.md").read_text()
-    assert f"| v5e:4x4 | {' | '.join(hours)} |" in text
-    assert f"{steps['grounding']} steps of grounding" in text
+    said = f"on v5e:4x4 | {hours[0]} (4B), {hours[1]} (8B): {steps['grounding']} steps of grounding"
+    assert said in text
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+def test_the_published_settings_differ_in_distillation_alone(size: str) -> None:
+    ours, theirs = (load_config(f"{RECIPE}:{size}{variant}", []) for variant in ("", ",release"))
+    told, published = ours.distillation, theirs.distillation
+    assert (told.teacher_context, told.objective) == ("state", "jsd")
+    assert (published.teacher_context, published.objective) == ("state_and_plan", "reverse_kl")
+    assert told.teacher == published.teacher == "{model}" and told.teacher_decay == 0
+    alike = dataclasses.replace(
+        published, teacher_context=told.teacher_context, objective=told.objective
+    )
+    assert dataclasses.replace(theirs, distillation=alike, data=ours.data) == ours
 
 
 @pytest.mark.parametrize("memory", ["80gb", "24gb"])

@@ -64,6 +64,19 @@ def test_prompts_are_short_and_every_text_survives(task: str, level: int) -> Non
         assert decode(processor, encode_answer(processor, text)) == text
 
 
+def test_a_tokenizer_for_mazes_by_rows_has_a_token_a_cell(tmp_path: pathlib.Path) -> None:
+    rows = prompts.Prompts({}, "rows")
+    tokenizer, env = write_tokenizer(tmp_path, SHAPE, ["maze"], rows), rows.env("maze")
+    for level in (3, 6):
+        text = env.describe(env.generate(np.random.default_rng(level), level))
+        tokens = tokenizer.encode(text)
+        # three labels with a value each and one without, then a token a row and a cell
+        assert len(tokens) == 7 + level + level**2
+        assert tokenizer.decode(tokens) == text
+    for passage in prompts.passages(env).values():
+        assert len(tokenizer.encode(passage)) == 1
+
+
 def test_no_other_model_is_written_over(tmp_path: pathlib.Path) -> None:
     """A folder of weights that took days is not replaced by random ones; the same shape may be."""
     config, folder = tiny_config(tmp_path), tmp_path / "init"

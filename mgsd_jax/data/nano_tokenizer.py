@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mgsd_jax.config import NanoConfig
 from mgsd_jax.data import prompts as prompts_lib
+from mgsd_jax.data.prompts import BUILT_IN, Prompts
 from mgsd_jax.data.tokenizer import for_all_readers
 from mgsd_jax.envs import ENVS
-from mgsd_jax.envs.base import ROUTE_START
+from mgsd_jax.envs.base import MOVES, ROUTE_START
 
 SPECIAL = (
     "<|endoftext|>",
@@ -45,19 +46,22 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(
-    folder: pathlib.Path, nano: NanoConfig, tasks: Sequence[str]
+    folder: pathlib.Path, nano: NanoConfig, tasks: Sequence[str], words: Prompts = BUILT_IN
 ) -> PreTrainedTokenizerFast:
     """Writes tokenizer, chat template, processor and generation files; returns the tokenizer.
 
-    `tasks`: those whose words become tokens. Another task then changes no model of these.
+    `tasks`: those whose words become tokens. Another task then changes no model of these. `words`
+    says in which form; what replaces a prompt becomes no token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    known = (*state_tokens(tasks), *board_tokens(nano.max_level))
-    pieces = dict.fromkeys((*known, *constant_text(tasks), *cell_tokens(tasks)))
+    known = (*state_tokens(tasks, words), *board_tokens(nano.max_level))
+    pieces = dict.fromkeys((*known, *constant_text(tasks, words), *cell_tokens(tasks)))
+    if words.state_text == "rows":
+        pieces |= dict.fromkeys(row_tokens(nano.max_level))
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -100,14 +104,14 @@ def write_tokenizer(
     return tokenizer
 
 
-def state_tokens(tasks: Sequence[str]) -> list[str]:
+def state_tokens(tasks: Sequence[str], words: Prompts = BUILT_IN) -> list[str]:
     """The labels of the lines that describe a board, and what stands around the plan."""
     rng = np.random.default_rng(0)
     labels: dict[str, None] = {}
     joints: dict[str, None] = {}  # what stands between the cells of a route
     ends: dict[str, None] = {}
     actions: dict[str, None] = {}
-    for env in (ENVS[task] for task in tasks):
+    for env in map(words.env, tasks):
         state = env.generate(rng, max(4, env.levels[0]))
         for number, line in enumerate(env.describe(state).split("\n")):
             label, colon, value = line.partition(":")
@@ -125,14 +129,14 @@ def state_tokens(tasks: Sequence[str]) -> list[str]:
     ]
 
 
-def constant_text(tasks: Sequence[str]) -> list[str]:
+def constant_text(tasks: Sequence[str], words: Prompts = BUILT_IN) -> list[str]:
     """The passages of the built-in prompts and the questions: whatever no board changes."""
     rng = np.random.default_rng(0)
     pieces: dict[str, None] = {}
-    for task in tasks:
-        pieces.update(dict.fromkeys(prompts_lib.passages(ENVS[task]).values()))
-        state = ENVS[task].generate(rng, max(4, ENVS[task].levels[0]))
-        for i, question in enumerate(ENVS[task].questions(state), 1):
+    for env in map(words.env, tasks):
+        pieces.update(dict.fromkeys(prompts_lib.passages(env).values()))
+        state = env.generate(rng, max(4, env.levels[0]))
+        for i, question in enumerate(env.questions(state), 1):
             asked = prompts_lib.ask(i, question)
             pieces[asked + "\n"] = None
             pieces[asked] = None
@@ -144,6 +148,14 @@ def cell_tokens(tasks: Sequence[str]) -> Iterator[str]:
     yield from (prompts_lib.ask_cells(task) for task in tasks)
     for word in dict.fromkeys([*(name for task in tasks for name in ENVS[task].labels), "floor"]):
         yield from (f" {word}", f" {word}\n")
+
+
+def row_tokens(max_level: int) -> Iterator[str]:
+    """What a text has that tells a maze by rows: the numbers of rows and a cell's open sides."""
+    for row in range(max_level):
+        yield from (f"Row {row}:", f"\nRow {row}:")
+    for count in range(1, len(MOVES) + 1):
+        yield from (" " + "".join(ways) for ways in itertools.combinations(MOVES.values(), count))
 
 
 def board_tokens(max_level: int) -> Iterator[str]:

@@ -63,7 +63,9 @@ def _is_of_shape(folder: pathlib.Path, nano: NanoConfig) -> bool:
 
 def _write(config: Config, nano: NanoConfig, folder: pathlib.Path) -> None:
     drawn = {find(levels.task).name for levels in config.data.boards}
-    tokenizer = write_tokenizer(folder, nano, [task for task in ENVS if task in drawn])
+    tasks = [task for task in ENVS if task in drawn]
+    words = prompts_lib.load("", config.data.state_text)
+    tokenizer = write_tokenizer(folder, nano, tasks, words)
     written = hf_config(nano, tokenizer)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     model_config = ModelConfig.from_hf(written, source=str(folder / "config.json"))

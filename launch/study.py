@@ -68,9 +68,15 @@ def nano_study() -> Study:
 def small_study(size: str = "small") -> Study:
     """The main rows and the best recipe, with and without grounding, on boards of several sizes."""
     names = ("base", "grounded", "distillation_only", "method", "jsd_only", "jsd")
-    found = {row.name: row for row in ROWS}
-    rows = tuple(dataclasses.replace(found[name], group="main") for name in names)
     there = SMALL["SIZES"][size]
+    alone = f"distillation.steps={sum(there.steps)}"  # the updates of both stages
+
+    def sized(row: StudyRow) -> StudyRow:
+        settings = [alone if s.startswith("distillation.steps=") else s for s in row.settings]
+        return dataclasses.replace(row, group="main", settings=tuple(settings))
+
+    found = {row.name: row for row in ROWS}
+    rows = tuple(sized(found[name]) for name in names)
     boards = SMALL["level_sets"](there.held_out, test=there.test)
     held_out = (
         "data.folder={study}/held_out",

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import gpu_study
 import jax
@@ -13,6 +14,7 @@ import pytest
 import study as studies
 
 from mgsd_jax.command_line import load_config
+from mgsd_jax.config import Config
 from mgsd_jax.data.nano_tokenizer import write_tokenizer
 from mgsd_jax.model.config import ModelConfig
 from mgsd_jax.model.qwen3vl import init_params
@@ -36,6 +38,12 @@ def test_the_base_is_made_as_the_script_makes_it() -> None:
     assert ours == found and len(found) == 5
 
 
+def config_of(argv: Sequence[str]) -> Config:
+    """The config of a command of the program."""
+    settings = [word for word in argv[6:] if word != "--set"]
+    return load_config(argv[4].removeprefix("--config="), settings)
+
+
 @pytest.mark.parametrize("size", ["gpu", "toy"])
 def test_lanes_hold_every_part_of_the_study_once(size: str) -> None:
     of = studies.small_study(size)
@@ -49,9 +57,11 @@ def test_lanes_hold_every_part_of_the_study_once(size: str) -> None:
     assert len(every) == len(wanted) + 5 + 2  # the base's, and the boards of two folders
     assert lanes["first"][-1].name == "grounded: grounding"  # what rows of other lanes start from
     for argv in wanted:
-        stage, config = (word.partition("=")[2] for word in argv[3:5])
-        found = load_config(config, [word for word in argv[6:] if word != "--set"])
-        assert found.data.source == ("folder" if stage == "evaluate" else "stream")
+        is_asked = "--stage=evaluate" in argv
+        assert config_of(argv).data.source == ("folder" if is_asked else "stream")
+    alone = [lanes[name][0] for name in ("distillation_only", "jsd_only")]
+    steps = {config_of(part.argv).distillation.steps for part in alone}
+    assert steps == {sum(studies.SMALL["SIZES"][size].steps)}
 
 
 def test_the_model_of_a_gpu_has_10_to_30_million_parameters(tmp_path: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ time of each part and the tables of the study; --out (default: WORKDIR/gpu_study
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -202,10 +203,12 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     end = time.perf_counter() + GRACE
     for process in processes:
         process.terminate()
-    for process in processes:
-        try:
-            process.wait(max(end - time.perf_counter(), 0.0))
-        except subprocess.TimeoutExpired:
+    try:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(end - time.perf_counter(), 0.0))
+    finally:  # also where Ctrl-C is pressed again
+        for process in processes:
             process.kill()
             process.wait()
 

@@ -148,10 +148,10 @@ def difference(
     return stats.runs_difference(mine, others)
 
 
-def gap_share(model: Model, base: Model, mode: str = "picture") -> float:
-    """Return (model - base) / (base from text - base) of mean macro success."""
+def gap_share(model: Model, base: Model, mode: str = "picture") -> float | None:
+    """Return (model - base) / (base from text - base) of mean macro success, None without a gap."""
     low, high = estimate(base, "picture").value, estimate(base, "text").value
-    return (estimate(model, mode).value - low) / (high - low)
+    return (estimate(model, mode).value - low) / (high - low) if high != low else None
 
 
 def updates_to(run: Run, level: float) -> int | None:

@@ -276,6 +276,13 @@ def test_options_are_compared_with_their_recipe_on_every_kind_of_boards(
     assert "| 2 | 50.0 % | 80.0 % +15.0 (" in option and "| 37.5 % +5.0 (" in option
 
 
+def test_a_base_without_a_gap_has_a_dash_for_its_share(tmp_path: pathlib.Path) -> None:
+    write_run(tmp_path, "base", 0, right=20)  # of 20 from pictures, and all from text
+    base = tables.read_study(tmp_path, ROWS)["base"]
+    assert tables.gap_share(base, base) is None
+    assert "| – |" in tables.main_table([base], base)
+
+
 def test_an_empty_study_and_other_boards_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"evaluate/rows\.jsonl not found, want one; train first"):
         tables.read_study(tmp_path, ROWS)

@@ -13,6 +13,15 @@ export JAX_PLATFORMS=cpu
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/shellcheck" launch/*.sh
-"$VENV/bin/pyright" --pythonpath "$VENV/bin/python"
+# Types are checked beside the tests, and said after them.
+said=$(mktemp)
+"$VENV/bin/pyright" --pythonpath "$VENV/bin/python" >"$said" &
+types=$!
+trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 # Files side by side, each in one process: most tests compile or wait for a program of their own.
-"$VENV/bin/python" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
+code=0
+"$VENV/bin/python" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
+  "$@" || code=$?
+wait "$types" || code=1
+cat "$said"
+exit "$code"

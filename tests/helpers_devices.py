@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers_children
 import jax
 import pytest
 
@@ -36,6 +37,7 @@ def run_again(file: str, *options: str, quick: bool = False) -> None:
     if jax.device_count() == COUNT:
         pytest.skip("this is the run with eight devices")
     env = os.environ | {
+        "PYTHONPATH": helpers_children.PATH,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": (quick_flags if quick else flags)(COUNT),
     }

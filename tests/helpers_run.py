@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+import helpers_children
 import helpers_devices
 import numpy as np
 from helpers_forked import Forked
@@ -74,7 +75,7 @@ def start(
     environ = {
         **(environ or {}),
         **{k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))},
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": helpers_children.PATH,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

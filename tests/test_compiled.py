@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import helpers_children
 import helpers_devices
 import jax
 import pytest
-from helpers_run import ROOT, Base, write_config
+from helpers_run import Base, write_config
 from helpers_tiny import tiny_config
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -120,7 +121,7 @@ def counted(base: Base, workdir: pathlib.Path) -> dict[str, int]:
     kept = ("JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     environ |= {k: os.environ[k] for k in kept if k in os.environ}
-    environ |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": helpers_devices.quick_flags(1)}
+    environ |= {"PYTHONPATH": helpers_children.PATH, "XLA_FLAGS": helpers_devices.quick_flags(1)}
     (workdir / "data").parent.mkdir()
     (workdir / "data").symlink_to(base.folder / "data")
     done = subprocess.run(

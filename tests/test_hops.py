@@ -48,7 +48,7 @@ def test_build_lists_the_way() -> None:
 def test_the_way_from_the_command_line_to_the_formula(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(tmp_path)
+    config = tiny_config(tmp_path, layers=1)
     student = dataclasses.replace(config.distillation, student=config.model.path)
     config = dataclasses.replace(config, distillation=student)
     ways: list[list[str]] = []

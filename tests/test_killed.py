@@ -47,7 +47,7 @@ def whole(
 ) -> tuple[str, pathlib.Path]:
     """A stage, and the folder of a run of it that nobody disturbed."""
     folder = tmp_path_factory.mktemp(f"whole_{request.param}")
-    run(base, request.param, folder, SETTINGS)
+    run(base, request.param, folder, SETTINGS, forked=True)
     assert [row["step"] for row in records(folder, request.param)] == list(range(1, STEPS + 1))
     return request.param, folder
 
@@ -81,7 +81,7 @@ def test_kills_at_random_moments_leave_no_trace(
         finish(running, folder)
         assert_same(stage, folder, undisturbed, f"KILL_SEED={SEED}: {kills}")
         shutil.rmtree(folder)
-    run(base, stage, folder, SETTINGS)
+    run(base, stage, folder, SETTINGS, forked=True)
     assert_same(stage, folder, undisturbed, f"KILL_SEED={SEED}: {kills}")
     print(f"seed {SEED}, {stage}: (steps, delay, age) of the kills: {kills}")
 
@@ -100,5 +100,5 @@ def test_sigterm_saves_leaves_with_its_code_and_the_same_command_continues(
     message = f"stopped after step {done} of {STEPS}, asked by SIGTERM or Ctrl-C; the same command"
     assert message in log_of(tmp_path)
     assert os.listdir(tmp_path / stage / "checkpoints") == [str(done)]
-    run(base, stage, tmp_path, settings)
+    run(base, stage, tmp_path, settings, forked=True)
     assert_same(stage, tmp_path, undisturbed, "after SIGTERM")

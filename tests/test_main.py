@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import helpers_children
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
@@ -22,7 +23,7 @@ NANO = str(ROOT / "configs" / "nano.py")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": helpers_children.PATH}
     return subprocess.run(
         [sys.executable, "-m", "mgsd_jax.main", *arguments],
         cwd=ROOT,
@@ -297,7 +298,7 @@ def test_ctrl_c_is_one_line_and_ends_as_a_shell_wants_it(moment: str, said: str)
             *("--stage=generate", f"--config={NANO}", "--workdir=x"),
         ],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": helpers_children.PATH},
         capture_output=True,
         text=True,
         check=False,

@@ -25,7 +25,7 @@ def eight_devices() -> None:
 
 
 def test_everything_here_with_eight_devices() -> None:
-    helpers_devices.run_again(__file__)
+    helpers_devices.run_again(__file__, quick=True)
 
 
 def mesh_of(sizes: tuple[int, int, int]) -> Mesh:

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+import helpers_children
 import jax
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_several_processes_train_to_the_parameters_of_one(
 
 def lose_one_and_start_again(base: Base, folder: pathlib.Path) -> None:
     """Kills one of two processes of a distillation: the other ends, and both start again."""
-    both = functools.partial(start, processes=2, devices=2)
+    both = functools.partial(start, processes=2, devices=2, forked=True)
     running = both(base, "distillation", folder, SETTINGS)
     assert wait_for_records(folder, "distillation", 1, running), log_of(folder)
     running[1].send_signal(signal.SIGKILL)
@@ -304,7 +305,7 @@ def test_a_full_disk_is_one_line(light: Base, tmp_path: pathlib.Path) -> None:
     flags = f"--config={light.config} --workdir={tmp_path}/run --set={EVERY[0]}"
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f"{command} {flags} --set=checkpoint.keep_last=9"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": helpers_children.PATH},
         capture_output=True,
         text=True,
         check=False,

@@ -266,8 +266,11 @@ def spell(kind: Hint) -> str:
     return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
-def _has_defaults(kind: Hint) -> bool:
-    return any(field.default is not dataclasses.MISSING for field in dataclasses.fields(kind))
+def _is_item(kind: Hint) -> bool:
+    """Whether values of the kind are items of a tuple, written as a dict of all their fields."""
+    return dataclasses.is_dataclass(kind) and all(
+        field.default is dataclasses.MISSING for field in dataclasses.fields(kind)
+    )
 
 
 def _spell(kind: Hint) -> str:
@@ -281,6 +284,6 @@ def _spell(kind: Hint) -> str:
     if origin is tuple:
         inner = ["..." if k is Ellipsis else _spell(k) for k in kinds]
         return f"tuple[{', '.join(inner)}]"
-    if dataclasses.is_dataclass(kind) and not _has_defaults(kind):  # an item, written as a dict
+    if _is_item(kind):
         return f"{{{', '.join(f'{name!r}: {_spell(hint)}' for name, hint in hints(kind).items())}}}"
     return kind.__name__ if origin is None else str(kind)

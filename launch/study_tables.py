@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
@@ -45,8 +45,9 @@ _COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
 
 
 class StudyRow(Protocol):
-    """What a row of configs/study/rows.py says of itself."""
+    """What a row of configs/study/rows.py, a dataclass, says of itself."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     name: str
     title: str
     group: str

@@ -121,7 +121,7 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_flags_of_libraries_wait_for_their_imports(capsys: pytest.CaptureFixture[str]) -> None:
     """They are known by how they begin: whatever else is unknown is refused before the imports."""
     known, libraries = flags.FLAGS, ("array_record", "etils", "flax", "grain", "jax", "orbax")
-    theirs = [n for n in known if known.find_module_defining_flag(n).startswith(libraries)]
+    theirs = [n for n in known if str(known.find_module_defining_flag(n)).startswith(libraries)]
     assert len(theirs) > 5
     for name in theirs:
         assert name.startswith(command_line._LATER), name

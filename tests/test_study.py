@@ -136,7 +136,7 @@ def test_every_record_and_response_of_a_size_fits_its_buckets(
                 student = encoder.student(board)
                 assert len(encoder.reference(board, rng)) <= longest
                 assert len(student.pictures[0].patches) == 256
-                assert len(student.tokens) <= max(config.data.prompt_buckets)
+                assert len(student.tokens) <= max(config_lib.sizes(config.data.prompt_buckets))
                 assert len(encoder.teacher(board, "state").tokens) <= there.teacher[-1]
                 for kind in ("questions", "cells", "plan_from_text", "plan_from_picture"):
                     tokens = len(encoder.record(board, kind, rng)[0].tokens)

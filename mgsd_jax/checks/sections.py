@@ -73,5 +73,6 @@ def _lines(section: Any, prefix: str) -> Iterator[str]:
 
 def _plain(item: object) -> object:
     """An item of a tuple, as a dict where it is a section."""
-    is_section = dataclasses.is_dataclass(item) and not isinstance(item, type)
-    return dataclasses.asdict(item) if is_section else item
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return dataclasses.asdict(item)
+    return item

@@ -129,7 +129,11 @@ def text(base: Base) -> c.Config:
         recipe,
         model=dataclasses.replace(recipe.model, path="{workdir}/init"),
         data=dataclasses.replace(
-            recipe.data, source="stream", boards=base.boards[0], sequence_buckets=base.lengths[0]
+            recipe.data,
+            source="stream",
+            boards=base.boards[0],
+            sequence_buckets=base.lengths[0],
+            augment=0.0,
         ),
         nano=base.shape,
         grounding=c.GroundingConfig(

@@ -43,6 +43,7 @@ def tiny_config(workdir: pathlib.Path, layers: int = 2) -> c.Config:
                 c.LevelSet("maze", (3,), train=12, val=4, test=3),
             ),
             patch_buckets=(36,),
+            augment=0.0,
         ),
         grounding=dataclasses.replace(
             nano.grounding,
@@ -57,6 +58,7 @@ def tiny_config(workdir: pathlib.Path, layers: int = 2) -> c.Config:
             nano.distillation,
             optim=train_all(nano.distillation.optim),
             objective="reverse_kl",
+            grounding_share=0.0,
             steps=4,
             batch_size=4,
             microbatches=1,

@@ -203,6 +203,7 @@ SETTINGS = (
     *(f"{stage}.batch_size=4" for stage in ("grounding", "distillation")),
     *(f"{stage}.microbatches=1" for stage in ("grounding", "distillation")),
     *("grounding.steps=1", "grounding.eval_batches=1", "distillation.steps=2"),
+    "distillation.grounding_share=0",
     *("distillation.eval_boards=4", "distillation.sampling.max_new_tokens=8"),
     *("evaluate.sampling.max_new_tokens=8", "evaluate.modes=picture"),
     *("evaluate.models=(('distilled', '{workdir}/distillation'),)", "evaluate.batch_size=2"),

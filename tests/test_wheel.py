@@ -23,6 +23,7 @@ FEW = (
     "data.boards=({'task':'frozenlake','levels':(3,),'train':8,'val':4,'test':2},)",
     *("grounding.steps=1", "grounding.batch_size=2", "grounding.microbatches=1"),
     *("distillation.steps=1", "distillation.batch_size=2", "distillation.microbatches=1"),
+    "distillation.grounding_share=0",
     *("distillation.eval_boards=1", "distillation.sampling.max_new_tokens=4"),
     *("evaluate.batch_size=2", "evaluate.sampling.max_new_tokens=4", "evaluate.modes=('picture',)"),
 )

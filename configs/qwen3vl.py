@@ -12,9 +12,8 @@ Expected:  by the compiler, of a chip's 15.75 GiB, and at least for a typical st
            4b distillation 8.57 GiB, 0.95 and 4.31 s (docs/preflight/4b_v5e-4x4.md)
            4b evaluate 3.06 GiB, 0.586 and 18.1 s (docs/preflight/evaluate_4b_v5e-4x4.md)
            8b grounding 3.91 GiB, 0.738 and 1.44 s (docs/preflight/8b_v5e-4x4.md)
-           8b distillation memory not compiled, 1.55 and 6.65 s (docs/preflight/8b_v5e-4x4.md)
+           8b distillation 15.09 GiB, 1.55 and 6.49 s (docs/preflight/8b_v5e-4x4.md)
            8b evaluate 4.52 GiB, 0.876 and 24.8 s (docs/preflight/evaluate_8b_v5e-4x4.md)
-           (8b: the update needs 15.09 GiB; its prefill is not compiled.)
            Speed and accuracy: not measured (no pretrained weights at hand). Published macro
            averages: 11.2 -> 30.5 for 4B, 17.2 -> 35.6 for 8B.
 

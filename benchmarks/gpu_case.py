@@ -47,6 +47,7 @@ def make_config(options: argparse.Namespace) -> Config:
         *settings,
         f"distillation.batch_size={options.rows}",
         "distillation.rollouts=1",
+        "distillation.grounding_share=0",
         "distillation.microbatches=1",
         "distillation.response_buckets=()",
         f"distillation.sampling.max_new_tokens={options.response}",

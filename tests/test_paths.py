@@ -101,7 +101,7 @@ def test_a_stage_keeps_everything_in_the_bucket_and_goes_on_from_there(
     monkeypatch.setattr(locks, "SETTLE", 0.01)
     with folders.claimed(folder, config, ("grounding",)) as claim:
         claim.record()
-    with pytest.raises(ValueError, match=r"gs://b/run/grounding/config.json is of .*lr: got 5.0"):
+    with pytest.raises(ValueError, match=r"/grounding/config.json: grounding.optim.lr: got 5.0"):
         other = override(config, ["grounding.optim.lr=5.0"])
         with folders.claimed(folder, other, ("grounding",)):
             pass

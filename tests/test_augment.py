@@ -1,12 +1,14 @@
 """Augmented pictures: the board stays true, nothing else of a batch changes, resumable."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from test_sources import BOARDS, DATA, ENCODER, prompts, records, same
 
+from mgsd_jax.checks import ranges
+from mgsd_jax.config import DataConfig
 from mgsd_jax.data import augment as augment_lib
 from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.envs import ENVS
@@ -74,6 +76,11 @@ def test_each_kind_changes_a_picture_by_its_strength(kind: str) -> None:
 
     assert 0 < change(0.25) < change(1.0)
     assert np.array_equal(variant(pixels, 3, 7, kind), variant(pixels, 3, 7, kind))
+
+
+def test_the_config_names_every_kind() -> None:
+    hint = ranges.plain(ranges.hints(DataConfig)["augment_kinds"])
+    assert get_args(get_args(hint)[0]) == KINDS
 
 
 def test_no_strength_leaves_a_picture_as_it_is() -> None:

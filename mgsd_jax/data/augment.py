@@ -31,8 +31,7 @@ def augment(
 ) -> np.ndarray:
     """A random variant of a picture of level x level cells, uint8 [H, W, 3] of the same shape.
 
-    `strength` is 0 (none) to 1. A function of its arguments and the state of `rng`, which every
-    call advances by the kinds alone.
+    `strength` is 0 (none) to 1; it does not change how far `rng` advances.
     """
     for kind, change in CHANGES.items():
         if kind in kinds:

@@ -31,6 +31,14 @@ SMALL = runpy.run_path(str(CONFIGS / "small.py"))
 Settings = tuple[str, ...]  # as after --set
 COLOURS = ("colours", ("data.channels=(2,1,0)",))
 SPRITES = ("sprites", ("data.sprites=other",))
+# Boards on which no row was looked at before the quickstart's recipe was chosen: new ones, and
+# colours in other orders than `COLOURS`. FrozenLake 3 has none left.
+UNSEEN = (
+    "data.folder={study}/unseen",
+    "data.boards=({'task':'frozenlake','levels':(4,),'train':0,'val':0,'test':300},"
+    "{'task':'maze','levels':(3,),'train':0,'val':0,'test':400},"
+    "{'task':'minibehaviour','levels':(5,),'train':0,'val':0,'test':400})",
+)
 CURVES = ("distillation_only", "method", "jsd", "jsd_only", "best")
 
 
@@ -38,13 +46,16 @@ CURVES = ("distillation_only", "method", "jsd", "jsd_only", "best")
 class Study:
     """Some rows of configs/study/rows.py with one config, and the boards that they are asked about.
 
-    Boards elsewhere are of kinds that no row has trained on: (name, settings).
+    Boards elsewhere are of kinds that no row has trained on, unseen ones had no part in the choice
+    of a recipe: (name, settings).
     """
 
     config: str  # as after --config
     rows: tuple[StudyRow, ...]
     elsewhere: tuple[tuple[str, Settings], ...]
     elsewhere_rows: tuple[str, ...]  # rows asked about them, beside those of two groups
+    unseen: tuple[tuple[str, Settings], ...] = ()
+    unseen_rows: tuple[str, ...] = ()
     training: Settings = ()  # of every stage that trains
     base: str = ""  # what launch/nano_base.sh makes in {study}/model; '': the model that ships
 
@@ -62,7 +73,13 @@ def nano_study() -> Study:
     )
     asked = ("base", "sft", "grounding_only", "distillation_only", "method", "jsd", "jsd_only")
     elsewhere = (COLOURS, SPRITES, ("larger", larger))
-    return Study(str(CONFIGS / "nano.py"), ROWS, elsewhere, asked)
+    unseen = (
+        ("unseen", UNSEEN),
+        ("unseen_gbr", (*UNSEEN, "data.channels=(1,2,0)")),
+        ("unseen_grb", (*UNSEEN, "data.channels=(1,0,2)")),
+    )
+    chosen = ("base", "jsd", "best", "best_60")
+    return Study(str(CONFIGS / "nano.py"), ROWS, elsewhere, asked, unseen, chosen)
 
 
 def small_study(size: str = "small") -> Study:
@@ -84,7 +101,8 @@ def small_study(size: str = "small") -> Study:
     )
     elsewhere = (("held_out", held_out), *((COLOURS, SPRITES) if size == "small" else ()))
     training = () if there.train else ("data.source=stream",)
-    return Study(f"{CONFIGS / 'small.py'}:{size}", rows, elsewhere, names, training, size)
+    config = f"{CONFIGS / 'small.py'}:{size}"
+    return Study(config, rows, elsewhere, names, training=training, base=size)
 
 
 STUDIES = {"nano": nano_study, "small": small_study}
@@ -124,6 +142,11 @@ def commands(of: Study, row: StudyRow, seed: int, study: pathlib.Path) -> list[l
         boards += [
             (*some, *asked, f"evaluate.folder={{workdir}}/{name}") for name, some in of.elsewhere
         ]
+    if row.name in of.unseen_rows:
+        boards += [
+            (*some, "evaluate.modes=picture", f"evaluate.folder={{workdir}}/{name}")
+            for name, some in of.unseen
+        ]
     return training + [
         command(of, "evaluate", workdir, study, f"evaluate.models=({model!r},)", *base, *settings)
         for settings in boards
@@ -134,6 +157,7 @@ def prepare(of: Study, study: pathlib.Path) -> list[list[str]]:
     """The commands that draw the boards, and make the base where the study has one of its own."""
     workdir = study / "boards" / "0"
     others = [some for _, some in of.elsewhere if some[0].startswith("data.folder=")]
+    others += [some for _, some in of.unseen[:1]]
     drawn = [command(of, "generate", workdir, study, *some) for some in ((), *others)]
     if not of.base or (study / "model" / "export" / "config.json").is_file():
         return drawn
@@ -200,7 +224,8 @@ def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) ->
 
 def show(of: Study, study: pathlib.Path) -> None:
     """Print the tables of what has been run, and draw WORKDIR/curves.svg."""
-    print(study_tables.write_tables(study, of.rows, [name for name, _ in of.elsewhere]))
+    names = [[name for name, _ in some] for some in (of.elsewhere, of.unseen)]
+    print(study_tables.write_tables(study, of.rows, *names))
     models = study_tables.read_study(study, of.rows)
     curves = study_tables.curves_svg(models[name] for name in models if name in CURVES)
     (study / "curves.svg").write_text(curves)

@@ -8,11 +8,12 @@ import dataclasses
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Protocol
 
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
-from mgsd_jax.evaluation.rows import ROWS_FILE, PerceptionRow, PlanRow, Row, read_rows
+from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PerceptionRow, PlanRow, Row, read_rows
 from mgsd_jax.evaluation.stats import Strata
 from mgsd_jax.report.curves import Frame
 from mgsd_jax.report.markup import tag
@@ -77,17 +78,21 @@ class Model:
 
 
 def read_study(
-    study: pathlib.Path, rows: Sequence[StudyRow], evaluation: str = "evaluate"
+    study: pathlib.Path,
+    rows: Sequence[StudyRow],
+    evaluation: str = "evaluate",
+    without: AbstractSet[BoardKey] = frozenset(),
 ) -> dict[str, Model]:
     """Return the models of a study by name, those without an evaluation of this name left out.
 
+    Answers about the boards in `without` are left out.
     Raises ValueError where none has one, or two evaluations are of different boards.
     """
     models = {}
     for row in rows:
         folders = {seed: study / row.name / str(seed) for seed in row.seeds}
         runs = tuple(
-            Run(seed, tuple(read_rows(folder / evaluation)), _curve(folder))
+            Run(seed, tuple(_rows_but(folder / evaluation, without)), _curve(folder))
             for seed, folder in folders.items()
             if (folder / evaluation / "summary.json").is_file()
         )
@@ -99,6 +104,11 @@ def read_study(
     if len(boards) > 1:
         raise ValueError(f"{study}: got {len(boards)} different sets of boards, want one for all")
     return models
+
+
+def _rows_but(folder: pathlib.Path, without: AbstractSet[BoardKey]) -> list[Row]:
+    boards = by_board(read_rows(folder))
+    return [row for board, some in boards.items() if board not in without for row in some]
 
 
 def _curve(folder: pathlib.Path) -> tuple[Mapping[str, float], ...]:
@@ -292,6 +302,20 @@ def options_table(
     return _table("option", [model.title for model in shown], columns)
 
 
+def unseen_table(models: Mapping[str, Model]) -> str:
+    """Success from pictures by task, and each model minus the recipe on the seeds of both."""
+    shown = list(models.values())
+    reference = models.get("jsd")
+    against = [
+        _points(difference(model, reference))
+        if reference is not None and model.name not in ("base", "jsd")
+        else DASH
+        for model in shown
+    ]
+    columns = {**_shared_columns([(m, "picture") for m in shown]), "minus the recipe": against}
+    return _table("model", [model.title for model in shown], columns)
+
+
 def _points(found: stats.Difference) -> str:
     return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
@@ -311,8 +335,17 @@ def claims(models: Mapping[str, Model], pairs: Iterable[tuple[str, str]]) -> str
     )
 
 
-def write_tables(study: pathlib.Path, rows: Sequence[StudyRow], elsewhere: Sequence[str]) -> str:
-    """Return all tables of a study that can be made from what has been run."""
+def write_tables(
+    study: pathlib.Path,
+    rows: Sequence[StudyRow],
+    elsewhere: Sequence[str],
+    unseen: Sequence[str] = (),
+) -> str:
+    """Return all tables of a study that can be made from what has been run.
+
+    `unseen` names evaluations of more boards of the usual draws, of which the main rows' boards are
+    the first: those are left out.
+    """
     models = read_study(study, rows)
     base = models["base"]
     # The base has one run, and is the same whatever the seed of what it is compared with.
@@ -338,6 +371,11 @@ def write_tables(study: pathlib.Path, rows: Sequence[StudyRow], elsewhere: Seque
         parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
     for name, there in others.items():
         parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
+    known = frozenset(by_board(base.runs[0].rows))
+    for name in unseen:
+        with contextlib.suppress(ValueError):
+            there = read_study(study, rows, name, known)
+            parts += [f"\n## Boards without a part in any choice: {name}\n", unseen_table(there)]
     return "\n".join(parts)
 
 

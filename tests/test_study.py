@@ -67,9 +67,9 @@ def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(
     runpy.run_path(str(ROOT / "launch" / "study.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     stages = [line.split("--stage=")[1].split()[0] for line in lines]
-    assert stages.count("generate") == 2
+    assert stages.count("generate") == 3  # boards, larger ones, unseen ones
     assert stages.count("distillation") == 3
-    assert stages.count("evaluate") == 4 * 4  # on its own boards and on three kinds of others
+    assert stages.count("evaluate") == 4 * 4 + 3  # own, three other kinds; the base on unseen ones
     assert not list(tmp_path.iterdir())
 
 
@@ -274,6 +274,22 @@ def test_options_are_compared_with_their_recipe_on_every_kind_of_boards(
     ]
     assert "| 2 | 50.0 % | 65.0 % | 32.5 % | 82.5 % | 100.0 % |" in recipe
     assert "| 2 | 50.0 % | 80.0 % +15.0 (" in option and "| 37.5 % +5.0 (" in option
+
+
+def test_boards_of_the_main_rows_have_no_part_in_those_that_no_choice_has_seen(
+    tmp_path: pathlib.Path,
+) -> None:
+    study = study_of(tmp_path)
+    for name, right in (("jsd", 14), ("best_60", 18)):
+        for seed in (0, 1):
+            write_run(study, name, seed, right)
+            # The first 20 boards are the main rows'; of 20 new ones 10 and 16 are solved.
+            write_run(study, name, seed, right + 16, boards=40, evaluation="unseen")
+    text = tables.write_tables(study, ROWS, [], ["unseen", "unseen_gbr"])
+    recipe, option = text.split("choice: unseen")[1].strip().splitlines()[2:]
+    assert "| 2 | 50.0 %" in recipe and recipe.endswith("| – |")
+    assert "| 2 | 70.0 %" in option and "| +20.0 (" in option
+    assert "unseen_gbr" not in text
 
 
 def test_a_base_without_a_gap_has_a_dash_for_its_share(tmp_path: pathlib.Path) -> None:

@@ -49,11 +49,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("compiles")
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Programs are compiled twice as fast and run slower: for tests whose numbers need no bound."""
+def _compile_quickly() -> Iterator[None]:
+    """Programs are compiled twice as fast and run slower: for tests that compare runs of ours."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    yield from _compile_quickly()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation_here() -> Iterator[None]:
+    """For all tests of a file, and for the fixtures that they share."""
+    yield from _compile_quickly()

@@ -1,7 +1,9 @@
 """The options of distillation beyond the published recipe, on a tiny model."""
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,9 +38,9 @@ class Setup:
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+def setup(tmp_path_factory: pytest.TempPathFactory, quick_compilation_here: None) -> Setup:
     workdir = tmp_path_factory.mktemp("distillation")
-    config = tiny_config(pathlib.Path(workdir))
+    config = tiny_config(pathlib.Path(workdir), layers=1)
     # Longer than the student's prompts.
     longer = tuple(width + 8 for width in c.sizes(config.data.teacher_buckets))
     config = dataclasses.replace(
@@ -76,16 +78,22 @@ def teacher_params(setup: Setup) -> Any:
     return jax.tree.map(lambda x: x * 1.1 + 0.01, setup.loaded.params)
 
 
+@functools.cache
+def updater(
+    model: qwen3vl.Qwen3VL, settings: c.DistillationConfig, banned: tuple[int, ...]
+) -> tuple[Callable[..., Any], optax.GradientTransformation]:
+    """The program of an update, traced and compiled once for all tests, and its optimizer."""
+    tx = optax.sgd(1e-2)
+    return distillation_step.make_update(model, model, settings, tx, banned), tx
+
+
 def one_update(
     setup: Setup, weights: Any = None, records: Any = None, parts: Any = (), **options: Any
 ) -> tuple[Any, ...]:
     """(state, loss, statistics) after an update with these settings."""
     settings = dataclasses.replace(setup.config.distillation, **options)
-    tx = optax.sgd(1e-2)
     banned = setup.loaded.processor.banned_ids
-    update = distillation_step.make_update(
-        setup.loaded.model, setup.loaded.model, settings, tx, banned
-    )
+    update, tx = updater(setup.loaded.model, settings, banned)
     trained = jax.tree.map(np.array, setup.trained)
     state = optimizer.init(trained, tx, keeps_average=settings.teacher_decay > 0)
     batch = setup.prompts.batch
@@ -103,11 +111,14 @@ def close(a: Any, b: Any) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
 
 
+read = jax.jit(qwen3vl.apply_hidden, static_argnums=0)
+
+
 def plain_logprobs(setup: Setup, prompt: Any, params: Any) -> np.ndarray:
     """[counted tokens, V] by a plain forward over prompt and response, in float64."""
     sampled = setup.sampled
     whole = qwen3vl.append_response(prompt, sampled.tokens, sampled.mask)
-    hidden = qwen3vl.apply_hidden(setup.loaded.model, {"params": params}, whole)
+    hidden = read(setup.loaded.model, {"params": params}, whole)
     scores = np.array(qwen3vl.logits(hidden, qwen3vl.head(params)), np.float64)
     scores[..., list(setup.loaded.processor.banned_ids)] = -1e30
     rows, columns = np.nonzero(sampled.mask)
@@ -116,12 +127,23 @@ def plain_logprobs(setup: Setup, prompt: Any, params: Any) -> np.ndarray:
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
-def both_logprobs(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the student and of the teacher, whose prompts differ in length."""
+@pytest.fixture(scope="module")
+def both(setup: Setup) -> tuple[np.ndarray, np.ndarray]:
+    """Logprobs of the student and of the teacher, whose prompts differ in length."""
     prompts = setup.prompts.batch
     assert prompts.student.tokens.shape != prompts.teacher.tokens.shape
     student = plain_logprobs(setup, prompts.student, setup.loaded.params)
     return student, plain_logprobs(setup, prompts.teacher, teacher_params(setup))
+
+
+@pytest.fixture(scope="module")
+def plain(setup: Setup) -> tuple[Any, ...]:
+    """(state, loss, statistics) of an update without any option."""
+    return one_update(setup)
+
+
+Both = tuple[np.ndarray, np.ndarray]
+Plain = tuple[Any, ...]
 
 
 def of_sampled(setup: Setup, values: np.ndarray) -> np.ndarray:
@@ -130,19 +152,21 @@ def of_sampled(setup: Setup, values: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, tokens[:, None], -1)[:, 0]
 
 
-def test_both_readers_are_asked_for_the_token_that_follows(setup: Setup) -> None:
-    stats = one_update(setup)[2]
+def test_both_readers_are_asked_for_the_token_that_follows(
+    setup: Setup, both: Both, plain: Plain
+) -> None:
+    stats = plain[2]
     found = stats.student_logprob, stats.teacher_logprob
-    for logprobs, got in zip(both_logprobs(setup), found, strict=True):
+    for logprobs, got in zip(both, found, strict=True):
         want = of_sampled(setup, logprobs)
         np.testing.assert_allclose(np.asarray(got)[setup.sampled.mask], want, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "forward_kl", "jsd", "sampled_reverse_kl"])
 def test_the_loss_of_an_update_is_the_divergence_that_the_config_names(
-    setup: Setup, objective: str
+    setup: Setup, both: Both, objective: str
 ) -> None:
-    p, q = both_logprobs(setup)
+    p, q = both
     middle = np.logaddexp(p, q) - np.log(2)
     wanted = {
         "reverse_kl": (np.exp(p) * (p - q)).sum(-1),
@@ -155,18 +179,17 @@ def test_the_loss_of_an_update_is_the_divergence_that_the_config_names(
 
 
 def test_a_step_learns_with_a_divergence_from_outside(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, both: Both, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(divergences.DIVERGENCES, "hellinger", hellinger)
-    p, q = both_logprobs(setup)
+    p, q = both
     state, loss, _ = one_update(setup, objective="hellinger")
     want = ((np.exp(p / 2) - np.exp(q / 2)) ** 2).sum(-1).mean()
     assert float(loss.value) == pytest.approx(want, rel=1e-4)
     assert not jax.tree.all(jax.tree.map(np.array_equal, state.params, setup.trained))
 
 
-def test_weights_of_one_change_nothing_and_others_weigh(setup: Setup) -> None:
-    plain = one_update(setup)
+def test_weights_of_one_change_nothing_and_others_weigh(setup: Setup, plain: Plain) -> None:
     mask = setup.sampled.mask.astype(np.float32)
     ones = one_update(setup, mask)
     close(ones[0].params, plain[0].params)
@@ -238,7 +261,6 @@ def test_references_stand_in_for_whole_rows(setup: Setup) -> None:
     assert lessons.with_references(setup.sampled, None) is setup.sampled
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_records_take_their_share_of_the_step(setup: Setup) -> None:
     """Their gradient is scaled down to the divergence's, and a quarter of the step is theirs."""
     records = loaders.grounding_loader(
@@ -276,10 +298,9 @@ def shifted(prompt: Inputs) -> Inputs:
     return rows._replace(positions=np.roll(prompt.positions, -1, axis=1))
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_tokens_weigh_by_what_another_board_would_change(setup: Setup) -> None:
+def test_tokens_weigh_by_what_another_board_would_change(setup: Setup, both: Both) -> None:
     other = shifted(setup.prompts.batch.teacher)
-    p, q = both_logprobs(setup)
+    p, q = both
     elsewhere = plain_logprobs(setup, other, teacher_params(setup))
     kl, changed = (
         np.zeros(setup.sampled.mask.shape, np.float64),
@@ -300,11 +321,10 @@ def outcomes(weight: Any, success: Any) -> lessons.Outcomes:
     return lessons.Outcomes(np.float32(weight), np.float32(success), np.zeros(4, np.int32), ones)
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_rows_weigh_by_their_outcome_once_the_gate_is_open(setup: Setup) -> None:
+def test_rows_weigh_by_their_outcome_once_the_gate_is_open(setup: Setup, plain: Plain) -> None:
     """An update by outcomes is that of the weights which they come to, open or not."""
     found = outcomes([1, 0.25, 0, 1], [1, 0, 0, 1])
-    kl = one_update(setup)[2].kl
+    kl = plain[2].kl
     for is_open, rows in ((True, found.weight), (False, np.ones(4))):
         weights = setup.sampled.mask * rows[:, None]
         parts = {"outcomes": found, "memory": lessons.Memory(is_open=jnp.bool_(is_open))}
@@ -314,10 +334,9 @@ def test_rows_weigh_by_their_outcome_once_the_gate_is_open(setup: Setup) -> None
         assert bool(state.memory.is_open) is is_open
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
+def test_success_above_the_running_one_is_made_likelier(setup: Setup, both: Both) -> None:
     """The loss is that of -A log p(token) beside the divergence, A against a baseline of 0.75."""
-    p, q = both_logprobs(setup)
+    p, q = both
     count = setup.sampled.mask.sum(1)
     success = np.array([1, 0, 1, 0])
     advantage = np.repeat(success - 0.75, count)
@@ -330,9 +349,8 @@ def test_success_above_the_running_one_is_made_likelier(setup: Setup) -> None:
     np.testing.assert_allclose(state.memory.solved, [0.9 * 3 + 2], rtol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
-    setup: Setup, caplog: pytest.LogCaptureFixture
+    setup: Setup, plain: Plain, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = distillation_step.DistillationBatch(
         setup.prompts.batch.student,
@@ -340,7 +358,7 @@ def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
         setup.sampled.tokens,
         jnp.asarray(setup.sampled.mask),
     )
-    kl = one_update(setup)[2].kl
+    kl = plain[2].kl
     mean = kl.sum() / setup.sampled.mask.sum()
     limits = dataclasses.replace(setup.config.guards, start_kl=float(mean / 2))
     stats: Any = dataclasses.make_dataclass("Stats", ["kl"])(kl)
@@ -364,7 +382,9 @@ def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
     assert f"and {own:.3g} where the teacher reads" in caplog.messages[0]
 
 
-def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(setup: Setup) -> None:
+def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(
+    setup: Setup, plain: Plain
+) -> None:
     state, loss, _ = one_update(setup, teacher_decay=1.0)
     close(state.average, setup.trained)
     # The student read a picture and the average the text: they differ, and the loss says so.
@@ -373,7 +393,7 @@ def test_a_moving_average_that_does_not_move_is_the_student_as_it_was(setup: Set
     np.testing.assert_allclose(again.sum, loss.sum, rtol=1e-6)
     want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, setup.trained, moved.params)
     close(moved.average, want)
-    assert one_update(setup)[0].average is None
+    assert plain[0].average is None
 
 
 @pytest.mark.parametrize(
@@ -396,7 +416,7 @@ def test_settings_out_of_range_are_refused(
         c.check(dataclasses.replace(config, distillation=settings))
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("quick_compilation_here")
 def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -58,8 +58,9 @@ unset PYTHON, or set VENV to another folder"
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$VENV"
     echo "setup: installing mgsd_jax${extras:+[$extras]} into $VENV"
     "$VENV/bin/python" -m pip install --quiet --upgrade pip
-    # Twice quiet: errors alone. Setuptools would warn of every editable installation.
-    "$VENV/bin/python" -m pip install --quiet --quiet -e ".${extras:+[$extras]}"
+    # Twice quiet: errors alone. Setuptools would warn of every editable installation. Modules are
+    # compiled where they are first imported, and most of 18,000 never are.
+    "$VENV/bin/python" -m pip install --quiet --quiet --no-compile -e ".${extras:+[$extras]}"
     touch "$stamp"
   fi
 }

@@ -163,20 +163,24 @@ def parse_flags(argv: Sequence[str], *, known_only: bool = False) -> list[str]:
     return rest
 
 
-def answer_first(argv: Sequence[str]) -> None:
-    """Ends the process where no stage is asked for, or none can be: its imports take seconds."""
+def answer_first(argv: Sequence[str]) -> config_lib.Config | None:
+    """Ends the process where no stage is asked for, or none can be: its imports take seconds.
+
+    Returns the config of the stage, so that its file runs once; None where that is not known yet.
+    """
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
     names = [word.lstrip("-") for word in argv if word.startswith("-")]
     are_known = not any(name.removeprefix("no").startswith(_LATER) for name in names)
-    rest = parse_flags(argv, known_only=not are_known)
+    rest, found = parse_flags(argv, known_only=not are_known), None
     if are_known:
         try:
-            checked(rest)
+            found = checked(rest)
         except ValueError as error:
             sys.stderr.write(f"{error}\n")
             sys.exit(2)
     flags.FLAGS.unparse_flags()
     signal.signal(signal.SIGPIPE, before)
+    return found
 
 
 def checked(rest: Sequence[str]) -> config_lib.Config | None:

@@ -4,6 +4,7 @@ python -m mgsd_jax.main --stage=grounding --config=configs/nano.py --workdir=run
 """
 
 import errno
+import functools
 import os
 import shlex
 import signal
@@ -16,8 +17,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from mgsd_jax import command_line
 
-if __name__ == "__main__":
-    command_line.answer_first(sys.argv)  # --help and its like, before imports that take seconds
+if __name__ == "__main__":  # noqa: SIM108 (imports may follow an `if`, and no assignment)
+    CHECKED = command_line.answer_first(sys.argv)  # --help and its like, before imports of seconds
+else:
+    CHECKED = None
 
 import jax
 from absl import app, flags, logging
@@ -76,8 +79,8 @@ def next_line(stage: str, words: Sequence[str]) -> str:
     return f"next: {command_line.program()} {shlex.join(others)}"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs one stage; returns the exit code.
+def main(argv: Sequence[str], config: config_lib.Config | None = None) -> int:
+    """Runs one stage, by the config where the flags are checked already; returns the exit code.
 
     0 done, 2 a bad input (one line on stderr says which), 3 numbers that are not finite, 74 a full
     disk, 75 stopped by SIGTERM or Ctrl-C; 1 with a traceback for anything else. Ctrl-C where
@@ -90,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     log.set_up()
     stage, are_several = command_line.STAGE.value, False
     try:
-        config = command_line.checked(argv)
+        config = config or command_line.checked(argv)
         if stage == "score":
             return score.run(command_line.required(command_line.INPUT), command_line.OUTPUT.value)
         compile_cache = command_line.COMPILE_CACHE.value
@@ -184,7 +187,7 @@ def explain(error: Exception, workdir: str | None = None) -> tuple[int, str]:
 
 def entry() -> None:
     """Runs the program."""
-    app.run(main, flags_parser=parse_flags)
+    app.run(functools.partial(main, config=CHECKED), flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

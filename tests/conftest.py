@@ -16,6 +16,9 @@ _KEPT = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_KEPT))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# The machine code of a small program is made in one piece: in 32, a sixth of its compilation more.
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {_FLAGS}".strip()
 
 # A run in the background of a script begins with SIGINT ignored, and so would all its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -37,7 +40,13 @@ COMPILING = {
     *("attention", "end_to_end", "killed_anywhere", "launch", "losses", "mesh", "model"),
     *("model_parity", "nano", "preflight", "sampler", "sharding", "wheel"),
 }
-COMPILED = {"setup", "exported", "nano_folder", "trained"}
+# Files that hold runs of ours against each other, or ask only that a program runs: theirs are
+# compiled in half the time, and run slower. The passes over a program's operations are the same.
+QUICKLY = {
+    *("ask", "compiled_once", "distillation", "docs", "drafts", "end_to_end", "gpu_benchmark"),
+    *("model", "moving", "nano", "sampler", "sokoban", "wheel"),
+}
+COMPILED = {"setup", "exported", "light", "nano_folder", "trained"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,21 +58,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("compiles")
 
 
-def _compile_quickly() -> Iterator[None]:
-    """Programs are compiled twice as fast and run slower: for tests that compare runs of ours."""
+def _set_quick(is_quick: bool) -> None:
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_quick))  # for child processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    is_quick = request.path.stem.removeprefix("test_") in QUICKLY
+    if is_quick:
+        _set_quick(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    if is_quick:
+        _set_quick(False)
 
 
 @pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    yield from _compile_quickly()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation_here() -> Iterator[None]:
-    """For all tests of a file, and for the fixtures that they share."""
-    yield from _compile_quickly()
+def full_compilation() -> Iterator[None]:
+    """For what is held against another library in a file of `QUICKLY`."""
+    _set_quick(False)
+    yield
+    _set_quick(True)

@@ -7,4 +7,5 @@ import os
 import pathlib
 
 TESTS = pathlib.Path(__file__).parent
-PATH = os.pathsep.join((str(TESTS.parent), str(TESTS / "without_torch")))
+WITHOUT_TORCH = str(TESTS / "without_torch")
+PATH = os.pathsep.join((str(TESTS.parent), WITHOUT_TORCH))

@@ -324,7 +324,6 @@ def test_an_endpoint_is_asked(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_shipped_base_is_asked(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ BOARDS = (
 )
 EPOCH = 30 // 2  # batches of two
 Shape = tuple[int, ...]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

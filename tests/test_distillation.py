@@ -38,7 +38,7 @@ class Setup:
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory, quick_compilation_here: None) -> Setup:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     workdir = tmp_path_factory.mktemp("distillation")
     config = tiny_config(pathlib.Path(workdir), layers=1)
     # Longer than the student's prompts.
@@ -273,7 +273,8 @@ def test_records_take_their_share_of_the_step(setup: Setup) -> None:
     records = next(records)
     settings = dataclasses.replace(setup.config.distillation, grounding_share=0.25)
     model, frozen = setup.loaded.model, setup.frozen
-    asked, measured = grounding.gradients(model, settings, setup.trained, frozen, records)
+    gradients = jax.jit(grounding.gradients, static_argnums=(0, 1))
+    asked, measured = gradients(model, settings, setup.trained, frozen, records)
     plain, both = (
         jax.tree.map(
             lambda new, old: (old - new) / 1e-2,
@@ -416,7 +417,7 @@ def test_settings_out_of_range_are_refused(
         c.check(dataclasses.replace(config, distillation=settings))
 
 
-@pytest.mark.usefixtures("quick_compilation_here")
+@pytest.mark.slow
 def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -456,7 +456,6 @@ def test_a_wrong_snippet_is_found(text: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("snippet", PYTHON, ids=str)
 def test_python_runs(snippet: Snippet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a run whose distilled model is the shipped base, and a picture."""

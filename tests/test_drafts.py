@@ -148,6 +148,7 @@ SAMPLINGS = {
 DRAFTS = ("perfect", "random", "spoilt", "empty", "ends early", "banned", "shifted", "short")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", DRAFTS)
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_any_draft_gives_the_tokens_of_none(name: str, kind: str) -> None:
@@ -156,6 +157,7 @@ def test_any_draft_gives_the_tokens_of_none(name: str, kind: str) -> None:
     assert_same(rollout(sampling, draft_like(kind, want.tokens)), want)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("count", [1, 2, 7, 23, 32])
 def test_any_number_of_guesses_gives_the_tokens_of_none(count: int) -> None:
     """Up to more than are left, with rows that end inside a pass."""
@@ -168,6 +170,7 @@ def test_any_number_of_guesses_gives_the_tokens_of_none(count: int) -> None:
         assert_same(rollout(sampling, draft_like(kind, free.tokens), eos=eos), want)
 
 
+@pytest.mark.compiles
 def test_a_perfect_draft_costs_a_pass_for_every_window() -> None:
     want = run(SAMPLINGS["plain"], eos=())
     sampling = dataclasses.replace(SAMPLINGS["plain"], draft_tokens=5)
@@ -179,6 +182,7 @@ def test_a_perfect_draft_costs_a_pass_for_every_window() -> None:
     assert not rollout(sampling, NONE, eos=()).guessed.any()
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("draft_tokens", [0, 3])
 def test_stages_of_the_cache_change_nothing(
     draft_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +196,7 @@ def test_stages_of_the_cache_change_nothing(
     assert_same(rollout(sampling, draft), want)
 
 
+@pytest.mark.compiles
 def test_a_short_rollout_never_has_the_large_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     want = run(SAMPLINGS["plain"], eos=())
     eos = tuple(int(i) for i in want.tokens[:, 3])
@@ -251,6 +256,7 @@ def counted(temperature: float, draft_tokens: int, seed: int) -> np.ndarray:
     return np.bincount(cells, minlength=len(FEW) ** width)
 
 
+@pytest.mark.compiles
 def test_drafted_rollouts_follow_the_law_of_plain_ones() -> None:
     """Two samples with noise of their own; another temperature is another law."""
     drafted = counted(1.0, 2, seed=1)
@@ -260,6 +266,7 @@ def test_drafted_rollouts_follow_the_law_of_plain_ones() -> None:
     assert statistic > limit
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["perfect", "spoilt"])
 def test_sampler_and_training_agree_within_the_guard(kind: str) -> None:
     def logprobs(draft: ArrayLike | None, draft_tokens: int) -> tuple[Any, np.ndarray]:

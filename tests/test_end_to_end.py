@@ -260,6 +260,7 @@ def test_evaluate_export_and_report(trained: tuple[Config, pathlib.Path]) -> Non
     assert "distilled" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_transformers_answers_the_same_with_the_export(
     trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:

@@ -219,6 +219,7 @@ def killer() -> Killer:
     return Killer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_there", [False, True], ids=["first export", "earlier one there"])
 def test_a_kill_at_any_operation_leaves_a_state_to_go_on_from(
     is_there: bool, config: Config, killer: Killer, tmp_path: Path

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,12 +21,10 @@ ROWS, RESPONSE, PROMPT = 2, 4, 44
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # it sets a default of its own
-    jax.config.update("jax_disable_most_optimizations", True)  # a third of the compilation
-    yield importlib.import_module("gpu")
-    jax.config.update("jax_disable_most_optimizations", False)
+    return importlib.import_module("gpu")
 
 
 def options(gpu: Any, *more: str) -> Any:

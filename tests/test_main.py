@@ -242,10 +242,18 @@ def test_a_process_without_the_others_is_refused_in_one_line() -> None:
 def test_a_stage_without_boards_says_so_and_leaves_nothing(
     stage: str, tmp_path: pathlib.Path
 ) -> None:
-    done = call(f"--stage={stage}", f"--config={NANO}", f"--workdir={tmp_path}")
+    """And the config file, which may do anything, has run once."""
+    runs, workdir = tmp_path / "runs", tmp_path / "workdir"
+    workdir.mkdir()
+    (tmp_path / "config.py").write_text(
+        f"import runpy\nwith open({str(runs)!r}, 'a') as file:\n    file.write('once')\n"
+        f"get_config = runpy.run_path({str(NANO)!r})['get_config']\n"
+    )
+    done = call(f"--stage={stage}", f"--config={tmp_path}/config.py", f"--workdir={workdir}")
     assert done.returncode == 2
     assert "manifest.json: not found; run --stage=generate first" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(workdir.iterdir())
+    assert runs.read_text() == "once"
 
 
 @pytest.mark.slow

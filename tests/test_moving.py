@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import helpers_children
 import numpy as np
 import pytest
 from etils import epath
@@ -212,7 +213,7 @@ SETTINGS = (
 
 def run(clone: pathlib.Path, workdir: pathlib.Path, stages: str) -> None:
     """Runs stages from a clone, with a working directory that says nothing."""
-    environ = {**os.environ, "PYTHONPATH": str(clone)}
+    environ = {**os.environ, "PYTHONPATH": f"{clone}{os.pathsep}{helpers_children.WITHOUT_TORCH}"}
     command = [sys.executable, "-c", PROGRAM, str(workdir), stages, *SETTINGS]
     done = subprocess.run(command, env=environ, cwd=clone.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

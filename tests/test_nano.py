@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from helpers_tiny import tiny_config
@@ -108,10 +109,8 @@ def test_the_vision_tower_starts_awake(tmp_path: pathlib.Path) -> None:
     loaded = hf.load_params(tmp_path, hf.read_config(tmp_path), dtype="float32")
     pictures = init.sample_pictures(load_processor(tmp_path), config)
     model = Qwen3VL(hf.read_config(tmp_path))
-    seen = [
-        model.apply({"params": loaded}, picture, method=lambda m, x: m.visual(x))
-        for picture in pictures
-    ]
+    look = jax.jit(lambda p, x: model.apply({"params": p}, x, method=lambda m, x: m.visual(x)))
+    seen = [look(loaded, picture) for picture in pictures]
     for features, norm in ((0, 4), (1, 2)):
         x = np.concatenate([np.asarray(s[features]).reshape(-1, 128) for s in seen])
         assert np.sqrt((x**2).sum(axis=1).mean()) == pytest.approx(norm, rel=0.01)

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from email.parser import Parser
 
-import helpers_devices
+import helpers_children
 import pytest
 import test_metric_names
 
@@ -27,6 +27,10 @@ FEW = (
     *("distillation.eval_boards=1", "distillation.sampling.max_new_tokens=4"),
     *("evaluate.batch_size=2", "evaluate.sampling.max_new_tokens=4", "evaluate.modes=('picture',)"),
 )
+
+
+def path_of(installed: pathlib.Path) -> str:
+    return os.pathsep.join((str(installed), helpers_children.WITHOUT_TORCH))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def test_the_command_answers_away_from_the_checkout(
         done = subprocess.run(
             [installed / "bin" / "mgsd_jax", *words],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(installed)},
+            env={**os.environ, "PYTHONPATH": path_of(installed)},
             capture_output=True,
             text=True,
             check=False,
@@ -114,8 +118,7 @@ def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
     environ = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(installed),
-        "XLA_FLAGS": helpers_devices.quick_flags(1),
+        "PYTHONPATH": path_of(installed),
     }
 
     def call(*arguments: str) -> str:

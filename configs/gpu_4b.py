@@ -5,7 +5,15 @@ Command:   python -m mgsd_jax.main --stage=STAGE --config=configs/gpu_4b.py --wo
            configs/gpu_4b.py:24gb on a smaller card.
 Hardware:  one GPU of 80 GB, or of 24 GB (:24gb). Of the smaller one JAX takes three quarters unless
            XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 is set.
-Expected:  memory by arithmetic, see `benchmarks/memory.py`. Speed and accuracy: not measured.
+Expected:  by XLA's compiler for an H100, and at least for a typical step and for the longest one,
+           2.8 tokens of a draft kept a pass in the typical one, 1 in the longest:
+           80gb grounding 12.46 GiB, 1.33 and 1.33 s (docs/preflight/gpu_4b_h100.md)
+           80gb distillation 20.50 GiB, 1.87 and 6.35 s (docs/preflight/gpu_4b_h100.md)
+           80gb evaluate 47.18 GiB, 0.664 and 30.4 s (docs/preflight/gpu_4b_h100.md)
+           24gb grounding 9.61 GiB, 1.33 and 1.33 s (docs/preflight/gpu_4b_24gb_h100.md)
+           24gb distillation 14.20 GiB, 1.12 and 4.4 s (docs/preflight/gpu_4b_24gb_h100.md)
+           24gb evaluate 17.54 GiB, 0.451 and 15 s (docs/preflight/gpu_4b_24gb_h100.md)
+           Speed and accuracy: not measured.
 
 There is one copy of the base weights, in bfloat16: the student is the base with adapters, the
 teacher is the base without. Distillation continues with grounding's adapters, which learn at ten
@@ -43,7 +51,9 @@ def get_config(memory: str = "80gb") -> c.Config:
             lora=ADAPTERS,
             microbatches=8,
         ),
-        preflight=c.PreflightConfig(topology="v5p:1x1x1", hbm_gib=79.0),
+        preflight=c.PreflightConfig(
+            topology="h100", stages=("grounding", "distillation", "evaluate")
+        ),
     )
     if memory == "80gb":
         return large

@@ -367,16 +367,17 @@ class AskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreflightConfig:
-    """Which programs --stage=preflight compiles, and for which TPU slice."""
+    """Which programs --stage=preflight compiles, and for which TPU slice or GPU."""
 
-    topology: Name = "v5e:4x4"  # the slice, as libtpu names it
+    # The slice, as libtpu names it, or one GPU: h100, h200, a100-80g, a100-40g.
+    topology: Name = "v5e:4x4"
     # whose programs
     stages: tuple[Literal["grounding", "distillation", "evaluate"], ...] = (
         "grounding",
         "distillation",
     )
     only: tuple[str, ...] = ()  # programs such as 'distillation/update'; (): all of the stages'
-    hbm_gib: Amount = 0.0  # memory of a chip; 0: what libtpu leaves to programs
+    hbm_gib: Amount = 0.0  # memory of a chip; 0: what is left to programs
     # Tokens of a drafted rollout kept a pass (rollout/kept_a_pass of a run), a row each in the
     # table of the typical step. 2.8: counted in rollouts of a nano student after grounding.
     kept_a_pass: Annotated[tuple[Annotated[float, Between(1, 65)], ...], Items(1)] = (1.0, 2.8, 5.0)

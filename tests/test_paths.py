@@ -5,10 +5,12 @@ which refuses to append as buckets do; tensorstore, which has its own way to a b
 the same folder. Orbax and all of our code take the way that they take for a bucket.
 """
 
+import collections
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,6 +21,7 @@ from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from helpers_tiny import tiny_config
+from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint._src.path import gcs_utils
 
 from mgsd_jax.config import override
@@ -26,7 +29,13 @@ from mgsd_jax.data import boards
 from mgsd_jax.data.boards import read_split
 from mgsd_jax.stages import generate, init, loading
 from mgsd_jax.training import optimizer, sessions
-from mgsd_jax.workdir import checkpoint, folders, locks, metrics, paths, stage_folder
+from mgsd_jax.workdir import checkpoint, compiled, folders, locks, metrics, paths, stage_folder
+
+CACHE_SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
+)
 
 
 def bucket_system(folder: pathlib.Path) -> type[DirFileSystem]:
@@ -162,3 +171,29 @@ def test_boards_and_side_files_come_from_the_bucket(
     with pytest.raises(ValueError, match=r"gs://b/base: got a remote folder of weights, want a lo"):
         (tmp_path / "init").rename(bucket / "b" / "base")
         loading.load("gs://b/base", config)
+
+
+def test_programs_are_kept_in_the_bucket_and_a_second_start_compiles_none(
+    bucket: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {name: jax.config.values[name] for name in CACHE_SETTINGS}
+    counts: collections.Counter[str] = collections.Counter()
+    jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.split("/")[-1]]))
+    found = []
+    try:
+        for _ in range(2):
+            jax.clear_caches()
+            compilation_cache.reset_cache()
+            counts.clear()
+            compiled.keep("gs://b/compiled", "runs/a", {})
+            assert jax.jit(lambda x: x * 3.5 + 1)(jnp.float32(2)) == 8
+            found.append((counts["compile_requests_use_cache"], counts["cache_hits"]))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    (first, _), (second, hits) = found
+    assert first == second == hits > 0
+    kept = [file.name for file in (bucket / "b" / "compiled").iterdir()]
+    assert any(name.startswith("jit__lambda-") and name.endswith("-cache") for name in kept)
+    assert not any(name.endswith(".probe") for name in kept) and not caplog.messages

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from mgsd_jax.config import Config
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.model import flops
 from mgsd_jax.parallel.chips import CHIPS, Chip
-from mgsd_jax.preflight import collectives, kept, lengths, roofline
+from mgsd_jax.preflight import collectives, kept, lengths, roofline, targets
 from mgsd_jax.preflight.lengths import Lengths
 from mgsd_jax.preflight.programs import make_model, programs_of
 from mgsd_jax.preflight.roofline import Decoding, Work, decoding
@@ -86,7 +87,7 @@ def result(name: str, **fields: float | str | None) -> Result:
 
 def slice_of(config: Config) -> Mesh:
     tpu_mesh("v5e:2x2", fsdp=4)  # skips without libtpu
-    return preflight.slice_mesh(config)
+    return targets.target_mesh(config)
 
 
 def page(results: list[Result], *changes: str, chip: Chip = V5E) -> str:
@@ -136,11 +137,39 @@ def test_too_large_for_the_compiler_is_a_number() -> None:
 def test_a_wrong_topology_is_named(config: Config) -> None:
     tpu_mesh("v5e:2x2", fsdp=4)  # skips without libtpu
     wrong = config_lib.override(config, ["preflight.topology=v5e-16"])
-    with pytest.raises(ValueError, match=r"preflight.topology: got 'v5e-16', want a name such as"):
+    with pytest.raises(ValueError, match=r"preflight.topology: got 'v5e-16', want a slice such as"):
         preflight.run(wrong, "unused")
     wrong = config_lib.override(config, ["grounding.batch_size=5"])
     with pytest.raises(ValueError, match=r"grounding.batch_size: got 5 rows, want a multiple of 2"):
         preflight.run(wrong, "unused")
+
+
+def test_a_text_that_cannot_be_read_costs_an_update_nothing(config: Config) -> None:
+    """libtpu 0.0.52 compiles this for tpu7x, and JAX 0.10.2 cannot read the compiled text."""
+    config = config_lib.override(config, ["preflight.topology=tpu7x:2x2x1", "mesh.tensor=4"])
+    mesh = slice_of(config)
+    update = {program.name: program for program in programs_of(config, mesh)}["grounding/update"]
+    chip = targets.find_chip(mesh)
+    got = preflight.ask_compiler(update.lower(), update.name, mesh, chip)
+    assert got.error is None and got.peak is not None and got.peak > 0
+
+
+def test_one_gpu_is_a_target_where_its_compiler_is(config: Config) -> None:
+    wanted = config_lib.override(
+        config, ["preflight.topology=h100", "mesh.tensor=1", "preflight.stages=('grounding',)"]
+    )
+    try:
+        mesh = targets.target_mesh(wanted)
+    except ValueError as error:
+        assert str(error) == (
+            "preflight: package jax-cuda13-pjrt not found; install it: pip install 'jax[cuda13]'"
+        )
+        pytest.skip("compiles for GPUs: want jax[cuda13]")
+    chip = targets.find_chip(mesh)
+    assert (chip.name, mesh.size, collectives.sides(mesh)) == ("h100", 1, [1, 1, 1])
+    (program,) = programs_of(wanted, mesh)
+    got = preflight.ask_compiler(program.lower(), program.name, mesh, chip)
+    assert got.error is None and got.peak is not None and got.peak > 0
 
 
 # ----------------------------------------------------------------------------------- how fast it is
@@ -399,9 +428,9 @@ def test_a_second_preflight_compiles_nothing(
     compiler = preflight._compile
     calls: list[int] = []
 
-    def counting(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, float]:
+    def counting(lowered: jax.stages.Lowered, **target: Any) -> dict[str, float]:
         calls.append(1)
-        return compiler(lowered, mesh, chip)
+        return compiler(lowered, **target)
 
     monkeypatch.setattr(preflight, "_compile", counting)
     only = config_lib.override(config, ["preflight.only=('distillation/layout',)"])
@@ -414,7 +443,7 @@ def test_a_second_preflight_compiles_nothing(
     preflight.run(config_lib.override(only, ["preflight.topology=v6e:2x2"]), str(tmp_path / "c"))
     assert len(calls) == 2
 
-    def failing(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, float]:
+    def failing(lowered: jax.stages.Lowered, **target: Any) -> dict[str, float]:
         raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
 
     mesh = tpu_mesh("v5e:2x2", fsdp=4)

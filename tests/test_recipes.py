@@ -84,7 +84,7 @@ def test_a_page_holds_every_program_and_its_command(page: pathlib.Path) -> None:
     assert page.stem.endswith(config.preflight.topology.replace(":", "-"))
     found = rows(page)
     parts = dict(PARTS)
-    if config.preflight.topology.endswith("1x1x1"):  # one chip decodes from the weights as they lie
+    if config.preflight.topology == "h100":  # one chip decodes from the weights as they lie
         parts = {stage: [part for part in parts[stage] if part != "layout"] for stage in parts}
     assert set(found) == {f"{s}/{part}" for s in config.preflight.stages for part in parts[s]}
     for name, row in found.items():
@@ -92,18 +92,17 @@ def test_a_page_holds_every_program_and_its_command(page: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["grounding", "distillation", "evaluate"])
-@pytest.mark.parametrize("size", ["4b", "8b"])
+@pytest.mark.parametrize("size", ["4b", "8b", "80gb", "24gb"])
 def test_the_recipe_quotes_its_pages(size: str, stage: str) -> None:
-    page = PAGES / f"{'evaluate_' if stage == 'evaluate' else ''}{size}_v5e-4x4.md"
-    if page in EARLIER:
-        line = f"{size} {stage} not compiled anew ({page.relative_to(ROOT)}: recipe before)"
-        assert line in [said.strip() for said in RECIPE.read_text().splitlines()]
-        return
+    gpus = {"80gb": "gpu_4b_h100", "24gb": "gpu_4b_24gb_h100"}
+    slices = f"{'evaluate_' if stage == 'evaluate' else ''}{size}_v5e-4x4"
+    page = PAGES / f"{gpus.get(size, slices)}.md"
+    recipe = ROOT / "configs" / "gpu_4b.py" if size in gpus else RECIPE
     missing = [name for name in rows(page) if name.startswith(stage) and name not in compiled(page)]
     held = "memory not compiled" if missing else f"{most(page, stage)} GiB"
     seconds = f"{typical_step(page, stage)} and {longest_step(page, stage)} s"
     line = f"{size} {stage} {held}, {seconds} (docs/preflight/{page.name})"
-    assert line in [said.strip() for said in RECIPE.read_text().splitlines()]
+    assert line in [said.strip() for said in recipe.read_text().splitlines()]
 
 
 def test_the_overview_quotes_the_pages() -> None:

@@ -15,7 +15,7 @@ class Chip:
 
     name: str
     flops: float  # dense bfloat16 peak, FLOP/s
-    hbm_gib: float  # what libtpu 0.0.52 leaves to programs: a little less than the sheet says
+    hbm_gib: float  # that programs may have; of a TPU what libtpu 0.0.52 leaves
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # of one link to a neighbour in one direction; of a GPU all together
     ring: int = 0  # a side of this length, or a multiple of it, is closed to a ring; 0: none is

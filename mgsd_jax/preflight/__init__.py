@@ -1,18 +1,16 @@
-"""Compiles every program of a run for a TPU slice that is not here: does it fit, how fast is it?
+"""Compiles every program of a run for a machine that is not here: does it fit, how fast is it?
 
   python -m mgsd_jax.main --stage=preflight --config=configs/qwen3vl.py:8b --workdir=DIR \
       --set preflight.topology=v5e:4x4
 
-libtpu compiles for a topology without a TPU. No weights are made or read. `preflight.json` and
+libtpu compiles for a slice without a TPU, and JAX's plugin for CUDA for a GPU
+(`preflight.topology=h100`). No weights are made or read. `preflight.json` and
 `preflight.md` in the workdir hold the tables; they are rewritten after every program.
 """
 
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -21,7 +19,6 @@ import time
 
 import jax
 from absl import logging
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
@@ -30,10 +27,9 @@ from mgsd_jax.config import Config
 from mgsd_jax.data import buckets
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.data.processor import load_processor
-from mgsd_jax.parallel import batches, sharding
-from mgsd_jax.parallel.axes import AXES
-from mgsd_jax.parallel.chips import CHIPS, Chip
-from mgsd_jax.preflight import collectives, kept
+from mgsd_jax.parallel import batches
+from mgsd_jax.parallel.chips import Chip
+from mgsd_jax.preflight import collectives, kept, targets
 from mgsd_jax.preflight.lengths import typical
 from mgsd_jax.preflight.programs import programs_of
 from mgsd_jax.preflight.table import Compiled, Result, Typical, render
@@ -49,12 +45,12 @@ _UNITS = {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}
 def run(config: Config, workdir: str) -> None:
     """Compiles the programs of `config.preflight.stages`; prints and saves the table.
 
-    Raises ValueError for a topology that libtpu does not know, or a batch that does not split over
+    Raises ValueError for a topology that is not known, or a batch that does not split over
     the mesh. A program that does not fit, or on which the compiler fails, is a row of the table.
     """
     jax.config.update("jax_platforms", "cpu")  # leaves the TPU of this machine, if any, alone
-    mesh = slice_mesh(config)
-    chip = find_chip(mesh)
+    mesh = targets.target_mesh(config)
+    chip = targets.find_chip(mesh)
     if config.preflight.hbm_gib:
         chip = dataclasses.replace(chip, hbm_gib=config.preflight.hbm_gib)
     check_batches(config, mesh)
@@ -62,13 +58,17 @@ def run(config: Config, workdir: str) -> None:
 
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    compiled = _earlier(folder / "preflight.json", config)
+    version = " ".join(targets.compiler(mesh))
+    compiled = _earlier(folder / "preflight.json", config, version)
     programs, steps = list(programs_of(config, mesh)), typical_steps(config, mesh)
     for program in programs:
         if config.preflight.only and program.name not in config.preflight.only:
             continue
         logging.info("preflight: compiles %s", program.name)
-        compiled[program.name] = ask_compiler(program.lower(), program.name, mesh, chip)
+        decodes = program.work.loop is not None
+        compiled[program.name] = ask_compiler(
+            program.lower(), program.name, mesh, chip, decodes=decodes
+        )
         results = [
             Result(one.name, one.resident / GIB, one.work, compiled.get(one.name, Compiled()))
             for one in programs
@@ -77,7 +77,7 @@ def run(config: Config, workdir: str) -> None:
             "config": config_lib.to_dict(config),
             "chip": dataclasses.asdict(chip),
             "mesh": dict(mesh.shape),
-            "libtpu": importlib.metadata.version("libtpu"),
+            "compiler": version,
             "results": {r.name: r.to_json(mesh, chip) for r in results if r.name in compiled},
         }
         (folder / "preflight.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -117,47 +117,20 @@ def _command() -> str:
     return "python -m mgsd_jax.main " + " ".join(map(shlex.quote, words))
 
 
-def _earlier(file: pathlib.Path, config: Config) -> dict[str, Compiled]:
-    """What the compiler said in an earlier run with this config, `preflight.only` aside."""
+def _earlier(file: pathlib.Path, config: Config, version: str) -> dict[str, Compiled]:
+    """What this compiler said in an earlier run with this config, `preflight.only` aside."""
     if not file.is_file():
         return {}
     found, mine = fields.read_json(file), config_lib.to_dict(config)
     theirs, results = (fields.field(found, name, dict, file) for name in ("config", "results"))
     for values in (mine["preflight"], fields.field(theirs, "preflight", dict, file)):
         values.pop("only", None)
-    if theirs != mine or found.get("libtpu") != importlib.metadata.version("libtpu"):
+    if theirs != mine or found.get("compiler") != version:
         return {}
     names = {field.name for field in dataclasses.fields(Compiled)}
     if any(not isinstance(values, dict) or not names <= set(values) for values in results.values()):
         return {}  # of another version of this program
     return {name: Compiled(**{key: of[key] for key in names}) for name, of in results.items()}
-
-
-def slice_mesh(config: Config) -> Mesh:
-    """The mesh of `config.mesh` over the chips of `config.preflight.topology`."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("preflight: package libtpu not found; install it: pip install libtpu")
-    # libtpu would ask a cloud's server what machine this is, and would run in one process alone.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    name = config.preflight.topology
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise ValueError(
-            f"preflight.topology: got {name!r}, want a name such as v5e:4x4, v6e:2x4, v5p:2x2x2 "
-            f"({str(error).splitlines()[0]})"
-        ) from None
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    return sharding.make_mesh(**sizes, devices=topology.devices)
-
-
-def find_chip(mesh: Mesh) -> Chip:
-    """The chips of a mesh. Raises ValueError for a kind that is not in CHIPS."""
-    kind = mesh.devices.flat[0].device_kind
-    if kind not in CHIPS:
-        raise ValueError(f"preflight.topology: got chips {kind!r}, want one of {sorted(CHIPS)}")
-    return CHIPS[kind]
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
@@ -173,22 +146,31 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         batches.check_batch(mesh, f"{stage}.batch_size", rows, parts)
 
 
-def ask_compiler(lowered: jax.stages.Lowered, name: str, mesh: Mesh, chip: Chip) -> Compiled:
+def ask_compiler(
+    lowered: jax.stages.Lowered, name: str, mesh: Mesh, chip: Chip, *, decodes: bool = False
+) -> Compiled:
     """What the compiler reports about a program, now or before; its failure is a result too."""
     started, worked = time.perf_counter(), time.process_time()
     # The program itself does not name the chips that it is compiled for.
     parts = ", ".join(field.name for field in dataclasses.fields(Compiled))
     devices = f"{chip.name}, sides {collectives.sides(mesh)}; {parts}"
-    compiler = functools.partial(_compile, mesh=mesh, chip=chip)
+    package, _ = targets.compiler(mesh)
+    compiler = functools.partial(_compile, mesh=mesh, chip=chip, decodes=decodes)
     try:
-        return Compiled(error=None, **kept.ask(lowered, name, devices, compiler))
+        return Compiled(error=None, **kept.ask(lowered, name, devices, package, compiler))
     except jax.errors.JaxRuntimeError as problem:
         error = str(problem).splitlines()[0]
         return Compiled(error=error, **_seconds_since(started, worked))
 
 
-def _compile(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, float]:
-    """The numbers of a `Compiled`; of a program that is too large, its peak."""
+def _compile(
+    lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip, *, decodes: bool
+) -> dict[str, float]:
+    """The numbers of a `Compiled`; of a program that is too large, its peak.
+
+    Only a program that decodes is asked for its text: of some updates (v6e, tpu7x) libtpu 0.0.52
+    gives one that JAX 0.10.2 cannot read.
+    """
     started, worked = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
@@ -199,8 +181,10 @@ def _compile(lowered: jax.stages.Lowered, mesh: Mesh, chip: Chip) -> dict[str, f
             "temporaries": memory.temp_size_in_bytes / GIB,
             "host": memory.host_temp_size_in_bytes / GIB,
             "peak": memory.peak_memory_in_bytes / GIB,
-            **dataclasses.asdict(collectives.a_pass(compiled.as_text() or "", mesh, chip)),
         }
+        if decodes:
+            text = compiled.as_text() or ""
+            said |= dataclasses.asdict(collectives.a_pass(text, mesh, chip))
     except jax.errors.JaxRuntimeError as problem:
         found = _TOO_LARGE.search(str(problem))
         if found is None:

@@ -94,6 +94,8 @@ def sides(mesh: Mesh) -> list[int]:
 
 
 def _coordinates(mesh: Mesh) -> np.ndarray:
+    if mesh.devices.flat[0].platform != "tpu":
+        return np.zeros((mesh.size, 3), int)
     return np.array([device.coords for device in mesh.devices.flat])
 
 

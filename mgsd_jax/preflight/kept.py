@@ -20,7 +20,6 @@ from mgsd_jax.checks import fields
 from mgsd_jax.workdir import paths
 
 Said = dict[str, float]  # sizes in GiB, seconds of compilation
-_PACKAGES = ("jax", "jaxlib", "libtpu")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
@@ -30,9 +29,10 @@ def folder() -> epath.Path | None:
     return epath.Path(found) if found else None
 
 
-def key_of(lowered: jax.stages.Lowered, devices: str) -> str:
+def key_of(lowered: jax.stages.Lowered, devices: str, package: str) -> str:
     """A hash of all that the compiler's answer depends on."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    packages = ("jax", "jaxlib", package)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     flags = [f"{name}={os.environ.get(name, '')}" for name in _FLAGS]
     known = "\n".join([devices, *versions, *flags, lowered.as_text()])
     return hashlib.sha256(known.encode()).hexdigest()
@@ -42,13 +42,14 @@ def ask(
     lowered: jax.stages.Lowered,
     name: str,
     devices: str,
+    package: str,
     compiler: Callable[[jax.stages.Lowered], Said],
 ) -> Said:
-    """What `compiler` says of a program, or said before; errors are not kept."""
+    """What `compiler`, of a package, says of a program, or said before; errors are not kept."""
     kept = folder()
     if kept is None:
         return compiler(lowered)
-    file = kept / f"{name.replace('/', '_')}-{key_of(lowered, devices)}-preflight.json"
+    file = kept / f"{name.replace('/', '_')}-{key_of(lowered, devices, package)}-preflight.json"
     if file.exists():
         return {part: float(number) for part, number in fields.read_json(file).items()}
     with _unwritten():

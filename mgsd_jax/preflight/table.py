@@ -99,12 +99,13 @@ def render(
 ) -> str:
     """The page: what fits, how long it takes at least, and what to change if something does not."""
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    chips = "1 chip" if mesh.size == 1 else f"{mesh.size} chips"
     lines = [
         f"# Preflight: {config.model.path} on {config.preflight.topology}",
         "",
         f"`{command}`",
         "",
-        f"{mesh.size} chips of {chip.name}, mesh {shape}, remat {config.model.remat}, parameters "
+        f"{chips} of {chip.name}, mesh {shape}, remat {config.model.remat}, parameters "
         f"{config.model.param_dtype}. A chip has {chip.hbm_gib:g} GiB for programs. GiB a chip:",
         "",
         *_table(
@@ -285,7 +286,8 @@ def _changes(config: Config, mesh: Mesh, stage: str, part: str) -> list[str]:
     """Settings that make a program smaller, the cheapest first."""
     tensor, parts = mesh.shape["tensor"], axes.parts(mesh, axes.BATCH)
     wider = [f"mesh.tensor={2 * tensor}"] if 2 * tensor <= min(8, mesh.size) else []
-    more = [f"a slice of more than {mesh.size} chips"]
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    more = ["a larger GPU" if is_gpu else f"a slice of more than {mesh.size} chips"]
     settings = {
         "grounding": config.grounding,
         "distillation": config.distillation,

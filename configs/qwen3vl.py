@@ -94,9 +94,8 @@ def best(size: str) -> c.Config:
             patch_buckets=(256,),
             workers=4,
         ),
-        # Two copies of a rollout's weights on 16 chips. On fewer `--set mesh.rollout_tensor=0`,
-        # which is faster on v6e:2x4 (docs/preflight).
-        mesh=c.MeshConfig(data=1, fsdp=-1, tensor=-1, rollout_tensor=8),
+        # Two copies of a rollout's weights, on 16 chips over 8 each, on 8 over 4 (docs/preflight).
+        mesh=c.MeshConfig(data=1, fsdp=-1, tensor=-1, rollout_tensor=-2),
         grounding=c.GroundingConfig(
             optim=c.OptimConfig(lr=1e-4, schedule="cosine", warmup=0.1),
             lora=c.LoraConfig(rank=8, alpha=16.0),

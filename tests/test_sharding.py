@@ -232,6 +232,10 @@ def test_the_mesh_of_rollouts_has_the_same_devices_in_their_order() -> None:
         assert found is not None and found.devices.shape == sizes
         assert found.axis_names == mesh.axis_names and found.axis_types == mesh.axis_types
         assert found.devices.ravel().tolist() == mesh.devices.ravel().tolist()
+    for sizes, usual in {(1, 2, 4): (2, 1, 4), (1, 4, 2): (2, 2, 2), (2, 4, 1): (4, 2, 1)}.items():
+        of = sharding.make_mesh(**dict(zip(mesh.axis_names, sizes, strict=True)))
+        found = sharding.rollout_mesh(of, -2)
+        assert found is not None and found.devices.shape == usual
     for rollout_tensor in (3, 8):  # 8 devices, but a copy would lie across 'data'
         with pytest.raises(
             ValueError, match=rf"rollout_tensor: got {rollout_tensor}, want .* of 4"
@@ -272,7 +276,8 @@ def test_rollouts_copy_the_tower_and_the_keys_alone_over_fsdp() -> None:
 def test_one_device_needs_no_mesh() -> None:
     one = jax.devices()[:1]
     assert sharding.open_mesh(MeshConfig(), one) is None
-    assert sharding.open_mesh(MeshConfig(rollout_tensor=-1), one) is None
+    for every in (-1, -2):
+        assert sharding.open_mesh(MeshConfig(rollout_tensor=every), one) is None
     assert sharding.rollout_mesh(None, 0) is sharding.rollout_mesh(None, 1) is None
     with pytest.raises(ValueError, match=r"mesh\.rollout_tensor: got 2, want .*divisor of 1"):
         sharding.open_mesh(MeshConfig(rollout_tensor=2), one)

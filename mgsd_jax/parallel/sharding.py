@@ -117,15 +117,17 @@ def rollout_mesh(mesh: Mesh | None, rollout_tensor: int) -> Mesh | None:
         0 or 4    data 4 x fsdp 1 x tensor 4     four copies, a quarter of the rows each
         8         data 2 x fsdp 2 x tensor 4     two copies
         -1 or 16  data 1 x fsdp 4 x tensor 4     one copy; cache by rows over 4, by heads over 4
+        -2        as 8, because that leaves at least two copies; on fsdp 2 x tensor 4 as 4
 
     Raises ValueError where it does not divide fsdp * tensor: no copy crosses 'data'.
     """
     shape = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
     most = shape["fsdp"] * shape["tensor"]
-    count = {0: shape["tensor"], -1: most}.get(rollout_tensor, rollout_tensor)
+    usual = shape["tensor"] * (2 if shape["fsdp"] % 4 == 0 else 1)
+    count = {0: shape["tensor"], -1: most, -2: usual}.get(rollout_tensor, rollout_tensor)
     if most % count:
         raise ValueError(
-            f"mesh.rollout_tensor: got {rollout_tensor}, want 0, -1 or a divisor of {most} "
+            f"mesh.rollout_tensor: got {rollout_tensor}, want 0, -1, -2 or a divisor of {most} "
             "(mesh.fsdp * mesh.tensor)"
         )
     if mesh is None:

@@ -58,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[c.Config, pathlib.Pa
             steps=2 * EPOCH,
             batch_size=2,
             eval_every=0,
-            eval_boards=1,
+            eval_boards=3,
         ),
         evaluate=dataclasses.replace(
             config.evaluate, sampling=c.SamplingConfig(max_new_tokens=6, temperature=0.0)
@@ -132,7 +132,8 @@ def test_distillation_compiles_once_a_bucket_and_its_rollouts_read_nothing_back(
     assert {shape[1:3] for shape in updates} == {(20, 36), (36, 100)}
     assert {shape[3] for shape in updates} == {36, 70}
     assert compiled.count("jit(update)") == len(updates)
-    # Validation has a rollout of its own, greedy, of one board.
+    # Validation has a rollout of its own, greedy, and reads in one shape, two boards at a time.
+    assert compiled.count("jit(measure)") == 1
     assert compiled.count("jit(_prefill)") == len(prefills) + 1 == 3
     assert compiled.count("jit(decode)") == len(decodes) + 1 == 3
 

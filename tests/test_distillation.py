@@ -19,9 +19,19 @@ from mgsd_jax.config import resolve
 from mgsd_jax.data import loaders, segments
 from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.encoder import load_encoder
+from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.model import qwen3vl
 from mgsd_jax.sampling import sampler
-from mgsd_jax.stages import distillation, distillation_step, generate, grounding, init, loading
+from mgsd_jax.stages import (
+    distillation,
+    distillation_rollout,
+    distillation_step,
+    generate,
+    grounding,
+    init,
+    loading,
+)
+from mgsd_jax.stages import distillation_validation as validation
 from mgsd_jax.training import divergences, lessons, optimizer, trainable
 
 
@@ -369,12 +379,13 @@ def test_readers_far_apart_are_told_with_what_they_make_of_the_students_prompt(
     )
     own = (np.exp(p) * (p - q)).sum(-1).mean()
     model, banned = setup.loaded.model, setup.loaded.processor.banned_ids
+    measure = distillation_step.make_measure(model, model, setup.config.distillation, banned)
     state = optimizer.init(setup.trained, optax.sgd(0.0))
     for scale, count in ((0.4, 0), (1.0, 1)):
         caplog.clear()
         with caplog.at_level("WARNING", logger="absl"):
             distillation_step.check_start(
-                *(limits, model, model, setup.config.distillation, banned),
+                *(limits, 1, measure),
                 *(state, setup.frozen, teacher_params(setup), batch),
                 stats=dataclasses.replace(stats, kl=kl * scale),
             )
@@ -465,11 +476,41 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     jax.tree.map(np.testing.assert_array_equal, *folders)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_validation_measures_how_far_apart_the_readers_are(setup: Setup) -> None:
+    """The rows of a step, three at a time, have the step's loss and KL, and those of float64."""
+    options = {"batch_size": 3, "sampling": c.SamplingConfig(max_new_tokens=98)}
+    settings = dataclasses.replace(setup.config.distillation, objective="jsd", **options)
+    config = dataclasses.replace(setup.config, distillation=settings)
+    model, processor = setup.loaded.model, setup.loaded.processor
+    measure = distillation_step.make_measure(model, model, settings, processor.banned_ids)
+    encoder = load_encoder(config.data, processor)
+    held_out = validation.HeldOut(setup.prompts.boards, encoder, lambda *_: [], measure)
+    speaker = distillation_rollout.make_speaker(setup.loaded, setup.frozen, config)
+    given = [
+        Answer("", False, None, ids=tuple(tokens[mask].tolist()))
+        for tokens, mask in zip(setup.sampled.tokens, setup.sampled.mask, strict=True)
+    ]
+    state = optimizer.init(setup.trained, optax.sgd(0.0))
+    found = validation.distance(held_out, speaker, state, teacher_params(setup), given)
+    _, loss, stats = one_update(setup, objective="jsd")
+    p, q = both_logprobs(setup)
+    middle = np.logaddexp(p, q) - np.log(2)
+    jsd = 0.5 * (np.exp(p) * (p - middle) + np.exp(q) * (q - middle)).sum(-1).mean()
+    kl = (np.exp(p) * (p - q)).sum(-1).mean()
+    wanted = {"val/divergence": (jsd, loss.value), "val/kl": (kl, stats.kl.sum() / len(p))}
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name].weight == len(p)
+        for want in values:
+            assert float(found[name].value) == pytest.approx(want, rel=1e-4)
+
+
 def test_validation_asks_for_no_longer_responses_than_training(tmp_path: pathlib.Path) -> None:
     config = tiny_config(tmp_path)
     for longest, want in ((5, 5), (5000, config.distillation.sampling.max_new_tokens)):
         sampling = dataclasses.replace(config.evaluate.sampling, max_new_tokens=longest)
         evaluate = dataclasses.replace(config.evaluate, sampling=sampling)
-        found = distillation.validation(dataclasses.replace(config, evaluate=evaluate))
+        found = validation.how_to_ask(dataclasses.replace(config, evaluate=evaluate))
         assert found.sampling.max_new_tokens == want
         assert dataclasses.replace(found, sampling=sampling) == evaluate

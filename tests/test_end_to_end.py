@@ -97,7 +97,9 @@ def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.
         assert name in steps[-1], name
     # A model of random weights writes no answer block, and what no token is of has no measure.
     assert not {"kl/plan", "agree/plan"} & steps[-1].keys()
-    assert "val/success" in steps[1] and "val/success" not in steps[0]
+    for name in ("val/success", "val/kl", "val/divergence"):
+        assert name in steps[1] and name not in steps[0]
+    assert steps[1]["val/kl"] == pytest.approx(steps[1]["val/divergence"]) > 0  # reverse KL
     for row in steps:
         assert 0 <= row["rollout/repeated"] < 1 and row["skipped_update"] == 0
         assert row["logprob_gap"] < 1e-4, "sampler and loss compute the same model, in float32"
@@ -296,6 +298,7 @@ def test_transformers_answers_the_same_with_the_export(
             out[0, tokens.shape[1] :], skip_special_tokens=True
         )
         assert text == answer.text
+        assert out[0, tokens.shape[1] :].tolist() == [*answer.ids]
 
 
 def test_an_evaluation_with_drafts_writes_the_rows_of_one_without(

@@ -67,8 +67,10 @@ def written() -> set[str]:
     tx = optax.sgd(1.0)
     state = optimizer.init({"w": jnp.ones(2)}, tx, None)
     found |= jax.eval_shape(lambda s: optimizer.update(s, s.params, tx)[1], state).keys()
-    for stage in ("grounding", "distillation", "distillation_rollout", "distillation_step"):
+    parts = ("", "_rollout", "_step", "_validation")
+    for stage in ("grounding", *(f"distillation{part}" for part in parts)):
         source = (ROOT / "mgsd_jax" / "stages" / f"{stage}.py").read_text()
+        found |= {*re.findall(r'"(val/\w+)": ', source)}
         found |= {*re.findall(r'\.phase\("(\w+)"\)', source)}
         found |= {*re.findall(r'return \{"(\w+/[\w/]+)": ', source)}
         found |= {*re.findall(r'\b(?:measured|spent)\["([\w/]+)"\]', source)}

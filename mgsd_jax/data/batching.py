@@ -202,7 +202,9 @@ def text_inputs(rows: Sequence[Encoded], *, length: int, pad_id: int) -> Inputs:
     )
 
 
-def references(responses: Sequence[np.ndarray | None], *, length: int, pad_id: int) -> References:
+def references(
+    responses: Sequence[Sequence[int] | np.ndarray | None], *, length: int, pad_id: int
+) -> References:
     """Responses [<= R] padded on the right to R = `length`; None leaves its row without one.
 
     Raises ValueError for a response that is longer.

@@ -20,6 +20,7 @@ class Answer:
     truncated: bool
     tokens: int | None  # None where an endpoint does not count them
     error: str | None = None  # why there is no answer
+    ids: tuple[int, ...] = ()  # the tokens themselves, of a model at hand
 
 
 class OutcomeRecord(TypedDict):

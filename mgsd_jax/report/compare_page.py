@@ -17,7 +17,7 @@ from mgsd_jax.report.words import DASH, ERRORS, TASKS, compared, model_label, re
 _CURVES = {
     "grounding": ("loss", "val/loss"),
     "distillation": (
-        *("val/success", "val/state_exact", "loss", "rollout/success"),
+        *("val/success", "val/kl", "val/state_exact", "loss", "rollout/success"),
         *("teacher_agreement", "student_entropy", "rollout/length", "rollout/truncated"),
     ),
 }

@@ -39,6 +39,8 @@ METRICS = {
     "loss": ("Loss", _NATS),
     "val/loss": ("Loss, validation", _NATS),
     "val/success": ("Solved boards, validation", _SHARE),
+    "val/kl": ("KL to the teacher, validation", _NATS),
+    "val/divergence": ("Divergence to the teacher, validation", _NATS),
     "kl": ("KL to the teacher", _NATS),
     "val/state_exact": ("States read exactly, validation", _SHARE),
     "val/blind_same": ("Same answer to another picture, validation", _SHARE),

@@ -62,8 +62,10 @@ def make_responder(
         sampled = batches.to_every(sampled, mesh)
         texts = decode_rows(processor, sampled.tokens, sampled.mask)
         return [
-            Answer(text, bool(sampled.truncated[i]), int(sampled.mask[i].sum()))
-            for i, text in enumerate(texts)
+            Answer(text, bool(truncated), len(ids := tokens[mask > 0]), ids=tuple(ids.tolist()))
+            for text, truncated, tokens, mask in zip(
+                texts, sampled.truncated, sampled.tokens, sampled.mask, strict=True
+            )
         ]
 
     return respond

@@ -2,7 +2,7 @@
 reads the same board as text, would have said at every one of the student's own tokens.
 
 `run` is the loop of steps; distillation_rollout.py has their rollouts, distillation_step.py their
-update.
+update, distillation_validation.py the validations between them.
 """
 
 import contextlib
@@ -16,24 +16,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mgsd_jax import config as config_lib
-from mgsd_jax.config import Config, EvaluateConfig
+from mgsd_jax.config import Config
 from mgsd_jax.data import buckets, loaders, segments
 from mgsd_jax.data.batching import GroundingBatch
 from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import Encoder, load_encoder
 from mgsd_jax.parallel import batches, sharding
-from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import answers
-from mgsd_jax.sampling.answers import Answerer
 from mgsd_jax.stages import distillation_rollout as rollouts
 from mgsd_jax.stages import distillation_step, grounding, loading
+from mgsd_jax.stages import distillation_validation as validation
 from mgsd_jax.stages.distillation_rollout import Speaker
 from mgsd_jax.stages.distillation_step import DistillationBatch, Metrics
+from mgsd_jax.stages.distillation_validation import HeldOut
 from mgsd_jax.stages.loading import Loaded
 from mgsd_jax.training import divergences, guards, lessons, monitor, optimizer, sessions
 from mgsd_jax.training.divergences import TokenStats
 from mgsd_jax.training.optimizer import TrainState
-from mgsd_jax.training.sessions import Session
 from mgsd_jax.tree import Tree
 from mgsd_jax.workdir import folders, sinks, stage_folder
 
@@ -50,18 +49,7 @@ class Parts:
     speaker: Speaker
     update: Callable[..., tuple[TrainState, Metrics, TokenStats]]
     check_start: Callable[..., None]
-    answer: Answerer  # of validation
-
-
-def validation(config: Config) -> EvaluateConfig:
-    """How validation asks: as an evaluation does, its responses no longer than those of training.
-
-    Longer ones would need a larger cache beside the train state than the rollouts of a step.
-    """
-    sampling = config.evaluate.sampling
-    longest = min(sampling.max_new_tokens, config.distillation.sampling.max_new_tokens)
-    sampling = dataclasses.replace(sampling, max_new_tokens=longest)
-    return dataclasses.replace(config.evaluate, sampling=sampling)
+    held_out: HeldOut
 
 
 def run(config: Config, workdir: str) -> None:
@@ -75,7 +63,7 @@ def run(config: Config, workdir: str) -> None:
         claim = held.enter_context(folders.claimed(folder, given, sections))
         mesh = sharding.open_mesh(config.mesh)
         _check_rows(config, mesh)
-        parts, state = _prepare(config, training, claim, mesh)
+        parts, state = _prepare(config, training, held_out, claim, mesh)
         processor, frozen, teacher = parts.encoder.processor, parts.frozen, parts.teacher.params
         opened = sessions.open_session(
             claim,
@@ -115,7 +103,9 @@ def run(config: Config, workdir: str) -> None:
             measured |= sessions.speed(flops, 2 * said.own.mask.size, spent["update"])
             if sessions.is_due(step + 1, settings.eval_every, settings.steps):
                 with session.timers.phase("validation"):
-                    validated = _validate(parts, state, held_out, session, step + 1)
+                    validated = validation.validate(
+                        parts.held_out, parts.speaker, state, teacher, session, step + 1
+                    )
                 measured |= validated
                 state = lessons.after_validation(state, validated["val/success"], settings)
             session.finish_step(step + 1, state, measured)
@@ -147,7 +137,11 @@ def _check_rows(config: Config, mesh: Mesh | None) -> None:
 
 
 def _prepare(
-    config: Config, training: Sequence[Board], claim: folders.Claim, mesh: Mesh | None
+    config: Config,
+    training: Sequence[Board],
+    validated: Sequence[Board],
+    claim: folders.Claim,
+    mesh: Mesh | None,
 ) -> tuple[Parts, TrainState]:
     """(what the steps work with, the state before the first of them)."""
     settings = config.distillation
@@ -165,11 +159,16 @@ def _prepare(
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
     readers, banned = (student.model, teacher.model, settings), student.processor.banned_ids
     update = distillation_step.make_update(*readers, tx, banned)
-    check = functools.partial(distillation_step.check_start, config.guards, *readers, banned)
-    answer = answers.make_answerer(speaker.sampler.model, encoder, validation(config))
+    measure = distillation_step.make_measure(*readers, banned)
+    check = functools.partial(
+        distillation_step.check_start, config.guards, settings.microbatches, measure
+    )
+    asking = validation.how_to_ask(config)
+    answer = answers.make_answerer(speaker.sampler.model, encoder, asking)
+    held_out = HeldOut(validated, encoder, answer, measure)
     state = optimizer.init(trained, tx, mesh, keeps_average=settings.teacher_decay > 0)
     state = lessons.with_memory(state, config, mesh)
-    parts = Parts(student, teacher, frozen, encoder, loader, speaker, update, check, answer)
+    parts = Parts(student, teacher, frozen, encoder, loader, speaker, update, check, held_out)
     return parts, state
 
 
@@ -178,19 +177,3 @@ def _update_flops(parts: Parts, batch: DistillationBatch, records: GroundingBatc
     student, teacher = parts.student.model, parts.teacher.model
     flops = distillation_step.update_flops(student, teacher, batch)
     return flops if records is None else flops + grounding.update_flops(student, records)
-
-
-def _validate(
-    parts: Parts, state: TrainState, boards: Sequence[Board], session: Session, step: int
-) -> dict[str, Mean]:
-    """How the student as it stands answers the boards; shows some of its answers.
-
-    Every so many times wrong pictures are shown too, which tells whether it looks at them.
-    """
-    variables, config = parts.speaker.weights(state), session.config
-    given = parts.answer(variables, boards, "picture")
-    measured = monitor.validation_metrics(boards, given)
-    session.show(step, monitor.shown_answers(boards, given, parts.encoder.picture))
-    if guards.is_blind_due(step, session.eval_every, config.guards):
-        measured |= guards.blind_measure(parts.answer, variables, boards, given)
-    return measured

@@ -31,6 +31,7 @@ from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.tree import PyTree, Tree
 
 Metrics = dict[str, Mean | jax.Array | float]
+Measure = Callable[..., tuple[Mean, Mean]]  # see `make_measure`
 
 
 class DistillationBatch(NamedTuple):
@@ -216,6 +217,36 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
+def make_measure(
+    student: Qwen3VL,
+    teacher: Qwen3VL,
+    settings: DistillationConfig,
+    banned_ids: tuple[int, ...],
+) -> Measure:
+    """One jitted program without a gradient: how far the readers of an update are apart.
+
+    measure(state, frozen, teacher_params, batch) -> (the divergence of the objective, KL(student to
+    teacher)), means over the response tokens in nats. The arguments are those of the update
+    (`make_update`), and the numbers its loss and its statistic where no option weighs tokens.
+    """
+    loss_of = functools.partial(
+        loss_fn,
+        student=student,
+        teacher=teacher,
+        settings=settings,
+        vocab_mask=vocab_mask(student, banned_ids),
+    )
+
+    def measure(
+        state: TrainState, frozen: Tree, teacher_params: Tree, batch: DistillationBatch
+    ) -> tuple[Mean, Mean]:
+        variables = _teacher_variables(state, frozen, teacher_params, settings)
+        loss, (weight, stats) = loss_of(state.params, batch, frozen, variables)
+        return Mean(loss, weight), Mean(stats.kl.sum(), weight)
+
+    return jax.jit(measure)
+
+
 def _teacher_variables(
     state: TrainState, frozen: Tree, teacher_params: Tree, settings: DistillationConfig
 ) -> Tree:
@@ -226,10 +257,8 @@ def _teacher_variables(
 
 def check_start(
     limits: GuardConfig,
-    student: Qwen3VL,
-    teacher: Qwen3VL,
-    settings: DistillationConfig,
-    banned_ids: tuple[int, ...],
+    microbatches: int,
+    measure: Measure,
     state: TrainState,
     frozen: Tree,
     teacher_params: Tree,
@@ -248,23 +277,8 @@ def check_start(
         return
     plain = DistillationBatch(batch.student, batch.student, batch.tokens, batch.mask)
     axes = BATCH_AXES._replace(teacher=sessions.INPUT_AXES)
-    part = jax.tree.map(
-        lambda leaf: leaf[0], optimizer.split_rows(plain, settings.microbatches, axes)
-    )
-
-    @jax.jit
-    def measure(state: TrainState, frozen: Tree, teacher_params: Tree) -> jax.Array:
-        variables = _teacher_variables(state, frozen, teacher_params, settings)
-        found = loss_fn(
-            *(state.params, part, frozen, variables),
-            student=student,
-            teacher=teacher,
-            settings=settings,
-            vocab_mask=vocab_mask(student, banned_ids),
-        )
-        return found[1][1].kl.sum() / part.mask.sum()
-
-    own = float(measure(state, frozen, teacher_params))
+    part = jax.tree.map(lambda leaf: leaf[0], optimizer.split_rows(plain, microbatches, axes))
+    own = float(measure(state, frozen, teacher_params, part)[1].value)
     logging.warning("%s", guards.misread(kl, own, limits))
 
 

@@ -41,6 +41,7 @@ _TOLD = (
     ("loss", "loss {:.4g}"),
     ("kl", "kl {:.3g}"),
     ("val/loss", "val loss {:.4g}"),
+    ("val/kl", "val kl {:.3g}"),
     ("val/success", "val success {:.1%}"),
     ("tokens_per_s/rollout", "rollout {:,.0f} tokens/s"),
     ("tokens_per_s/update", "update {:,.0f} tokens/s"),

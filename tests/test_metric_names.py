@@ -18,6 +18,7 @@ from mgsd_jax.data.loaders import stream_boards
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import summary
 from mgsd_jax.evaluation.scoring import Answer
+from mgsd_jax.report import words
 from mgsd_jax.training import guards, monitor, optimizer, sessions
 from mgsd_jax.training.divergences import TokenStats
 
@@ -84,6 +85,11 @@ def test_the_page_has_the_metrics_of_every_step_and_no_others() -> None:
     assert len(names) > 45 and unlisted(names) == set()
     for name in rows(STEPS):
         assert any(re.fullmatch(pattern(name), one) for one in names), name
+
+
+def test_the_report_has_words_and_a_unit_for_every_name_of_the_page() -> None:
+    for name in {*rows(STEPS)} - {"step", "time"}:
+        assert words.metric(name).unit != "value", name
 
 
 def test_the_page_has_the_measures_of_a_summary_and_no_others() -> None:

@@ -368,6 +368,11 @@ def test_the_verdict_says_when_nothing_is_clear_worse_or_unmeasured() -> None:
     assert "nothing to compare" in verdict
 
 
+def test_a_limit_close_to_zero_is_told_from_zero() -> None:
+    found = [words.points(x / 100) for x in (-0.03, 0.04, 0.06, -1.23, 0.0, -1e-15, -0.004)]
+    assert found == ["−0.03", "+0.04", "+0.1", "−1.2", "+0.0", "+0.0", "+0.0"]
+
+
 def test_ticks_are_round_inside_and_read_differently() -> None:
     ends = (*((0.0, 1.0), (-3.2, 8.9), (1e-7, 3e-7), (1000.0, 1001.0), (-5e6, 9e6)),)
     for low, high in (*ends, (145.1395, 145.1413), (0.99991, 0.99999), (2e6, 2e6 + 9)):
@@ -412,6 +417,8 @@ def test_a_curve_without_a_value_shows_none_and_one_of_a_single_step_has_one_lab
     assert one.count(">7</text>") == 1 and ">nats a token</text>" in one
     two = curves.curve_plot(inputs.Curve("loss", (7, 9), (0.5, 0.5), 0))
     assert ">step</text>" in two and ">7</text>" in two and ">9</text>" in two
+    share = curves.curve_plot(inputs.Curve("val/success", (7, 9), (1.0, 1.0), 0))
+    assert ">1.0</text>" in share and ">1.2" not in share  # no axis goes beyond what there can be
 
 
 # What speaks against the headline

@@ -66,10 +66,11 @@ class Frame:
 
 
 def _of_values(
-    values: Sequence[float], top: int, height: int, x: tuple[float, float]
+    values: Sequence[float], unit: str, top: int, height: int, x: tuple[float, float]
 ) -> tuple[Frame, list[tuple[float, str]]]:
     """A frame that holds these values, and the numbers beside it, for which it leaves room."""
-    y = limits(min(values), max(values))
+    low, high = limits(min(values), max(values))
+    y = (low, min(high, 1.0) if unit == words.SHARE else high)
     ticks = nice_ticks(*y)
     labels = tick_labels(ticks)
     left = max(30.0, 8 + 6.3 * max(map(len, labels)))
@@ -139,7 +140,7 @@ def curve_plot(curve: Curve) -> Markup:
         return _panel(name, [], 0, "", last="no value" + lost)
     bins = bin_curve(curve)
     first, last = curve.steps[0], curve.steps[-1]
-    frame, y_ticks = _of_values(curve.values, 20, 104, (first, last))
+    frame, y_ticks = _of_values(curve.values, unit, 20, 104, (first, last))
     band = [(step, high) for step, _, _, high in bins]
     band += [(step, low) for step, _, low, _ in reversed(bins)]
     line = [(step, mean) for step, mean, _, _ in bins]
@@ -214,7 +215,7 @@ def _overlay(
     joined: bool = True,
 ) -> Markup:
     values = [value for points in series.values() for _, value in points]
-    frame, y_ticks = _of_values(values, 20, 132, x)
+    frame, y_ticks = _of_values(values, unit, 20, 132, x)
     below = _step_axis(frame, *x) if x_ticks is None else x_ticks
     drawn, heard = [_unit(unit), frame.axes(below, y_ticks)], []
     for run, points in series.items():

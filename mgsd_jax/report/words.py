@@ -34,39 +34,39 @@ RULES = {
 }
 # What a metric of training measures, and in what unit, in the order of their curves; of 'a/b' the
 # words for 'a', and b after them.
-_SHARE, _NATS = "share", "nats a token"
+SHARE, _NATS = "share", "nats a token"
 METRICS = {
     "loss": ("Loss", _NATS),
     "val/loss": ("Loss, validation", _NATS),
-    "val/success": ("Solved boards, validation", _SHARE),
+    "val/success": ("Solved boards, validation", SHARE),
     "val/kl": ("KL to the teacher, validation", _NATS),
     "val/divergence": ("Divergence to the teacher, validation", _NATS),
     "kl": ("KL to the teacher", _NATS),
-    "val/state_exact": ("States read exactly, validation", _SHARE),
-    "val/blind_same": ("Same answer to another picture, validation", _SHARE),
-    "rollout/success": ("Solved boards, training", _SHARE),
-    "token_accuracy": ("Answer tokens right", _SHARE),
+    "val/state_exact": ("States read exactly, validation", SHARE),
+    "val/blind_same": ("Same answer to another picture, validation", SHARE),
+    "rollout/success": ("Solved boards, training", SHARE),
+    "token_accuracy": ("Answer tokens right", SHARE),
     "questions/loss": ("Loss, questions", _NATS),
-    "questions/token_accuracy": ("Answer tokens right, questions", _SHARE),
-    "rollout/state_exact": ("States read exactly, training", _SHARE),
-    "rollout/optimal": ("Solved the shortest way, training", _SHARE),
-    "teacher_agreement": ("Same next token as the teacher", _SHARE),
+    "questions/token_accuracy": ("Answer tokens right, questions", SHARE),
+    "rollout/state_exact": ("States read exactly, training", SHARE),
+    "rollout/optimal": ("Solved the shortest way, training", SHARE),
+    "teacher_agreement": ("Same next token as the teacher", SHARE),
     "student_entropy": ("Entropy of the student", _NATS),
     "teacher_entropy": ("Entropy of the teacher", _NATS),
-    "agree": ("Same next token as the teacher", _SHARE),
+    "agree": ("Same next token as the teacher", SHARE),
     "grad_norm": ("Norm of the gradient", "norm"),
     "update_norm": ("Norm of the update", "norm"),
     "param_norm": ("Norm of what is trained", "norm"),
     "skipped_update": ("Updates skipped", "skipped"),
     "rollout/length": ("Length of a response", "tokens"),
-    "rollout/truncated": ("Cut off at the token limit", _SHARE),
-    "rollout/parsed": ("Readable plans, training", _SHARE),
-    "rollout/legal": ("Legal plans, training", _SHARE),
-    "rollout/repeated": ("Repeated four-token pieces", _SHARE),
+    "rollout/truncated": ("Cut off at the token limit", SHARE),
+    "rollout/parsed": ("Readable plans, training", SHARE),
+    "rollout/legal": ("Legal plans, training", SHARE),
+    "rollout/repeated": ("Repeated four-token pieces", SHARE),
     "rollout/kept_a_pass": ("Tokens kept a pass", "tokens"),
     "kl_pos": ("KL to the teacher, token", _NATS),
-    "agree_pos": ("Same next token as the teacher, token", _SHARE),
-    "kl_cap_share": ("Tokens at the cap of the KL", _SHARE),
+    "agree_pos": ("Same next token as the teacher, token", SHARE),
+    "kl_cap_share": ("Tokens at the cap of the KL", SHARE),
     "logprob_gap": ("Sampler against trainer", _NATS),
     "seconds": ("Time of a step", "seconds"),
     "rollout": ("Time of the rollout", "seconds"),
@@ -76,7 +76,8 @@ METRICS = {
     "data": ("Waiting for data", "seconds"),
     "tflops_per_s": ("Speed of the update", "TFLOP/s"),
     "tokens_per_s": ("Speed", "tokens/s"),
-    "learning_rate": ("Learning rate", "rate"),
+    "mfu": ("Share of the device's peak", SHARE),
+    "lr": ("Learning rate", "rate"),
 }
 REASONS = {
     **base.REASONS,
@@ -142,8 +143,9 @@ def p_value(measure: Measure) -> str:
 
 
 def points(value: float) -> str:
-    """Return a difference of shares in points, as '+4.0' or '−1.2'."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    """Return a difference of shares in points, as '+4.0' or '−1.2'; '−0.03' rather than '−0.0'."""
+    size = round(100 * value, 2) + 0.0  # no -0.0
+    return f"{size:+.{2 if 0 < abs(size) < 0.05 else 1}f}".replace("-", "−")
 
 
 def model_label(name: str) -> str:

@@ -76,7 +76,7 @@ Remat = Annotated[Literal["none", "full", "save_names", "offload"], FREE]
 class LevelSet:
     """Boards of one task: the levels, and how many of each in the train, val and test splits."""
 
-    task: Name  # one of envs.ENVS, as what draws or reads boards checks
+    task: Name  # such as maze; what draws or reads boards knows the others
     # sizes of the boards; one that is listed twice is streamed twice as often
     levels: Annotated[tuple[Annotated[int, Between(2, 32)], ...], Items(1, repeated=True)]
     train: CountOrNone  # boards of each level to train on
@@ -360,7 +360,7 @@ class AskConfig:
     """What --stage=ask asks, and whom, about the picture of --input."""
 
     model: Name = "{workdir}/distillation"  # folder of a stage or of a model, or URL of an endpoint
-    task: str = ""  # one of envs.ENVS: ask for the board and a plan
+    task: str = ""  # such as maze: ask for the board and a plan
     question: str = ""  # ask this instead
     level: Annotated[int, Between(2, 32, also=0)] = 0  # of the board; 0: find it out
     max_new_tokens: Count = 1024  # longest answer

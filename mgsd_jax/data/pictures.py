@@ -30,6 +30,7 @@ MODEL_SIZES = {
     "merge_size": "spatial_merge_size",
 }
 FORMATS = ("PNG", "JPEG", "WEBP")  # of picture files, whatever their names say
+_WANTED = f"a picture file, {' or '.join(FORMATS)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +122,13 @@ def open_picture(file: str | io.BytesIO, name: object) -> Image.Image:
             raise ValueError(f"{picture.width}x{picture.height}, over {MOST_PIXELS} pixels")
         picture.load()
     except FileNotFoundError:
-        raise ValueError(f"{name}: not found, want a PNG") from None
+        raise ValueError(f"{name}: not found, want {_WANTED}") from None
     # Pillow has no error of its own: broken text chunks are ValueErrors, headers SyntaxErrors.
     except (
         *(OSError, SyntaxError, ValueError),
         *(Image.DecompressionBombError, Image.DecompressionBombWarning),
     ) as error:
-        raise ValueError(f"{name}: got an unreadable picture ({error}), want a PNG") from None
+        raise ValueError(f"{name}: got an unreadable picture ({error}), want {_WANTED}") from None
     return picture
 
 

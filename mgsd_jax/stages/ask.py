@@ -29,7 +29,7 @@ from mgsd_jax.data.encoder import draw_picture
 from mgsd_jax.data.pictures import open_picture, read_picture
 from mgsd_jax.data.processor import encode
 from mgsd_jax.data.prompts import Message
-from mgsd_jax.envs import ENVS, find
+from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import reply as reply_lib
 from mgsd_jax.evaluation.reply import Reply
 from mgsd_jax.evaluation.routes import draw_route
@@ -76,7 +76,9 @@ def run(config: Config, workdir: str, input_path: str, output_path: str | None =
     if output.suffix not in (".svg", ".png") or is_picture:
         raise ValueError(f"--output: got {output}, want another file, that ends in .svg or .png")
     _check_question(settings.task, settings.question)
-    width, height = open_picture(input_path, input_path).size  # before a model is loaded
+    # Before a model is loaded:
+    width, height = open_picture(input_path, input_path).size
+    shown_sizes(config.data, settings.task, settings.level)
     model = load(settings.model, config)
     reply = ask(
         model, input_path, task=settings.task, question=settings.question, level=settings.level
@@ -150,10 +152,9 @@ def _square(picture: str) -> np.ndarray:
 
 
 def _check_question(task: str, question: str) -> None:
-    if task:
-        find(task)
-    elif not question:
-        raise ValueError(f"ask.task: got '', want one of {[*ENVS]}, or a question (ask.question)")
+    if task not in ENVS and (task or not question):
+        found = f"ask.task: got {task!r}, want one of {[*ENVS]}"
+        raise ValueError(found if task else f"{found}, or a question (ask.question)")
 
 
 def shown_sizes(data: DataConfig, task: str, level: int = 0) -> list[int]:
@@ -262,6 +263,11 @@ def _trained(model: str) -> Config:
     file = root
     if not _is_url(model):
         root = epath.Path(config_lib.coerce(model, config_lib.Path, "ask.model"))
+        if not root.is_dir():
+            raise ValueError(
+                f"ask.model: {model} not found, want the folder of a stage, of an export or of a "
+                "model of Hugging Face (hf download), or the URL of an endpoint"
+            )
         file = root / (folders.CONFIG_FILE if stage_folder.is_stage(root) else export.RECORD)
         found = fields.read_json(file) if file.is_file() else {}
     if "data" not in found:

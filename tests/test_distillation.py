@@ -476,8 +476,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     jax.tree.map(np.testing.assert_array_equal, *folders)
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_validation_measures_how_far_apart_the_readers_are(setup: Setup) -> None:
+def test_validation_measures_how_far_apart_the_readers_are(setup: Setup, both: Both) -> None:
     """The rows of a step, three at a time, have the step's loss and KL, and those of float64."""
     options = {"batch_size": 3, "sampling": c.SamplingConfig(max_new_tokens=98)}
     settings = dataclasses.replace(setup.config.distillation, objective="jsd", **options)
@@ -494,7 +493,7 @@ def test_validation_measures_how_far_apart_the_readers_are(setup: Setup) -> None
     state = optimizer.init(setup.trained, optax.sgd(0.0))
     found = validation.distance(held_out, speaker, state, teacher_params(setup), given)
     _, loss, stats = one_update(setup, objective="jsd")
-    p, q = both_logprobs(setup)
+    p, q = both
     middle = np.logaddexp(p, q) - np.log(2)
     jsd = 0.5 * (np.exp(p) * (p - middle) + np.exp(q) * (q - middle)).sum(-1).mean()
     kl = (np.exp(p) * (p - q)).sum(-1).mean()

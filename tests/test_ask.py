@@ -276,6 +276,7 @@ def call(*flags: str) -> int:
         ("CUT", ["model=MODEL", "task=maze"], "b.png: got an unreadable picture"),
         ("FOLDER", ["model=MODEL", "task=maze"], "got an unreadable picture"),
         ("PNG --output=PNG", ["model=MODEL", "task=maze"], "want another file, that ends in"),
+        ("PNG --output=/absent/a.svg", ["model=MODEL", "task=maze"], "folder /absent not found"),
         ("PNG --output=a.gif", ["model=MODEL", "task=maze"], "--output: got a.gif, want another"),
     ],
 )

@@ -75,6 +75,8 @@ def run(config: Config, workdir: str, input_path: str, output_path: str | None =
     is_picture = output.exists() and output.samefile(input_path)
     if output.suffix not in (".svg", ".png") or is_picture:
         raise ValueError(f"--output: got {output}, want another file, that ends in .svg or .png")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output: {output}: folder {output.parent} not found")
     _check_question(settings.task, settings.question)
     # Before a model is loaded:
     width, height = open_picture(input_path, input_path).size

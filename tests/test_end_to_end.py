@@ -99,7 +99,7 @@ def test_both_stages_move_the_weights_and_report(trained: tuple[Config, pathlib.
     assert not {"kl/plan", "agree/plan"} & steps[-1].keys()
     for name in ("val/success", "val/kl", "val/divergence"):
         assert name in steps[1] and name not in steps[0]
-    assert steps[1]["val/kl"] == pytest.approx(steps[1]["val/divergence"]) > 0  # reverse KL
+    assert 0 < steps[1]["val/kl"] == pytest.approx(steps[1]["val/divergence"])  # reverse KL
     for row in steps:
         assert 0 <= row["rollout/repeated"] < 1 and row["skipped_update"] == 0
         assert row["logprob_gap"] < 1e-4, "sampler and loss compute the same model, in float32"

@@ -193,6 +193,11 @@ def _is_url(model: str) -> bool:
 def _local_responder(
     folder: str, config: Config, sampling: SamplingConfig
 ) -> Callable[[Sequence[list[Message]]], list[Answer]]:
+    if not epath.Path(folder).is_dir():
+        raise ValueError(
+            f"ask.model: {folder} not found, want the folder of a stage, of an export or of a "
+            "model of Hugging Face (hf download), or the URL of an endpoint"
+        )
     mesh = sharding.open_mesh(config.mesh)
     loaded = loading.load(folder, config, mesh, is_frozen=True)
     respond_to = make_responder(loaded.model, loaded.processor, sampling)
@@ -266,10 +271,7 @@ def _trained(model: str) -> Config:
     if not _is_url(model):
         root = epath.Path(config_lib.coerce(model, config_lib.Path, "ask.model"))
         if not root.is_dir():
-            raise ValueError(
-                f"ask.model: {model} not found, want the folder of a stage, of an export or of a "
-                "model of Hugging Face (hf download), or the URL of an endpoint"
-            )
+            return _UNKNOWN  # `load` says that it is not there
         file = root / (folders.CONFIG_FILE if stage_folder.is_stage(root) else export.RECORD)
         found = fields.read_json(file) if file.is_file() else {}
     if "data" not in found:

@@ -4,8 +4,11 @@
 #   bash launch/test.sh [--quick] [-k name] [tests/test_losses.py ...]
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install_package test
+# One worker more than cores where all tests run: some of them wait for processes and heartbeats.
+workers=$("$VENV/bin/python" -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 if [ "${1:-}" = --quick ]; then
   shift
+  workers=auto
   set -- -m "not slow and not compiles" "$@"
 fi
 
@@ -20,8 +23,8 @@ types=$!
 trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 # Files side by side, each in one process: most tests compile or wait for a program of their own.
 code=0
-"$VENV/bin/python" -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
-  "$@" || code=$?
+"$VENV/bin/python" -m pytest -q -n "$workers" --maxprocesses=4 --dist=loadfile \
+  --no-loadscope-reorder "$@" || code=$?
 wait "$types" || code=1
 cat "$said"
 exit "$code"

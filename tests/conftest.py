@@ -29,9 +29,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # process that has loaded libtpu without a TPU, as the files that compile for TPUs do.
 LONGEST = (
     *("traces", "end_to_end"),
-    *("processes", "killed", "moving", "distillation", "mesh_step", "real_tokenizer", "compiled"),
-    *("preflight", "killed_anywhere", "compiled_once", "export", "sampler", "model", "wheel"),
-    *("gpu_benchmark", "attention", "losses", "mesh_tpu", "mesh", "sharding", "nano"),
+    *("processes", "mesh_step", "killed", "distillation", "drafts", "model", "moving", "wheel"),
+    *("real_tokenizer", "preflight", "mesh_tpu", "compiled_once", "export", "attention"),
+    *("model_parity", "sharding", "sokoban", "compiled", "sampler", "nano", "mesh"),
+    *("gpu_benchmark", "losses", "killed_anywhere", "launch"),
 )
 # What compiles for long or starts processes, besides the tests that are marked slow where they
 # stand: whole files, and whatever asks for one of these fixtures. `launch/test.sh --quick` leaves

@@ -154,7 +154,7 @@ def test_several_processes_train_to_the_parameters_of_one(
             processes=count,
             devices=devices,
             program=program,
-            forked=count > 1,
+            forked=True,
         )
         finish(noting, folder)
     one = weights(tmp_path / "1", stage)

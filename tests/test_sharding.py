@@ -91,7 +91,7 @@ def batch(rows: int) -> Inputs:
 
 
 def test_everything_here_with_eight_devices() -> None:
-    helpers_devices.run_again(__file__)
+    helpers_devices.run_again(__file__, quick=True)
 
 
 def test_mesh_over_all_devices() -> None:

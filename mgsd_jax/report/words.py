@@ -38,10 +38,10 @@ SHARE, _NATS = "share", "nats a token"
 METRICS = {
     "loss": ("Loss", _NATS),
     "val/loss": ("Loss, validation", _NATS),
-    "val/success": ("Solved boards, validation", SHARE),
     "val/kl": ("KL to the teacher, validation", _NATS),
-    "val/divergence": ("Divergence to the teacher, validation", _NATS),
+    "val/success": ("Solved boards, validation", SHARE),
     "kl": ("KL to the teacher", _NATS),
+    "val/divergence": ("Divergence to the teacher, validation", _NATS),
     "val/state_exact": ("States read exactly, validation", SHARE),
     "val/blind_same": ("Same answer to another picture, validation", SHARE),
     "rollout/success": ("Solved boards, training", SHARE),

@@ -1,7 +1,8 @@
 """Every program of a run, to be lowered from abstract arguments: shapes and layouts, no weights.
 
 These are the programs that the stages call, made by the same functions, for full batches of one
-picture a prompt.
+picture a prompt. Those of validations are left out: they decode as an evaluation does, and read
+rows of an update without a gradient.
 Axes: B batch, T tokens, R response tokens, M pictures a row, P patches, C patch channels.
 """
 

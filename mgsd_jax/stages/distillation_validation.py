@@ -23,7 +23,7 @@ from mgsd_jax.stages.distillation_step import DistillationBatch, Measure
 from mgsd_jax.training import guards, monitor
 from mgsd_jax.training.optimizer import TrainState
 from mgsd_jax.training.sessions import Session
-from mgsd_jax.tree import Tree
+from mgsd_jax.tree import PyTree, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,7 @@ def _batch(
         patch_buckets=patches,
         max_pictures=1,
     )
-    responses = [answer.ids for answer in given] + [None] * (rows - len(given))
-    tokens, mask = batching.references(
-        responses, length=settings.sampling.max_new_tokens, pad_id=pad_id
-    )
-    return DistillationBatch(prompts.student, prompts.teacher, tokens, mask)
+    given_ids = [answer.ids for answer in given] + [None] * (rows - len(given))
+    length = settings.sampling.max_new_tokens
+    said: PyTree = batching.references(given_ids, length=length, pad_id=pad_id)
+    return DistillationBatch(prompts.student, prompts.teacher, said.tokens, said.mask)

@@ -24,12 +24,16 @@ def flags(count: int) -> str:
     return f"{given} --xla_force_host_platform_device_count={count}".strip()
 
 
+# Of two ways of JAX 0.10 to make code for fused operations, the older, which compiles sooner.
+OLDER = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+
+
 def quick_flags(count: int) -> str:
     """The same for a process whose programs are compiled as fast as possible, and run slower.
 
     For tests that hold runs against each other, or ask only that a program runs.
     """
-    return f"{flags(count)} --xla_backend_optimization_level=0"
+    return f"{flags(count)} --xla_backend_optimization_level=0 {OLDER}".strip()
 
 
 def run_again(file: str, *options: str, quick: bool = False) -> None:

@@ -168,8 +168,8 @@ def _compile(
 ) -> dict[str, float]:
     """The numbers of a `Compiled`; of a program that is too large, its peak.
 
-    Only a program that decodes is asked for its text: of some updates (v6e, tpu7x) libtpu 0.0.52
-    gives one that JAX 0.10.2 cannot read.
+    Only a program that decodes is asked for its text: of some others, for v6e, v5p and tpu7x,
+    libtpu 0.0.52 gives one that JAX 0.10.2 cannot read.
     """
     started, worked = time.perf_counter(), time.process_time()
     try:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import helpers_devices
 import jax
@@ -199,7 +200,8 @@ def remat_gradients(remat: Remat) -> tuple[dict, int]:
         return jnp.square(apply_hidden(model, {"params": params}, inputs)).mean()
 
     program = jax.jit(jax.grad(loss)).lower(random_params(config))
-    program = program.compile({"xla_backend_optimization_level": 0})  # which plans memory alike
+    options: Any = {"xla_backend_optimization_level": 0}  # which plans memory alike
+    program = program.compile(options)
     memory = program.memory_analysis()
     assert memory is not None
     return program(random_params(config)), memory.temp_size_in_bytes

@@ -43,7 +43,7 @@ READERS: dict[str, Callable[[pathlib.Path], Any]] = {
     SOURCE: lambda folder: stage_folder.read_source(epath.Path(folder) / "grounding"),
     "manifest.json": lambda folder: boards.read_split(folder, "train"),
     "preflight.json": lambda folder: preflight._earlier(
-        folder / "preflight.json", tiny_config(folder)
+        folder / "preflight.json", tiny_config(folder), "libtpu 0"
     ),
 }
 

@@ -178,7 +178,11 @@ def test_programs_are_kept_in_the_bucket_and_a_second_start_compiles_none(
 ) -> None:
     before = {name: jax.config.values[name] for name in CACHE_SETTINGS}
     counts: collections.Counter[str] = collections.Counter()
-    jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.split("/")[-1]]))
+
+    def count(event: str, **_: str | int) -> None:
+        counts[event.split("/")[-1]] += 1
+
+    jax.monitoring.register_event_listener(count)
     found = []
     try:
         for _ in range(2):

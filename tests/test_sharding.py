@@ -233,7 +233,8 @@ def test_the_mesh_of_rollouts_has_the_same_devices_in_their_order() -> None:
         assert found.axis_names == mesh.axis_names and found.axis_types == mesh.axis_types
         assert found.devices.ravel().tolist() == mesh.devices.ravel().tolist()
     for sizes, usual in {(1, 2, 4): (2, 1, 4), (1, 4, 2): (2, 2, 2), (2, 4, 1): (4, 2, 1)}.items():
-        of = sharding.make_mesh(**dict(zip(mesh.axis_names, sizes, strict=True)))
+        data, fsdp, tensor = sizes
+        of = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
         found = sharding.rollout_mesh(of, -2)
         assert found is not None and found.devices.shape == usual
     for rollout_tensor in (3, 8):  # 8 devices, but a copy would lie across 'data'

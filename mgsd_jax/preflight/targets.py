@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
@@ -68,7 +69,7 @@ def _installed(platform: str) -> tuple[str, str]:
     raise ValueError(f"preflight: package {wanted[0]} not found; install it: pip install {install}")
 
 
-def _slice(name: str) -> list[jax.Device]:
+def _slice(name: str) -> Sequence[object]:
     _installed("tpu")
     # libtpu would ask a cloud's server what machine this is, and would run in one process alone.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -82,7 +83,7 @@ def _slice(name: str) -> list[jax.Device]:
         ) from None
 
 
-def _gpu(name: str) -> list[jax.Device]:
+def _gpu(name: str) -> Sequence[object]:
     """One GPU, described in the text form of XLA's GpuTargetConfigProto."""
     package, _ = _installed("gpu")
     kind, chip = next((kind, chip) for kind, chip in GPUS.items() if chip.name == name)

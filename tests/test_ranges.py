@@ -55,7 +55,7 @@ NOTHING_IS_FINE = {
     *("grounding.lora.targets", "distillation.lora.targets"),
     *("grounding.optim.trainable", "distillation.optim.trainable"),
 }
-NUMBERS = (math.nan, math.inf, -math.inf, -1e-9, -2, -(10**12), 1e300, 10**12, 10**5000)
+NUMBERS = (math.nan, math.inf, -math.inf, -1e-9, -3, -(10**12), 1e300, 10**12, 10**5000)
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("two", None, True, 1.5, (), [1], {}, *NUMBERS),
     float: ("fast", None, True, (), [1.0], {}, *NUMBERS),
@@ -66,8 +66,8 @@ WRONG: dict[Any, tuple[Any, ...]] = {
     Literal: (None, 0, "", "neither", ["a"], math.nan),
 }
 TEXTS: dict[Any, tuple[str, ...]] = {
-    int: ("two", "", "None", "1.5", "-2", "1000000000000"),
-    float: ("fast", "", "None", "-2", "1e300", "1e999"),
+    int: ("two", "", "None", "1.5", "-3", "1000000000000"),
+    float: ("fast", "", "None", "-3", "1e300", "1e999"),
     bool: ("yes", "", "1", "None"),
     tuple: ("3", "None", "(None,)"),
     Union: ("3", "None", "(None,)", "automatic"),

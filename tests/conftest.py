@@ -89,7 +89,7 @@ def _compilation(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def full_compilation() -> Iterator[None]:
-    """For what is held against another library in a file of `QUICKLY`."""
+    """For what is held against another library, or two programs, in a file of `QUICKLY`."""
     _set_quick(False)
     yield
     _set_quick(True)

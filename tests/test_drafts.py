@@ -182,6 +182,7 @@ def test_a_perfect_draft_costs_a_pass_for_every_window() -> None:
     assert not rollout(sampling, NONE, eos=()).guessed.any()
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.compiles
 @pytest.mark.parametrize("draft_tokens", [0, 3])
 def test_stages_of_the_cache_change_nothing(
@@ -266,6 +267,7 @@ def test_drafted_rollouts_follow_the_law_of_plain_ones() -> None:
     assert statistic > limit
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["perfect", "spoilt"])
 def test_sampler_and_training_agree_within_the_guard(kind: str) -> None:

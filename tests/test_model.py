@@ -50,6 +50,7 @@ def assert_rows_close(got: list[np.ndarray], want: list[np.ndarray], atol: float
 # The forward pass
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_golden_numbers() -> None:
     """Last-token logits that test_model_parity holds transformers to as well."""
     inputs = to_inputs(CONFIG, ROWS, side="left")
@@ -178,6 +179,7 @@ def test_deepstack_on_no_layer_and_on_every_layer(num_deepstack: int) -> None:
 # The cache
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_prefill_and_decode_equal_the_full_forward() -> None:
     prompts = to_inputs(CONFIG, ROWS, side="left")
     response = np.random.default_rng(2).integers(0, 250, (3, 4)).astype(np.int32)

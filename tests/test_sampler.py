@@ -66,6 +66,7 @@ def taken(logprobs: ArrayLike, tokens: ArrayLike) -> np.ndarray:
     return np.take_along_axis(np.asarray(logprobs), np.asarray(tokens)[..., None], axis=-1)[..., 0]
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_the_training_forward(temperature: float) -> None:
     out = rollout(SamplingConfig(R, temperature))

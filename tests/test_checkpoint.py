@@ -127,14 +127,20 @@ def test_leaves_without_a_sharding_come_back_on_the_host(tmp_path: pathlib.Path)
 
 @pytest.mark.parametrize("as_path", [str, pathlib.Path, epath.Path])
 def test_folders_may_be_strings_or_paths_relative_or_not(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, as_path: Callable[[Any], Any]
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    as_path: Callable[[Any], Any],
 ) -> None:
+    """And what is read is read without a warning."""
     monkeypatch.chdir(tmp_path)
     write(as_path("run/checkpoints"), range(1, 2))
+    caplog.clear()
     assert checkpoint.load_params(as_path(tmp_path / "run" / "checkpoints"))["small"].shape == (
         2,
         2,
     )
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: pathlib.Path) -> None:

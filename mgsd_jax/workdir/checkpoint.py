@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging as std_logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,11 +205,7 @@ def load_params(
     found = _scan(folder)
     skipped = [f"{name}: {problem}" for name, problem in found.items() if problem]
     steps = sorted(int(name) for name, problem in found.items() if not problem)
-    # Metrics are read below, one by one: a damaged one must not keep the folder from opening.
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
-    )
-    with ocp.CheckpointManager(folder, item_handlers=states.handlers(), options=options) as manager:
+    with _open_to_read(folder) as manager:
         if which == "best":
             steps = _ranked(manager, steps, metric)
         for step in reversed(steps):
@@ -225,6 +222,24 @@ def load_params(
             return state["params"]
     reasons = "; ".join(skipped) or "none there"
     raise ValueError(f"{folder}: no checkpoint for {which!r} can be read: {reasons}")
+
+
+def _open_to_read(folder: epath.Path) -> ocp.CheckpointManager:
+    """A manager of the folder that changes nothing; orbax would warn of just that."""
+    # Metrics are read one by one, later: a damaged one must not keep the folder from opening.
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
+    )
+    logger = logging.get_absl_logger()
+    logger.addFilter(_is_no_remark)
+    try:
+        return ocp.CheckpointManager(folder, item_handlers=states.handlers(), options=options)
+    finally:
+        logger.removeFilter(_is_no_remark)
+
+
+def _is_no_remark(record: std_logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Given directory is read only")
 
 
 def _scan(folder: epath.Path) -> dict[str, str]:

@@ -114,7 +114,7 @@ class MeshConfig:
     tensor: Devices = 1  # splits the widths of the layers, and the heads
     # Over how many devices a rollout splits one copy of the weights, a divisor of fsdp * tensor.
     # 0: as many as tensor; -1: all of fsdp * tensor; -2: twice tensor where that leaves two copies
-    # or more, else tensor, which preflight found fastest for 4B and 8B on 16 and on 8 chips.
+    # or more in fsdp * tensor, else tensor: fastest by preflight for 4B and 8B on 16 and 8 chips.
     rollout_tensor: Annotated[int, Between(-2, 10**6)] = 0
 
 

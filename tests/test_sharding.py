@@ -237,6 +237,9 @@ def test_the_mesh_of_rollouts_has_the_same_devices_in_their_order() -> None:
         of = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
         found = sharding.rollout_mesh(of, -2)
         assert found is not None and found.devices.shape == usual
+    six = sharding.make_mesh(tensor=1, devices=jax.devices()[:6])
+    found = sharding.rollout_mesh(six, -2)
+    assert found is not None and found.devices.shape == (3, 2, 1)
     for rollout_tensor in (3, 8):  # 8 devices, but a copy would lie across 'data'
         with pytest.raises(
             ValueError, match=rf"rollout_tensor: got {rollout_tensor}, want .* of 4"

@@ -117,13 +117,15 @@ def rollout_mesh(mesh: Mesh | None, rollout_tensor: int) -> Mesh | None:
         0 or 4    data 4 x fsdp 1 x tensor 4     four copies, a quarter of the rows each
         8         data 2 x fsdp 2 x tensor 4     two copies
         -1 or 16  data 1 x fsdp 4 x tensor 4     one copy; cache by rows over 4, by heads over 4
-        -2        as 8, because that leaves at least two copies; on fsdp 2 x tensor 4 as 4
+        -2        as 8, because that leaves at least two copies; on fsdp 2 x tensor 4 as 4,
+                  whatever 'data' is
 
     Raises ValueError where it does not divide fsdp * tensor: no copy crosses 'data'.
     """
     shape = dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
     most = shape["fsdp"] * shape["tensor"]
-    usual = shape["tensor"] * (2 if shape["fsdp"] % 4 == 0 else 1)
+    has_two = shape["fsdp"] > 2 and shape["fsdp"] % 2 == 0
+    usual = shape["tensor"] * (2 if has_two else 1)
     count = {0: shape["tensor"], -1: most, -2: usual}.get(rollout_tensor, rollout_tensor)
     if most % count:
         raise ValueError(

@@ -71,20 +71,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _set_quick(is_quick: bool) -> None:
+    """How programs are compiled from now on, here and in child processes, which read the variable.
+
+    JAX takes a program that it holds however that was compiled, so it is to hold none.
+    """
+    name, value = "JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(is_quick))
+    if os.environ.get(name, "0") == value:
+        return
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", is_quick)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_quick))  # for child processes
+    os.environ[name] = value
+    jax.config.update(name.lower(), is_quick)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    is_quick = request.path.stem.removeprefix("test_") in QUICKLY
-    if is_quick:
-        _set_quick(True)
-    yield
-    if is_quick:
-        _set_quick(False)
+def _compilation(request: pytest.FixtureRequest) -> None:
+    _set_quick(request.path.stem.removeprefix("test_") in QUICKLY)
 
 
 @pytest.fixture

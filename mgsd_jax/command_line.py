@@ -29,7 +29,7 @@ STAGES = {
     "evaluate": "answer the test boards with every model of config.evaluate",
     "export": "write a Hugging Face folder that transformers loads",
     "report": "one HTML page: curves, tables, boards with the planned routes",
-    "preflight": "compile every program for a TPU slice that is not here: what fits, how fast",
+    "preflight": "compile every program for a TPU slice or a GPU that is not here: what fits",
     "ask": "show the picture of --input to a model: its board, route and plan, or any answer",
     "score": "score the rows of --input (JSON lines: rules, task, task_text, response)",
 }

@@ -267,7 +267,6 @@ def test_drafted_rollouts_follow_the_law_of_plain_ones() -> None:
     assert statistic > limit
 
 
-@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["perfect", "spoilt"])
 def test_sampler_and_training_agree_within_the_guard(kind: str) -> None:

@@ -20,9 +20,12 @@ HOLDER = """
 import os, subprocess, sys, time
 from mgsd_jax.workdir import locks
 with locks.held(sys.argv[1]):
+    begun, begins = os.pipe()
     if not os.fork():
+        os.write(begins, b".")
         time.sleep(600)
         os._exit(0)
+    os.read(begun, 1)  # a child that has not had its turn yet still holds what its parent held
     subprocess.Popen(["sleep", "600"])
     print("held", flush=True)
     time.sleep(600)

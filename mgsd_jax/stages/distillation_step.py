@@ -171,13 +171,7 @@ def make_update(
     student holds the teacher: with `settings.teacher_decay` it is the state's average, else the
     student without its adapters. `banned_ids` can be sampled by neither reader.
     """
-    loss_of = functools.partial(
-        loss_fn,
-        student=student,
-        teacher=teacher,
-        settings=settings,
-        vocab_mask=vocab_mask(student, banned_ids),
-    )
+    loss_of = _loss_of(student, teacher, settings, banned_ids)
 
     def update(
         state: TrainState,
@@ -231,13 +225,7 @@ def make_measure(
     """
     # Layers that are scanned compile sooner, and without a gradient they run no slower.
     student, teacher = (model.clone(remat="full") for model in (student, teacher))
-    loss_of = functools.partial(
-        loss_fn,
-        student=student,
-        teacher=teacher,
-        settings=settings,
-        vocab_mask=vocab_mask(student, banned_ids),
-    )
+    loss_of = _loss_of(student, teacher, settings, banned_ids)
 
     def measure(
         state: TrainState, frozen: Tree, teacher_params: Tree, batch: DistillationBatch
@@ -247,6 +235,19 @@ def make_measure(
         return Mean(loss, weight), Mean(stats.kl.sum(), weight)
 
     return jax.jit(measure)
+
+
+def _loss_of(
+    student: Qwen3VL, teacher: Qwen3VL, settings: DistillationConfig, banned_ids: tuple[int, ...]
+) -> functools.partial[tuple[jax.Array, tuple[jax.Array, TokenStats]]]:
+    """`loss_fn` of these readers, without parameters and batch."""
+    return functools.partial(
+        loss_fn,
+        student=student,
+        teacher=teacher,
+        settings=settings,
+        vocab_mask=vocab_mask(student, banned_ids),
+    )
 
 
 def _teacher_variables(

@@ -60,9 +60,14 @@ def tiny(model: ModelConfig) -> ModelConfig:
     vision = dataclasses.replace(
         model.vision, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=8
     )
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return dataclasses.replace(
-        model, text=text, vision=vision, **{name: 60 + i for i, name in enumerate(ids)}
+        model,
+        text=text,
+        vision=vision,
+        image_token_id=60,
+        video_token_id=61,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
     )
 
 

@@ -188,6 +188,7 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
     settings, model = case.config.distillation, case.model
     tx = optimizer.make_optimizer(settings.optim, settings.steps)
     update = distillation_step.make_update(model, model, settings, tx, case.banned)
+    assert isinstance(update, jax.stages.Wrapped)
     shape = (settings.batch_size, settings.sampling.max_new_tokens)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, min(case.banned))
     batch = distillation_step.DistillationBatch(
@@ -211,6 +212,7 @@ def measure_update(case: Case, params: Any, prompts: batching.PromptBatch) -> di
             continue
         program = update.lower(*abstract, teacher, batch).compile()
         memory = program.memory_analysis()
+        assert memory is not None
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
         if lora.rank:  # the float32 parameters are the caller's, and stay beside the frozen ones

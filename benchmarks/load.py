@@ -24,7 +24,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def anonymous_bytes() -> int:
 
 
 @contextlib.contextmanager
-def measured() -> Iterator[Measured]:
+def measured() -> Generator[Measured]:
     result, stop = Measured(), threading.Event()
 
     def watch() -> None:

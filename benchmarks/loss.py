@@ -47,13 +47,22 @@ def make_arrays(tokens: int, width: int, vocabulary: int) -> tuple[Arrays, jax.A
     return (hidden, head, teacher_hidden, teacher_head, jnp.full(tokens, 1.0 / tokens)), targets
 
 
-def compile_step(loss: Callable[..., jax.Array], arrays: Arrays, targets: jax.Array) -> Callable:
+def compile_step(
+    loss: Callable[..., jax.Array], arrays: Arrays, targets: jax.Array
+) -> jax.stages.Compiled:
     def step(hidden: jax.Array, head: jax.Array, rest: tuple, targets: jax.Array) -> tuple:
         return jax.value_and_grad(lambda h, w: loss((h, w, *rest), targets), argnums=(0, 1))(
             hidden, head
         )
 
     return jax.jit(step).lower(arrays[0], arrays[1], arrays[2:], targets).compile()
+
+
+def temporaries(step: jax.stages.Compiled) -> int:
+    """Bytes that the compiler gives to the temporaries of a step."""
+    memory = step.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def main() -> None:
@@ -79,7 +88,7 @@ def main() -> None:
             if round_number > 0:  # the first round warms the caches
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    memory = {name: step.memory_analysis().temp_size_in_bytes for name, step in steps.items()}
+    memory = {name: temporaries(step) for name, step in steps.items()}
     difference = [
         float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
         for a, b in zip(values["fused"][1], values["full"][1], strict=True)

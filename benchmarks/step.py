@@ -89,6 +89,7 @@ def our_update(
     tx = optimizer.make_optimizer(OPTIM, 1000)
     settings = DistillationConfig(optim=OPTIM, microbatches=microbatches)
     update = distillation_step.make_update(model, model, settings, tx, BANNED)
+    assert isinstance(update, jax.stages.Wrapped)
     held = [optimizer.init({"params": jax.tree.map(np.array, params)}, tx)]
     batch = jax.device_put(batch)
 

@@ -116,7 +116,7 @@ def with_plans(config: c.Config) -> c.Config:
         config,
         # The longest prompt with a plan and its response, MiniBehaviour's.
         data=dataclasses.replace(
-            config.data, sequence_buckets=(*config.data.sequence_buckets, 128)
+            config.data, sequence_buckets=(*c.sizes(config.data.sequence_buckets), 128)
         ),
         grounding=dataclasses.replace(config.grounding, mixture=tuple(mixture)),
     )

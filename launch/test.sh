@@ -16,15 +16,7 @@ export JAX_PLATFORMS=cpu
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/shellcheck" launch/*.sh
-# Types are checked beside the tests, and said after them.
-said=$(mktemp)
-"$VENV/bin/pyright" --pythonpath "$VENV/bin/python" >"$said" &
-types=$!
-trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
+"$VENV/bin/pyrefly" check --python-interpreter-path "$VENV/bin/python" --min-severity=warn
 # Files side by side, each in one process: most tests compile or wait for a program of their own.
-code=0
 "$VENV/bin/python" -m pytest -q -n "$workers" --maxprocesses=4 --dist=loadfile \
-  --no-loadscope-reorder "$@" || code=$?
-wait "$types" || code=1
-cat "$said"
-exit "$code"
+  --no-loadscope-reorder "$@"

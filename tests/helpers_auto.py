@@ -24,7 +24,7 @@ def load_torchvision() -> Any:
     import torch
 
     with contextlib.suppress(RuntimeError):
-        import torchvision  # pyright: ignore[reportMissingImports]
+        import torchvision
 
         return torchvision
     spec = importlib.util.find_spec("torchvision")

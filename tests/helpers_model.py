@@ -1,6 +1,7 @@
 """Random parameters and ragged picture-and-text batches for model tests; no torch, no tokenizer."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def random_row(config: ModelConfig, parts: tuple[Part, ...], rng: np.random.Gene
     return Row(np.array(tokens, np.int32), np.array(visual), tuple(grids), tuple(patches))
 
 
-def random_rows(config: ModelConfig, rows: list[tuple[Part, ...]], seed: int = 0) -> list[Row]:
+def random_rows(config: ModelConfig, rows: Sequence[tuple[Part, ...]], seed: int = 0) -> list[Row]:
     """One `random_row` for each entry."""
     rng = np.random.default_rng(seed)
     return [random_row(config, parts, rng) for parts in rows]

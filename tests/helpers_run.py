@@ -109,9 +109,14 @@ def finish(running: Sequence[Running], workdir: pathlib.Path, want: int = 0) -> 
 
 
 def run(
-    base: Base, stage: str, workdir: pathlib.Path, *args: Sequence[str], **options: int
+    base: Base,
+    stage: str,
+    workdir: pathlib.Path,
+    settings: Sequence[str] = (),
+    *,
+    forked: bool = False,
 ) -> None:
-    finish(start(base, stage, workdir, *args, **options), workdir)
+    finish(start(base, stage, workdir, settings, forked=forked), workdir)
 
 
 def log_of(workdir: pathlib.Path, process: int = 0, characters: int = 4000) -> str:

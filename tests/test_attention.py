@@ -95,7 +95,7 @@ def test_cudnn_gets_the_mask_that_xla_has(causal: bool, monkeypatch: pytest.Monk
     calls = []
     reference = jax.nn.dot_product_attention
 
-    def answer(*args: jax.Array, implementation: str, **options: object) -> jax.Array:
+    def answer(*args: jax.Array, implementation: str, **options: Any) -> jax.Array:
         calls.append(implementation)
         return reference(*args, implementation="xla", **options)
 

@@ -28,8 +28,8 @@ def variant(pixels: np.ndarray, level: int, seed: int, *kinds: str, strength: fl
 
 
 def augmented(**changes: Any) -> Encoder:
-    options = {"augment": 0.5, **changes}
-    return dataclasses.replace(ENCODER, data=dataclasses.replace(DATA, **options))
+    data = dataclasses.replace(DATA, augment=0.5)
+    return dataclasses.replace(ENCODER, data=dataclasses.replace(data, **changes))
 
 
 @pytest.mark.parametrize("level", [3, 4, 6])

@@ -1,9 +1,11 @@
 """`auto` buckets hold what the run makes of its boards, and are the same in every process."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mgsd_jax import config as c
 from mgsd_jax import preflight
@@ -12,6 +14,7 @@ from mgsd_jax.config import Config
 from mgsd_jax.data import buckets, loaders
 from mgsd_jax.data.encoder import Encoder, load_encoder
 from mgsd_jax.data.processor import load_processor
+from mgsd_jax.sampling import answers
 
 BUCKETS = ("prompt_buckets", "teacher_buckets", "sequence_buckets", "patch_buckets")
 NANO = load_config("nano", [f"data.{name}=auto" for name in BUCKETS])
@@ -79,6 +82,17 @@ def test_an_evaluation_measures_its_own_boards_exactly() -> None:
     longest = max(len(encoder.teacher(board, "state").tokens) for board in boards)
     assert max(c.sizes(data.teacher_buckets)) == buckets.rounded(longest)
     assert data.patch_buckets == (144,) and data.sequence_buckets == c.AUTO
+
+
+def test_the_pictures_of_a_benchmark_are_measured(tmp_path: pathlib.Path) -> None:
+    """Its own, and drawn ones where it has none: what `--stage=evaluate` pads."""
+    (drawn,) = loaders.stream_boards([("frozenlake", 6)], "test", seed=0, count=1)
+    Image.new("RGB", (64, 64)).save(tmp_path / "own.png")
+    own = drawn._replace(level=3, picture_path=str(tmp_path / "own.png"))
+    base = encoder_of(NANO)
+    encoder = answers.BenchmarkEncoder(base.processor, base.prompts, base.data)
+    assert buckets.fitted(encoder, NANO, [drawn]).data.patch_buckets == (144,)
+    assert buckets.fitted(encoder, NANO, [own, drawn]).data.patch_buckets == (36, 144)
 
 
 def test_preflight_measures_too_and_says_where_the_tokenizer_is_missing(fitted: Encoder) -> None:

@@ -432,25 +432,25 @@ def test_settings_out_of_range_are_refused(
 def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
     tmp_path: pathlib.Path,
 ) -> None:
-    options = {
-        "student": "{model}",
-        "teacher_decay": 0.9,
-        "teacher_noise": 0.2,
-        "token_weights": (("plan", 2.0),),
-        "reference_share": 0.5,
-        "grounding_share": 0.5,
-        "contrast_cap": 4.0,
-        "wrong_weight": 0.3,
-        "wrong_weight_from": 0.0,
-        "success_weight": 0.1,
-        "replay_steps": 2,
-        "response_buckets": (32, 64),
-        "sampling": c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
-    }
     config = tiny_config(tmp_path, layers=1)
-    config = dataclasses.replace(
-        config, distillation=dataclasses.replace(config.distillation, **options, eval_every=100)
+    settings = dataclasses.replace(
+        config.distillation,
+        student="{model}",
+        teacher_decay=0.9,
+        teacher_noise=0.2,
+        token_weights=(("plan", 2.0),),
+        reference_share=0.5,
+        grounding_share=0.5,
+        contrast_cap=4.0,
+        wrong_weight=0.3,
+        wrong_weight_from=0.0,
+        success_weight=0.1,
+        replay_steps=2,
+        response_buckets=(32, 64),
+        sampling=c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
+        eval_every=100,
     )
+    config = dataclasses.replace(config, distillation=settings)
     init.run(config, str(tmp_path))
     generate.run(config, str(tmp_path))
     folders = []
@@ -472,7 +472,7 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
             if (folder / "config.json").exists():
                 (folder / "config.json").unlink()  # another number of steps is another run
             distillation.run(one, str(tmp_path / name))
-        folders.append(loading.load(str(tmp_path / name / "distillation"), one).params)
+        folders.append(loading.load(str(tmp_path / name / "distillation"), config).params)
     jax.tree.map(np.testing.assert_array_equal, *folders)
 
 

@@ -52,6 +52,10 @@ def completion(text: Any, finish: Any = "stop", **changes: Any) -> Reply:
     return 200, "application/json", json.dumps(body | changes).encode()
 
 
+def always(reply: Reply) -> Callable[[dict[str, Any], int], Reply]:
+    return lambda request, before: reply
+
+
 class Server:
     """Answers requests with `reply(request, how many like it came before)`, and keeps them."""
 
@@ -259,7 +263,7 @@ PARTS = [{"type": "text", "text": "U"}, {"type": "text", "text": "R"}]
 def test_answers_as_servers_send_them(
     server: Server, reply: Reply, text: str, truncated: bool
 ) -> None:
-    server.reply = lambda *_: reply
+    server.reply = always(reply)
     assert ask(server) == Answer(text, truncated, 7, None)
 
 
@@ -301,7 +305,7 @@ def test_a_count_of_tokens_that_is_none_is_no_count(server: Server, count: Any) 
     ],
 )
 def test_what_is_no_answer_is_a_failed_request(server: Server, reply: Reply, said: str) -> None:
-    server.reply = lambda *_: reply
+    server.reply = always(reply)
     answer = ask(server)
     assert (answer.text, answer.truncated) == ("", False)
     assert answer.error is not None and said in answer.error and "\n" not in answer.error
@@ -404,13 +408,13 @@ def test_a_key_that_a_server_echoes_is_hidden(
         (400, "application/json", error),
         (500, "text/plain", echo.encode()),
     ):
-        server.reply = lambda *_, reply=reply: reply
+        server.reply = always(reply)
         answer = ask(server)
         said = answer.text + (answer.error or "")
         assert "[the key]" in said and not holds_key(said)
     for status in (400, 401, 404):
         body = error.replace(b"you sent", b"unsupported seed")
-        server.reply = lambda *_, status=status, body=body: (status, "application/json", body)
+        server.reply = always((status, "application/json", body))
         with pytest.raises(ValueError) as raised:
             ask(server)
         assert "[the key]" in str(raised.value) and not holds_key(str(raised.value))

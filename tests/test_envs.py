@@ -331,9 +331,8 @@ def test_many_shortest_plans_are_shown_evenly(task: str, level: int) -> None:
 def test_shortest_plans_are_counted_on_the_largest_boards() -> None:
     """A product of choices that no list could hold: the ways through an open board."""
     size = 32
-    rows = ["F" * size for _ in range(size)]
-    rows[0], rows[-1] = "S" + rows[0][1:], rows[-1][1:] + "G"
-    state = FrozenLakeState(tuple(rows))
+    floor = "F" * size
+    state = FrozenLakeState(("S" + floor[1:], *[floor] * (size - 2), floor[1:] + "G"))
     assert frozenlake.count_shortest_plans(state) == math.comb(62, 31)
     shown = frozenlake.shortest_plans(state)
     assert len(set(shown)) == 64
@@ -380,7 +379,7 @@ def test_frozen_lake_play(
     words = tuple(plan.split())
     success, optimal = reason == "success", reason == "success" and steps == 4
     parsed = reason != "invalid_token"
-    want = base.Outcome(success, optimal, parsed, legal, reason, steps, progress)  # type: ignore
+    want = base.Outcome(success, optimal, parsed, legal, reason, steps, progress)
     assert frozenlake.play(LAKE, words) == want
     assert len(frozenlake.trace(LAKE, words)) == cells
 

@@ -174,7 +174,8 @@ def test_generation_settings_may_be_absent(params: dict, source: Path, tmp_path:
 @pytest.fixture
 def config(params: dict, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """An export of `source` to `out`, without a model that has to be compiled."""
-    small: Any = loading.Loaded(Qwen3VL(CONFIG), params, None, str(source), "")  # type: ignore[arg-type]
+    absent: Any = None
+    small = loading.Loaded(Qwen3VL(CONFIG), params, absent, str(source), "")
     monkeypatch.setattr(loading, "load", lambda *_: small)
     monkeypatch.setattr(parity, "measure", lambda *_: {"prompts": []})
     settings = ExportConfig(source=str(source), folder=str(tmp_path / "out"))
@@ -322,6 +323,7 @@ def test_transformers_reads_the_whole_folder(dtype: Any, nano_folder: Path, tmp_
     with torch.no_grad():
         assert torch.equal(exported(**batch).logits, original(**batch).logits)
     theirs, before = (AutoTokenizer.from_pretrained(folder) for folder in (out, nano_folder))
+    assert theirs is not None and before is not None
     assert theirs.get_vocab() == before.get_vocab()
     assert theirs.chat_template == before.chat_template
 
@@ -469,7 +471,8 @@ def test_a_model_that_is_its_base_is_not_exported(
     change: float, dtype: Any, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = {"a": {"kernel": jnp.ones(3)}, "b": jnp.zeros(2)}
-    loaded: Any = loading.Loaded(Qwen3VL(CONFIG), base, None, "", "")  # type: ignore[arg-type]
+    absent: Any = None
+    loaded = loading.Loaded(Qwen3VL(CONFIG), base, absent, "", "")
     monkeypatch.setattr(loading, "load", lambda *_, **__: loaded)
     moved = {"a": {"kernel": jnp.ones(3) + change}, "b": jnp.zeros(2)}
     moved = jax.tree.map(lambda leaf: leaf.astype(dtype), moved)

@@ -33,7 +33,7 @@ def make_config(**data: Any) -> config_lib.Config:
     optim = config_lib.OptimConfig(lr=1.0)
     return config_lib.Config(
         model=config_lib.ModelConfig(path=""),
-        data=config_lib.DataConfig(**{"boards": LEVELS, "picture_size": 64, **data}),
+        data=dataclasses.replace(config_lib.DataConfig(boards=LEVELS, picture_size=64), **data),
         grounding=config_lib.GroundingConfig(optim=optim),
         distillation=config_lib.DistillationConfig(optim=optim),
         evaluate=config_lib.EvaluateConfig(models=()),

@@ -54,18 +54,17 @@ def test_the_gap_is_over_the_sampled_tokens_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_measured"),
+    ("sampling", "is_measured"),
     [
-        ({}, True),
-        ({"temperature": 0.0}, True),
-        ({"temperature": 0.6}, False),
-        ({"top_p": 0.9}, False),
+        (SamplingConfig(), True),
+        (SamplingConfig(temperature=0.0), True),
+        (SamplingConfig(temperature=0.6), False),
+        (SamplingConfig(top_p=0.9), False),
     ],
 )
 def test_the_gap_is_measured_where_both_mean_the_same(
-    changes: dict[str, float], is_measured: bool
+    sampling: SamplingConfig, is_measured: bool
 ) -> None:
-    sampling = dataclasses.replace(SamplingConfig(), **changes)
     ones = np.ones((2, 6), np.float32)
     measures = guards.rollout_measures(ones.astype(int), ones, -ones, -ones, sampling)
     assert ("logprob_gap" in measures) is is_measured

@@ -23,11 +23,12 @@ THINKING = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
 def write_model(folder: Path, vocab_size: int = 512, **options: Any) -> str:
     """A tiny model with random weights and all side files; its path."""
     ids = write_processor_folder(folder, patch_size=4, **options)
-    tokens = ("image_pad", "video_pad", "vision_start", "vision_end")
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = dataclasses.replace(
         tiny(vocab_size=vocab_size),
-        **{name: ids[f"<|{token}|>"] for name, token in zip(names, tokens, strict=True)},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
     )
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     hf.save_params(random_params(config), config, folder)

@@ -1,5 +1,6 @@
 """Losses against float64 formulas, and the properties that hold whatever the numbers are."""
 
+import dataclasses
 import functools
 import os
 import platform
@@ -24,7 +25,8 @@ SAMPLED = "sampled_reverse_kl"
 
 def settings(**options: Any) -> c.DistillationConfig:
     """What a run would set of the loss; chunks of 8 tokens."""
-    return c.DistillationConfig(c.OptimConfig(lr=0.0), **{"token_chunk": 8, **options})
+    plain = c.DistillationConfig(c.OptimConfig(lr=0.0), token_chunk=8)
+    return dataclasses.replace(plain, **options)
 
 
 OBJECTIVES = {
@@ -98,9 +100,10 @@ def compiled(config: c.DistillationConfig) -> Any:
     """Value and gradients as one program for each set of settings: compiling is what takes time."""
 
     def run(case: Case, arrays: dict[str, Any]) -> Any:
+        options = {"targets": case.targets} | arrays
+
         def value(hidden: Any, head: Any) -> Any:
-            options = {"settings": config, "targets": case.targets, **arrays}
-            return losses.distill(hidden, head, *case[2:5], **options)
+            return losses.distill(hidden, head, *case[2:5], settings=config, **options)
 
         return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(case.hidden, case.head)
 

@@ -247,7 +247,7 @@ def test_a_stage_without_boards_says_so_and_leaves_nothing(
     workdir.mkdir()
     (tmp_path / "config.py").write_text(
         f"import runpy\nwith open({str(runs)!r}, 'a') as file:\n    file.write('once')\n"
-        f"get_config = runpy.run_path({str(NANO)!r})['get_config']\n"
+        f"get_config = runpy.run_path({NANO!r})['get_config']\n"
     )
     done = call(f"--stage={stage}", f"--config={tmp_path}/config.py", f"--workdir={workdir}")
     assert done.returncode == 2

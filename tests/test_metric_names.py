@@ -100,8 +100,8 @@ def test_the_page_has_the_measures_of_a_summary_and_no_others() -> None:
         for task in ("maze", "frozenlake")
         for row in series(model, mode, [True, False], task=task)
     ]
-    again = [{**row, "attempt": 1, "id": f"{row['id']}/1"} for row in plans]
-    made: Any = summary.summarize([*plans, *again, asked(0, {"where": True})])  # type: ignore[list-item]
+    again: list[Any] = [{**row, "attempt": 1, "id": f"{row['id']}/1"} for row in plans]
+    made: Any = summary.summarize([*plans, *again, asked(0, {"where": True})])
     named = {*ENVS, *summary.MODES, *summary.ERRORS, "base", "distilled", "mean", "median", "max"}
     named |= {"standard", "upstream_reward", "upstream_eval", "not_reached", "where", *MEASURE}
     found = {name for name in keys(made) if not name.isdigit() and " - " not in name}

@@ -161,7 +161,8 @@ def test_shipped_weights_are_those_of_the_package_that_runs(tmp_path: pathlib.Pa
 def test_a_teacher_in_another_place_is_known_for_the_students_base(tmp_path: pathlib.Path) -> None:
     config = config_lib.override(tiny_config(tmp_path), ["distillation.lora.rank=2"])
     model, copy = write_model(tmp_path / "base"), write_model(tmp_path / "copy")
-    student: Any = loading.Loaded(None, {}, None, model, contents.identity(model))  # type: ignore[arg-type]
+    absent: Any = None
+    student = loading.Loaded(absent, {}, absent, model, contents.identity(model))
     settings = dataclasses.replace(config.distillation, teacher=copy)
     assert loading.load_teacher(settings, config, None, student) is student
 

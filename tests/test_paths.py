@@ -69,7 +69,7 @@ def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     )
 
     def to_folder(path: str) -> dict[str, Any]:
-        return {"driver": "file", "path": str(folder / str(path).removeprefix("gs://"))}
+        return {"driver": "file", "path": str(folder / path.removeprefix("gs://"))}
 
     monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", to_folder)
     monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)

@@ -301,20 +301,23 @@ def patterns() -> dict[str, re.Pattern[str]]:
     return found
 
 
+PARSER: Any = re._parser  # pyrefly: ignore[missing-attribute]  # absent from the standard stubs
+
+
 def branches(parsed: Any) -> Iterator[list[Any]]:
     """Every sequence of items in a parsed pattern."""
     yield list(parsed)
     for _, argument in parsed:
         for part in argument if isinstance(argument, tuple | list) else [argument]:
             for inner in part if isinstance(part, list) else [part]:
-                if isinstance(inner, re._parser.SubPattern):  # type: ignore[attr-defined]
+                if isinstance(inner, PARSER.SubPattern):
                     yield from branches(inner)
 
 
 def backtracking(pattern: str) -> list[str]:
     """Repeats without a bound that could give back what they took, or start again inside of it."""
     problems = []
-    for items in branches(re._parser.parse(pattern)):  # type: ignore[attr-defined]
+    for items in branches(PARSER.parse(pattern)):
         for place, (kind, argument) in enumerate(items):
             if "REPEAT" not in str(kind) or argument[1] < 1000:
                 continue
@@ -340,7 +343,7 @@ def possessive_groups(pattern: str) -> list[str]:
     characters = ("IN", "LITERAL", "NOT_LITERAL", "ANY")
     return [
         str(argument)
-        for items in branches(re._parser.parse(pattern))  # type: ignore[attr-defined]
+        for items in branches(PARSER.parse(pattern))
         for kind, argument in items
         if str(kind) == "POSSESSIVE_REPEAT" and str(argument[2][0][0]) not in characters
     ]

@@ -77,10 +77,16 @@ def test_a_folder_comes_before_its_name(tmp_path: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------------ what is said
 
 
-def result(name: str, **fields: float | str | None) -> Result:
-    sizes = {"arguments": 4.0, "temporaries": 5.0, "peak": 9.0, "host": 0.0}
-    compiling = {"compile_seconds": 7.0, "compile_cpu_seconds": 6.0}
-    compiled = Compiled(**{**sizes, **compiling, **fields})  # type: ignore[arg-type]
+def result(name: str, peak: float | None = 9.0, error: str | None = None) -> Result:
+    compiled = Compiled(
+        compile_seconds=7.0,
+        compile_cpu_seconds=6.0,
+        arguments=4.0,
+        temporaries=5.0,
+        host=0.0,
+        peak=peak,
+        error=error,
+    )
     work = Work(flops=98.5e12, memory=819e9, links=25e9, tokens=1000)
     return Result(name, resident=2.0, work=work, compiled=compiled)
 

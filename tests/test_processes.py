@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import helpers_children
@@ -234,9 +235,23 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return write_config(tmp_path_factory.mktemp("light"))
 
 
-def start_toys(light: Base, folder: pathlib.Path, count: int = 2, **options: Any) -> list[Running]:
-    settings = {"processes": count, "program": TOY, "forked": True} | options
-    return start(light, "grounding", folder, EVERY, **settings)
+def start_toys(
+    light: Base,
+    folder: pathlib.Path,
+    count: int = 2,
+    environ: Mapping[str, str] | None = None,
+    forked: bool = True,
+) -> list[Running]:
+    return start(
+        light,
+        "grounding",
+        folder,
+        EVERY,
+        processes=count,
+        environ=environ,
+        program=TOY,
+        forked=forked,
+    )
 
 
 def assert_whole(folder: pathlib.Path, count: int = 2) -> None:

@@ -282,6 +282,7 @@ def test_the_export_answers_the_same_in_transformers(run: Path) -> None:
                 do_sample=False,
                 max_new_tokens=8,
             )
+        assert tokenizer is not None
         text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
         assert text == row["response"]
 

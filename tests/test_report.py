@@ -56,7 +56,7 @@ LETTERS = {"up": "U", "down": "D", "left": "L", "right": "R", "pick": "PICK", "d
 def make_rows() -> list[Any]:
     """Rows with real boards: the first plans are shortest ones, the rest stop one action short."""
     rng = np.random.default_rng(0)
-    rows = []
+    rows: list[Any] = []
     for task, levels in LEVELS.items():
         env = ENVS[task]
         for level, index in itertools.product(levels, range(BOARDS)):

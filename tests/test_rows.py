@@ -32,14 +32,13 @@ Batches = Iterator[list[tuple[int, scoring.Answer]]]
 
 def make_config(**changes: Any) -> Config:
     config = load_config(str(ROOT / "configs" / "nano.py"), [])
-    settings = {
-        "models": (("base", "there"), ("other", "there")),
-        "modes": ("picture", "perception"),
-        "batch_size": 1,
-    }
-    return dataclasses.replace(
-        config, evaluate=dataclasses.replace(config.evaluate, **{**settings, **changes})
+    settings = dataclasses.replace(
+        config.evaluate,
+        models=(("base", "there"), ("other", "there")),
+        modes=("picture", "perception"),
+        batch_size=1,
     )
+    return dataclasses.replace(config, evaluate=dataclasses.replace(settings, **changes))
 
 
 class Model:

@@ -263,6 +263,6 @@ def test_sampling_refuses_values_out_of_range(wrong: dict) -> None:
 
 @pytest.mark.parametrize("wrong", [{"eos_ids": (256,)}, {"pad_id": -1}, {"banned_ids": (11,)}])
 def test_make_rollout_refuses_ids_that_cannot_be(wrong: dict) -> None:
-    ids = {"eos_ids": EOS, "banned_ids": BANNED, "pad_id": PAD, **wrong}
+    ids: dict[str, Any] = {"eos_ids": EOS, "banned_ids": BANNED, "pad_id": PAD, **wrong}
     with pytest.raises(ValueError, match=r"got .*want"):
         Sampler(MODEL, SamplingConfig(4), **ids)

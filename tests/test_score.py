@@ -197,7 +197,7 @@ def test_lone_surrogates_go_through(
     monkeypatch.setattr(score.sys, "stdout", screen)
     output = tmp_path / "out.jsonl"
     assert score.run(str(path), str(output)) == 1
-    assert screen.buffer.getvalue().decode().splitlines()[-1] == "2 rows, 1 mismatches"  # type: ignore[attr-defined]
+    assert screen.buffer.getvalue().decode().splitlines()[-1] == "2 rows, 1 mismatches"
     first, second = (json.loads(line) for line in output.read_bytes().decode().splitlines())
     assert (first["response"], first["match"]) == (wrong["response"], False)
     assert (second["response"], second["match"]) == (row["response"], True)

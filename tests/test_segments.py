@@ -4,6 +4,7 @@ To add a response: a row in MARKED, its parts marked by the first letter of a se
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,7 @@ def test_tokens_are_looked_up_once_and_never_decoded_one_by_one(
     class Stub:
         tokenizer = Tokenizer()
 
+    processor: Any = Stub()
     tokens = np.tile(encode_answer(small, "Player: (0,0)\n<answer>D</answer>"), (3, 20))
-    segments.segments(Stub(), tokens, np.ones(tokens.shape, bool))  # type: ignore[arg-type]
+    segments.segments(processor, tokens, np.ones(tokens.shape, bool))
     assert len(asked) == len(set(asked)) <= len(np.unique(tokens))

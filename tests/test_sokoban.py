@@ -352,7 +352,7 @@ def test_a_task_from_outside_is_drawn_asked_about_and_scored(
 
 def test_an_env_that_is_not_whole_is_refused() -> None:
     with pytest.raises(TypeError, match="missing"):
-        base.Env(name="line")  # type: ignore[call-arg]
+        base.Env(name="line")  # pyrefly: ignore[missing-argument]  # as an author might
     wording = dataclasses.replace(ENV.wording, route="Along (0,0)")
     with pytest.raises(ValueError, match="sokoban: route: got 'Along"):
         dataclasses.replace(ENV, wording=wording)

@@ -47,14 +47,22 @@ def same(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
-def records(**options):
-    options = {"mixture": MIXTURE, "batch_size": 4, "seed": 0} | options
-    return loaders.grounding_loader(BOARDS, ENCODER, **options)
+def records(mixture=MIXTURE, batch_size=4, seed=0, **options):
+    return loaders.grounding_loader(
+        BOARDS, ENCODER, mixture=mixture, batch_size=batch_size, seed=seed, **options
+    )
 
 
-def prompts(**options):
-    options = {"context": "state", "rollouts": 1, "seed": 0} | options
-    return loaders.prompt_loader(BOARDS, ENCODER, **options)
+def prompts(batch_size: int, context: c.TeacherContext = "state", rollouts=1, seed=0, **options):
+    return loaders.prompt_loader(
+        BOARDS,
+        ENCODER,
+        context=context,
+        batch_size=batch_size,
+        rollouts=rollouts,
+        seed=seed,
+        **options,
+    )
 
 
 def test_the_stream_keeps_to_its_split_and_is_a_function_of_the_index() -> None:
@@ -235,12 +243,15 @@ def test_references_are_right_responses_of_a_share_of_the_prompts() -> None:
 
 def test_the_teacher_may_be_told_wrong_facts_or_of_another_board() -> None:
     right = next(prompts(batch_size=6))
-    for options in ({"noise": 1.0}, {"teacher_board": "other"}):
-        wrong = next(prompts(batch_size=6, **options))
+    for changed, loader in (
+        ("noise", prompts(batch_size=6, noise=1.0)),
+        ("teacher_board", prompts(batch_size=6, teacher_board="other")),
+    ):
+        wrong = next(loader)
         assert same(right.batch.student, wrong.batch.student)
         assert right.boards == wrong.boards
         differ = (right.batch.teacher.tokens != wrong.batch.teacher.tokens).any(axis=1)
-        assert differ.all(), options
+        assert differ.all(), changed
     one = loaders.prompt_loader(
         [BOARDS[0], BOARDS[1]],  # of two tasks
         ENCODER,

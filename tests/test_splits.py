@@ -52,9 +52,8 @@ def test_split_is_the_same_in_another_process_with_another_hash_seed() -> None:
 
 @pytest.mark.parametrize(("task", "level"), SMALL)
 def test_draw_is_a_function_of_its_arguments(task: str, level: int) -> None:
-    def draws(**changes: Any) -> list[Any]:
-        arguments = {"level": level, "split": "train", "seed": 1, **changes}
-        return [splits.draw(task, index=i, **arguments) for i in range(8)]
+    def draws(level: int = level, split: splits.Split = "train", seed: int = 1) -> list[Any]:
+        return [splits.draw(task, level, split, seed=seed, index=i) for i in range(8)]
 
     first = draws()
     assert first == draws()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def binary(successes: int, n: int) -> list[float]:
     return [1.0] * successes + [0.0] * (n - successes)
 
 
-def coverage(counts: list[tuple[int, ...]], intervals: np.ndarray, rates: Any, n: int) -> float:
+def coverage(counts: Sequence[tuple[int, ...]], intervals: np.ndarray, rates: Any, n: int) -> float:
     """Exact chance that the interval of the counts holds the mean of the strata's rates."""
     chances = np.ones(len(counts))
     for column, rate in zip(np.array(counts).T, rates, strict=True):
@@ -278,7 +279,7 @@ def simulated_runs(
 ) -> list[stats.Strata]:
     """Runs whose skill differs from seed to seed, on the same boards, easy and hard ones."""
     difficulty = rng.random((2, 60))
-    runs = []
+    runs: list[stats.Strata] = []
     for _ in range(count):
         skill = rate + spread * rng.standard_normal()
         runs.append(

@@ -132,7 +132,7 @@ def test_every_answer_counts_under_one_error_and_they_add_up() -> None:
                     state_exact=exact,
                 )
             )
-    rows.append(make_row(index=len(rows), parsed=False) | {"error": "timeout"})
+    rows.append(make_row(index=len(rows), parsed=False, error="timeout"))
     part = summary.summarize(rows)["models"]["base"]["picture"]
     assert sum(part["errors"].values()) == part["n"] == len(rows)
     assert set(part["errors"]) == set(summary.ERRORS)

@@ -5,7 +5,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -92,7 +92,7 @@ def test_reference_samples(name: str) -> None:
         pytest.skip(f"no sample of {name} beside the repository")
     named = [n for n in benchmarks.PUBLIC if name in n and n != "maze_visualplanning"]
     for one in named:
-        boards, cases = benchmarks.read_testsets([(one, str(folder))])  # type: ignore[list-item]
+        boards, cases = benchmarks.read_testsets([(one, str(folder))])
         assert len(boards) == len(set(cases)) >= 5
         assert {board.task for board in boards} == {one.partition("_")[0]}
 
@@ -103,7 +103,7 @@ def test_large_public_boards_are_asked_about_and_scored() -> None:
         pytest.skip("no sample of diffthinker beside the repository")
     config = load_config(str(ROOT / "configs" / "nano.py"), ["data.state_text=rows"])
     encoder = load_encoder(config.data, load_processor(config.model.path))
-    named: list[Any] = [(name, str(folder)) for name in benchmarks.PUBLIC if "diffthinker" in name]
+    named = [(name, str(folder)) for name in benchmarks.PUBLIC if "diffthinker" in name]
     assert len(named) == 5
     boards, _ = benchmarks.read_testsets(named)
     for board in {board[:2]: board for board in boards}.values():
@@ -121,27 +121,31 @@ def test_large_public_boards_are_asked_about_and_scored() -> None:
 
 
 def test_an_absent_benchmark_says_where_to_get_it(tmp_path: pathlib.Path) -> None:
-    for name, source in (
-        ("frozenlake_vsp", "github.com/UCSB-NLP-Chang/Visual-Spatial-Planning"),
-        ("frozenlake_visualplanning", "github.com/yix8/VisualPlanning"),
-        ("minibehaviour_visualplanning", "github.com/yix8/VisualPlanning"),
-        ("maze_visualplanning", "'maze_held_out'"),
-        ("maze_diffthinker_8", "github.com/lcqysl/DiffThinker"),
-        ("frozenlake_diffthinker_32", "github.com/lcqysl/DiffThinker"),
-        ("maze_held_out", "want the folder of boards that --stage=generate"),
-    ):
+    sources: dict[config_lib.Benchmark, str] = {
+        "frozenlake_vsp": "github.com/UCSB-NLP-Chang/Visual-Spatial-Planning",
+        "frozenlake_visualplanning": "github.com/yix8/VisualPlanning",
+        "minibehaviour_visualplanning": "github.com/yix8/VisualPlanning",
+        "maze_visualplanning": "'maze_held_out'",
+        "maze_diffthinker_8": "github.com/lcqysl/DiffThinker",
+        "frozenlake_diffthinker_32": "github.com/lcqysl/DiffThinker",
+        "maze_held_out": "want the folder of boards that --stage=generate",
+    }
+    for name, source in sources.items():
         for folder in (tmp_path, tmp_path / "absent"):
             with pytest.raises(ValueError, match=source) as error:
-                benchmarks.read_testsets([(name, str(folder))])  # type: ignore[list-item]
+                benchmarks.read_testsets([(name, str(folder))])
             assert str(folder) in str(error.value)
 
 
 def test_one_evaluation_holds_a_level_once() -> None:
-    named = [("frozenlake_vsp", str(DATA / "vsp")), ("frozenlake_visualplanning", VISUALPLANNING)]
+    named: list[tuple[config_lib.Benchmark, str]] = [
+        ("frozenlake_vsp", str(DATA / "vsp")),
+        ("frozenlake_visualplanning", VISUALPLANNING),
+    ]
     with pytest.raises(ValueError, match="got frozenlake level 3 in frozenlake_vsp and in frozen"):
-        benchmarks.read_testsets(named)  # type: ignore[arg-type]
+        benchmarks.read_testsets(named)
     with pytest.raises(ValueError, match="got frozenlake_vsp twice"):
-        benchmarks.read_testsets([named[0], named[0]])  # type: ignore[list-item]
+        benchmarks.read_testsets([named[0], named[0]])
 
 
 def test_a_broken_picture_is_named(tmp_path: pathlib.Path) -> None:
@@ -180,7 +184,7 @@ def write_stages(workdir: pathlib.Path, data: config_lib.DataConfig) -> None:
 
 @pytest.mark.parametrize("source", ["folder", "stream"])
 def test_a_model_that_saw_boards_of_a_benchmark_is_named(
-    tmp_path: pathlib.Path, source: str, caplog: pytest.LogCaptureFixture
+    tmp_path: pathlib.Path, source: Literal["folder", "stream"], caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.set_verbosity(logging.INFO)
     config = load_config(str(ROOT / "configs" / "nano.py"), [])

@@ -29,11 +29,12 @@ Path_ = tuple[Any, ...]  # keys and indices that lead to a value of a JSON file
 def folder(tmp_path: Path) -> Path:
     """Every settings file of a tiny model, as the releases have them; no weights."""
     ids = write_processor_folder(tmp_path, patch_size=4)
-    tokens = ("image_pad", "video_pad", "vision_start", "vision_end")
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = dataclasses.replace(
         tiny(vocab_size=512),
-        **{name: ids[f"<|{token}|>"] for name, token in zip(names, tokens, strict=True)},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
     )
     settings = config.to_hf()
     for part in ("text_config", "vision_config"):  # transformers 4.57 wrote none
@@ -62,10 +63,9 @@ def load(folder: Path) -> tuple[Any, ...]:
     pixels = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
     parts = [{"type": "text", "text": "up <|im_end|>"}, {"type": "image", "image": pixels}]
     encoded = encode(processor, [{"role": "user", "content": parts}], add_generation_prompt=True)
-    settings = dataclasses.replace(processor, tokenizer=None)  # type: ignore[arg-type]
     return (
         config,
-        vars(settings),
+        vars(processor) | {"tokenizer": None},
         encoded.tokens.tolist(),
         encoded.pictures[0].patches.tobytes(),
         encode_answer(processor, "up").tolist(),

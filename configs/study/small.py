@@ -13,6 +13,7 @@ colours that no board has, at every level; the rows train on some levels and are
 import dataclasses
 import pathlib
 import runpy
+from typing import Literal
 
 from mgsd_jax import config as c
 
@@ -37,7 +38,7 @@ class Size:
     steps: tuple[int, int]  # updates of grounding and of distillation after it
     rows: int  # of an update of these
     microbatches: int = 1
-    compute_dtype: str = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     lr: float = 1e-3
     save_every: int = 40  # steps between checkpoints: a minute or two of work
 

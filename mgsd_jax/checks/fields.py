@@ -54,7 +54,7 @@ def check_record(record: Mapping[str, object], kind: type[Record], source: str) 
     Only the outermost type of a value is checked, and that of a TypedDict inside, key by key; keys
     that are not required are not looked at.
     """
-    required = kind.__required_keys__  # type: ignore[attr-defined]
+    required = kind.__required_keys__  # pyrefly: ignore[missing-attribute]  # a TypedDict's
     hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in required}
     missing = [name for name in hints if name not in record]
     if missing:

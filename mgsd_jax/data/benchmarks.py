@@ -47,7 +47,7 @@ def _diffthinker(task: str, level: int, place: str) -> Public:
     return Public(100, (place,), read, _DIFFTHINKER_SOURCE)
 
 
-PUBLIC: dict[str, Public] = {
+PUBLIC: dict[Benchmark, Public] = {
     "frozenlake_vsp": Public(
         600, ("level*/table", "FrozenLake/VSP/maps/level*/table"), read_vsp, _VSP_SOURCE
     ),
@@ -67,7 +67,7 @@ PUBLIC: dict[str, Public] = {
 }
 
 
-def read_public(name: str, folder: str | pathlib.Path) -> list[Case]:
+def read_public(name: Benchmark, folder: str | pathlib.Path) -> list[Case]:
     """The boards of the benchmark `name` in `folder`, in the order of its files.
 
     Raises ValueError that says where to get it where the folder does not hold it, else that names

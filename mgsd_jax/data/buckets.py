@@ -7,7 +7,7 @@ depends on the process, so all processes get the same.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 import numpy as np
 from absl import logging
@@ -23,6 +23,16 @@ SAMPLE = 32  # boards of each level
 MARGIN = 0.5  # of the difference of the longest and the shortest of a level, on top of the longest
 STEP = 0.75  # a bucket is at most this share of the next larger one: each is a program of its own
 AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
+Field = Literal["prompt_buckets", "teacher_buckets", "sequence_buckets", "patch_buckets"]
+
+
+class Fitted(TypedDict, total=False):
+    """Fields of the data section that were 'auto', with what they became."""
+
+    prompt_buckets: tuple[int, ...]
+    teacher_buckets: tuple[int, ...]
+    sequence_buckets: tuple[int, ...]
+    patch_buckets: tuple[int, ...]
 
 
 def fitted(
@@ -34,7 +44,7 @@ def fitted(
     gets a MARGIN. With them it asks about these boards alone, and what they need is exact.
     """
     needed = TRAINING if boards is None else ASKING
-    became: dict[str, tuple[int, ...]] = {}
+    became: Fitted = {}
     for name in (name for name in needed if getattr(encoder.data, name) == AUTO):
         needs: list[int] = []
         for group in _drawn(config) if boards is None else [boards]:
@@ -112,13 +122,13 @@ def _questions(encoder: Encoder, board: Board) -> Encoded:
 
 
 Need = Callable[[Encoder, Config, Board], list[int]]
-TRAINING: dict[str, Need] = {
+TRAINING: dict[Field, Need] = {
     "prompt_buckets": _prompts,
     "teacher_buckets": _teachers,
     "sequence_buckets": _sequences,
     "patch_buckets": _patches,
 }
-ASKING: dict[str, Need] = {
+ASKING: dict[Field, Need] = {
     "prompt_buckets": _prompts,
     "teacher_buckets": _texts,
     "patch_buckets": _patches,

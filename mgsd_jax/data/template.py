@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -95,7 +95,7 @@ def opens_thought(tokenizer: PreTrainedTokenizerFast, template: str) -> bool:
 
 
 @contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
+def _limited_memory() -> Generator[None]:
     """On Linux, raises MemoryError where the process takes more than HEADROOM more memory.
 
     jinja2's sandbox restricts what a template may call, but not the length of the strings that it

@@ -8,6 +8,7 @@ Moving off the board leaves the agent where it is.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterable
 
 import gymnasium
 import numpy as np
@@ -66,7 +67,7 @@ class FrozenLakeState:
         return tuple(divmod(i, self.size) for i, tile in enumerate(tiles) if tile == letter)
 
 
-def _from_tiles(tiles: str | list[str], size: int) -> FrozenLakeState:
+def _from_tiles(tiles: Iterable[str], size: int) -> FrozenLakeState:
     joined = "".join(tiles)
     return FrozenLakeState(tuple(joined[i : i + size] for i in range(0, size * size, size)))
 

@@ -74,7 +74,11 @@ def by_level(rows: Sequence[R]) -> list[tuple[int, list[R]]]:
 
 def by_board(rows: Sequence[R]) -> dict[BoardKey, list[R]]:
     """The rows of each board; boards with the same content (`same_as`) are one board."""
-    return group(rows, lambda row: (row["task"], row["level"], row.get("same_as", row["index"])))
+
+    def shared_key(row: Row) -> BoardKey:
+        return row["task"], row["level"], row.get("same_as", row["index"])
+
+    return group(rows, shared_key)
 
 
 def strata(rows: Sequence[R], values: Callable[[list[R]], list[float]]) -> Strata:

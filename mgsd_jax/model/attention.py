@@ -115,7 +115,14 @@ def _attend_splash(
     mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
     run = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(_BLOCK_FIELDS, block)),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
@@ -127,16 +134,6 @@ def _attend_splash(
     ids = pad(valid).astype(jnp.int32)
     out = cast(jax.Array, jax.vmap(run)(q, k, v, splash.SegmentIds(ids, ids)))
     return out.transpose(0, 2, 1, 3)[:, :length]
-
-
-_BLOCK_FIELDS = (
-    "block_q",
-    "block_kv",
-    "block_q_dkv",
-    "block_kv_dkv",
-    "block_q_dq",
-    "block_kv_dq",
-)
 
 
 def _block(length: int) -> tuple[int, int]:

@@ -52,7 +52,7 @@ _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
 )
 
 
-def _offload(primitive: Primitive, *arrays: jax.ShapeDtypeStruct, **params: object) -> object:
+def _offload(primitive: Primitive, *arrays: jax.ShapeDtypeStruct, **params: object) -> Any:
     # The log-sums of a kernel, [B, N, T], are 1/H of its output: not worth a transfer, and libtpu
     # 0.0.52 ends in a fault (a bitcast between unequal sizes) when they are sent.
     policy = _OFFLOAD if all(len(x.shape) > 3 for x in arrays) else _SAVE

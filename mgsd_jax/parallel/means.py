@@ -20,7 +20,7 @@ class Mean(NamedTuple):
         """`sum / weight`, and `sum` (0) at weight 0; traceable, its gradient stays finite."""
         return self.sum / (self.weight + (self.weight == 0))
 
-    def __add__(self, other: "Mean") -> "Mean":  # type: ignore[override]  # not a tuple's concat
+    def __add__(self, other: "Mean") -> "Mean":  # pyrefly: ignore[bad-override]  # no concat
         if not isinstance(other, Mean):
             return NotImplemented
         return Mean(self.sum + other.sum, self.weight + other.weight)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-LOST_AFTER = 30  # seconds without a heartbeat after which a process counts as lost
+LOST_AFTER: int = 30  # seconds without a heartbeat after which a process counts as lost
 START_TIMEOUT = 300  # seconds that processes wait for all others to start
 _FLAGS = ("--coordinator", "--processes", "--process")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import jax
 from absl import logging
@@ -63,7 +63,7 @@ def ask(
 
 
 @contextlib.contextmanager
-def _unwritten() -> Iterator[None]:
+def _unwritten() -> Generator[None]:
     """JAX's own cache keeps nothing meanwhile: it would complain where it reads it."""
     before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)

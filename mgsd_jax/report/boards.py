@@ -102,7 +102,7 @@ def spread(found: Sequence[T], count: int) -> list[T]:
 
 def _pick(board: BoardKey, rows: Mapping[str, PlanRow], known: Sequence[str]) -> Pick:
     first, last = known[0], known[-1]
-    before, after = (bool(rows[name]["outcome"]["success"]) for name in (first, last))
+    before, after = (rows[name]["outcome"]["success"] for name in (first, last))
     kind, words = _KINDS[before, after]
     if first == last:
         words = "{1} solves it" if after else "{1} fails"

@@ -229,7 +229,7 @@ def disputed(comparison: Comparison, a_task: int = 4) -> list[tuple[BoardKey, di
             for board, rows in sorted(answers.items())
             if board[0] == task
             and rows.keys() >= set(names)
-            and len({bool(rows[name]["outcome"]["success"]) for name in names}) == 2
+            and len({rows[name]["outcome"]["success"] for name in names}) == 2
         ]
         planned = [each for each in found if all(row["plan"] for row in each[1].values())]
         chosen += spread(planned or found, a_task)

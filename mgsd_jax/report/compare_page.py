@@ -239,7 +239,7 @@ def _gallery(comparison: Comparison) -> list[Markup]:
     for board, rows in runs_lib.disputed(comparison):
         names: dict[bool, list[str]] = {True: [], False: []}
         for name, row in rows.items():
-            names[bool(row["outcome"]["success"])].append(model_label(name))
+            names[row["outcome"]["success"]].append(model_label(name))
         why = f"solved by {', '.join(names[True])}; not by {', '.join(names[False])}"
         picks.append(boards.Pick(board, why, rows))
     if not picks:

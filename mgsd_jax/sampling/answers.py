@@ -156,7 +156,8 @@ def show(data: DataConfig, board: Board) -> np.ndarray:
 class BenchmarkEncoder(Encoder):
     """An encoder that shows the boards of a benchmark in its own pictures."""
 
-    def picture(self, board: Board) -> np.ndarray:
+    def picture(self, board: Board, rng: np.random.Generator | None = None) -> np.ndarray:
+        """What `show` returns: nothing is trained on these boards, so `rng` changes nothing."""
         return show(self.data, board)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -207,5 +207,5 @@ def _png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _to_json(value: Settings) -> bytes:
+def _to_json(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()

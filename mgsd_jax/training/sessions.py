@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal, Protocol
 
 import jax
@@ -249,7 +249,7 @@ def open_session(
     best_mode: Literal["max", "min"],
     steps: int,
     eval_every: int = 0,
-) -> Iterator[Session]:
+) -> Generator[Session]:
     """A session that resumes from the last readable checkpoint of a folder, if there is one.
 
     The best checkpoint is kept by the validation's `metric`. On leaving, a save is waited for.

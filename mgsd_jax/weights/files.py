@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ def tensor_problem(handle: Any, name: str, shape: Sequence[int]) -> str | None:
 
 
 @contextlib.contextmanager
-def scratch_folder(folder: Path, *, nbytes: int = 0) -> Iterator[Path]:
+def scratch_folder(folder: Path, *, nbytes: int = 0) -> Generator[Path]:
     """Yields `folder`, new and empty, and removes it after the block.
 
     An older folder of that name is deleted first. Raises OSError if less than `nbytes` are free.
@@ -128,7 +128,7 @@ def check_free(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, *, nbytes: int = 0, replaces: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, *, nbytes: int = 0, replaces: bool = False) -> Generator[Path]:
     """Yields a folder to fill, which is renamed to `folder` if the block ends without an error.
 
     With `replaces`, the folder of that name is deleted after that. A crash leaves at most
@@ -149,7 +149,7 @@ def new_folder(folder: Path, *, nbytes: int = 0, replaces: bool = False) -> Iter
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _named_errors(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -12,7 +12,7 @@ import functools
 import logging as std_logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -172,7 +172,7 @@ def restore_latest(checkpointer: Checkpointer, abstract_state: PyTree) -> Restor
             )
         except states.Unreadable as error:
             failed.append(str(step))
-            skipped += (f"{step}: {error}",)
+            skipped = (*skipped, f"{step}: {error}")
             logging.warning("%s: not using checkpoint %d: %s", folder, step, error)
             continue
         if failed:
@@ -269,7 +269,7 @@ def _write_file_list(folder: epath.Path, pending: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def _explain_failure(checkpointer: Checkpointer) -> Iterator[None]:
+def _explain_failure(checkpointer: Checkpointer) -> Generator[None]:
     """Says so where a save found no space, and deletes what it has written.
 
     After any other failure, and with several processes, orbax may still be writing there.

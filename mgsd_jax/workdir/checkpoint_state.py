@@ -5,7 +5,7 @@ optimizer to get at the parameters.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import jax
 import orbax.checkpoint as ocp
@@ -40,7 +40,7 @@ def named_arrays(state: PyTree) -> dict[str, Leaf]:
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def _reading() -> Generator[None]:
     """Tells damage from misuse: wraps what orbax and tensorstore raise on unreadable files."""
     try:
         yield

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 
 import jax
 from etils import epath
@@ -87,7 +87,7 @@ def write_start(folder: epath.PathLike, devices: Mapping[str, object] | None = N
 @contextlib.contextmanager
 def spending(
     folder: epath.PathLike, is_recorded: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
+) -> Generator[None]:
     """Adds what the block took to `ends.jsonl`, if its start `is_recorded` by then.
 
     Seconds by the clock, and seconds that all cores of this process worked.
@@ -266,7 +266,7 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -> Iterator[Claim]:
+def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -> Generator[Claim]:
     """Locks `folder` for this run, of however many processes.
 
     `sections` are the parts of the config that the stage depends on; `config` is not resolved yet.

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TextIO
 
 from absl import logging
@@ -35,7 +35,7 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def held(folder: epath.PathLike) -> Iterator[None]:
+def held(folder: epath.PathLike) -> Generator[None]:
     """Locks a folder against other runs, and creates it if needed; readers may read.
 
     Raises ValueError that names the run that holds the lock.
@@ -101,7 +101,7 @@ def _flock(path: pathlib.Path) -> TextIO | None:
 
 
 @contextlib.contextmanager
-def _heart(path: epath.Path) -> Iterator[None]:
+def _heart(path: epath.Path) -> Generator[None]:
     """Holds the lock as a file that changes for as long as its owner lives."""
     _wait_for_death(path)
     write = functools.partial(paths.write_whole, path, sync=False)

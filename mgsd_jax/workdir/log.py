@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ def _plain(told: Mapping[str, str | int]) -> str:
 
 
 @contextlib.contextmanager
-def compilations_told() -> Iterator[None]:
+def compilations_told() -> Generator[None]:
     """Logs a line for each program that compiles for long, and one when it is compiled."""
     under_way: dict[int, tuple[threading.Timer, threading.Event]] = {}  # by thread
 

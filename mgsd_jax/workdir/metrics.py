@@ -12,7 +12,7 @@ import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TextIO
 
 import jax
@@ -41,7 +41,7 @@ class Timers:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Add the wall seconds of the `with` block to `name`, also where the block raises."""
         start = time.perf_counter()
         try:
@@ -96,7 +96,7 @@ class Writer:
 @contextlib.contextmanager
 def open_writer(
     workdir: epath.PathLike, *, step: int = 0, config: Config | None = None
-) -> Iterator[Writer]:
+) -> Generator[Writer]:
     """A Writer of `metrics.jsonl` and of the sinks of a stage's folder, for one process.
 
     A run restored at `step` repeats the steps after it: their lines go first, in one atomic

@@ -8,7 +8,7 @@ import contextlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from etils import epath
 
@@ -57,7 +57,7 @@ def write_whole(path: epath.PathLike, content: str | bytes, *, sync: bool = True
 @contextlib.contextmanager
 def local_files(
     folder: epath.PathLike, wanted: Callable[[str], bool] = lambda name: True
-) -> Iterator[pathlib.Path]:
+) -> Generator[pathlib.Path]:
     """A local folder with the same files, for libraries that read local files only.
 
     A local folder is itself. Of a remote folder, the files whose names are `wanted` are copied into

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import tqdm
 from absl import logging
@@ -112,7 +112,7 @@ class Progress:
 @contextlib.contextmanager
 def open_progress(
     name: str, total: int, *, is_main: bool, start: int = 0, unit: str = "step"
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """A Progress over `total` of which `start` are done."""
     compiled: list[float] = []
 

@@ -4,13 +4,13 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 _ASKING = (signal.SIGTERM, signal.SIGINT)  # the second one is Ctrl-C
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
+def asked_to_stop() -> Generator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets instead of ending the process; a second one ends it.
 
     At once, with 143 or 130: the main thread, where Python runs handlers, may be compiling for

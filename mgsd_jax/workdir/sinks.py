@@ -26,8 +26,8 @@ from mgsd_jax.config import MetricsConfig
 from mgsd_jax.workdir import paths
 
 with epy.lazy_imports():  # each takes a second or more, and is used by few runs
-    import trackio  # pyright: ignore[reportMissingImports]
-    import wandb  # pyright: ignore[reportMissingImports]
+    import trackio
+    import wandb
 
 TENSORBOARD_FOLDER = "tensorboard"
 TRACKERS = ("wandb", "trackio")

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 import jax
@@ -101,7 +101,7 @@ def _save(scratch: str, target: epath.Path) -> None:
 @contextlib.contextmanager
 def open_tracer(
     folder: epath.PathLike, span: str, *, start: int = 0, steps: int | None = None
-) -> Iterator[Tracer]:
+) -> Generator[Tracer]:
     """A Tracer of the steps in `span` ('first:last', or '' for none) of a stage's folder.
 
     Warns where steps `start` + 1 to `steps`, if given, have none of them.

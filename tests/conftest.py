@@ -4,6 +4,7 @@ Compiled programs are kept for every process of a run and for the next: the sett
 jax is imported, and child processes inherit them. A cache of another place is left as it is.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -12,6 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 from jaxlib import xla_client
+
+# What the imports make stays: looking through it for garbage is a sixth of their time.
+gc.disable()
+# Threads of torch spin while they wait for work, and workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _KEPT = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 
@@ -40,7 +46,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # process that has loaded libtpu without a TPU, as the files that compile for TPUs do.
 LONGEST = (
     *("traces", "end_to_end"),
-    *("processes", "mesh_step", "killed", "distillation", "drafts", "model", "moving", "wheel"),
+    *("processes", "mesh_step", "killed", "distillation", "drafts", "model", "wheel"),
     *("real_tokenizer", "preflight", "mesh_tpu", "compiled_once", "export", "attention"),
     *("model_parity", "sharding", "sokoban", "compiled", "sampler", "nano", "mesh"),
     *("gpu_benchmark", "losses", "killed_anywhere", "launch"),
@@ -56,7 +62,7 @@ COMPILING = {
 # compiled in half the time, and run slower. The passes over a program's operations are the same.
 QUICKLY = {
     *("ask", "compiled_once", "distillation", "docs", "drafts", "end_to_end", "gpu_benchmark"),
-    *("model", "moving", "nano", "sampler", "sokoban", "wheel"),
+    *("model", "nano", "sampler", "sokoban", "walkthrough", "wheel"),
 }
 COMPILED = {"setup", "exported", "light", "nano_folder", "trained"}
 
@@ -68,6 +74,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         asked = set(getattr(item, "fixturenames", ()))
         if item.path.stem.removeprefix("test_") in COMPILING or asked & COMPILED:
             item.add_marker("compiles")
+
+
+def pytest_collection_finish() -> None:
+    """Every module is imported: from here on only what tests make is looked through."""
+    gc.freeze()
+    gc.enable()
 
 
 def _set_quick(is_quick: bool) -> None:

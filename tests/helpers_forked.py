@@ -5,6 +5,7 @@ environment, flags, devices, signals and exit code. No test of the command line 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -47,6 +48,7 @@ def _run(argv: tuple[str, ...], environ: dict[str, str], log: str) -> None:
     """`python *argv` in this process: -m mgsd_jax.main, -c code, or a file."""
     import jax
 
+    gc.freeze()  # as the program does after its imports
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

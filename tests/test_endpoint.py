@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import pathlib
+import sys
 import threading
 import time
 import urllib.parse
@@ -516,7 +517,7 @@ def test_what_cannot_be_reached_or_used_is_said(
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="OPENAI_API_KEY: not found in the environment"):
         evaluate.run(make_config("https://api.example.com/v1"), str(tmp_path))
-    monkeypatch.setattr(endpoint, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"pip install 'mgsd_jax\[endpoint\]'"):
         evaluate.run(make_config(server.url), str(tmp_path))
 

@@ -120,6 +120,7 @@ def test_help_is_no_error(flag: str, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_flags_of_libraries_wait_for_their_imports(capsys: pytest.CaptureFixture[str]) -> None:
     """They are known by how they begin: whatever else is unknown is refused before the imports."""
+    before = signal.getsignal(signal.SIGPIPE)  # a process that ends has the system's
     known, libraries = flags.FLAGS, ("array_record", "etils", "flax", "grain", "jax", "orbax")
     theirs = [n for n in known if str(known.find_module_defining_flag(n)).startswith(libraries)]
     assert len(theirs) > 5
@@ -132,6 +133,7 @@ def test_flags_of_libraries_wait_for_their_imports(capsys: pytest.CaptureFixture
         known.mark_as_parsed()
     assert left.value.code == 2
     assert capsys.readouterr().err.startswith("Unknown command line flag 'of_later'")
+    signal.signal(signal.SIGPIPE, before)
 
 
 def test_every_stage_of_the_help_runs() -> None:
@@ -274,6 +276,15 @@ def test_help_and_score(tmp_path: pathlib.Path) -> None:
     done = call("--stage=score", f"--input={wrong}")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == f"{count} rows, 1 mismatches"
+
+
+def test_a_start_imports_no_extra() -> None:
+    """Each would take half a second or more of every start."""
+    extras = ("openai", "wandb", "trackio", "gcsfs", "google.cloud.storage")
+    code = f"import sys, mgsd_jax.main; print([m for m in {extras!r} if m in sys.modules])"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout == b"[]\n", done.stderr
 
 
 # Runs the program, and is interrupted in a stage or while it imports one.

@@ -2,26 +2,19 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 from typing import Any
 
-import helpers_children
-import numpy as np
 import pytest
 from etils import epath
 from helpers_tiny import tiny_config
 
 from mgsd_jax import config as config_lib
-from mgsd_jax import tree
 from mgsd_jax.config import ASSETS, Config, LoraConfig
 from mgsd_jax.stages import export, loading
-from mgsd_jax.workdir import checkpoint, contents, folders, stage_folder
+from mgsd_jax.workdir import contents, folders, stage_folder
 
-ROOT = pathlib.Path(__file__).parents[1]
 SECTIONS = ("model", "data", "distillation", "seed")
 
 
@@ -189,81 +182,3 @@ def test_an_export_that_moved_along_is_replaced(
     with pytest.raises(ValueError, match="want an absent or empty"):
         config = config_lib.override(tiny_config(tmp_path), ["export.folder={workdir}/export"])
         export.run(config, str(tmp_path / "moved"))
-
-
-PROGRAM = """
-import sys
-from mgsd_jax import command_line, main
-workdir, stages, *settings = sys.argv[1:]
-config = command_line.load_config("nano", settings)
-for stage in stages.split(","):
-    main.STAGES[stage](config, workdir)
-"""
-SETTINGS = (
-    "data.boards=({'task': 'frozenlake', 'levels': (3,), 'train': 12, 'val': 4, 'test': 4},)",
-    *("data.patch_buckets=(36,)", "checkpoint.every=1", "checkpoint.keep_last=9"),
-    *(f"{stage}.batch_size=4" for stage in ("grounding", "distillation")),
-    *(f"{stage}.microbatches=1" for stage in ("grounding", "distillation")),
-    *("grounding.steps=1", "grounding.eval_batches=1", "distillation.steps=2"),
-    "distillation.grounding_share=0",
-    *("distillation.eval_boards=4", "distillation.sampling.max_new_tokens=8"),
-    *("evaluate.sampling.max_new_tokens=8", "evaluate.modes=picture"),
-    *("evaluate.models=(('distilled', '{workdir}/distillation'),)", "evaluate.batch_size=2"),
-)
-
-
-def run(clone: pathlib.Path, workdir: pathlib.Path, stages: str) -> None:
-    """Runs stages from a clone, with a working directory that says nothing."""
-    environ = {**os.environ, "PYTHONPATH": f"{clone}{os.pathsep}{helpers_children.WITHOUT_TORCH}"}
-    command = [sys.executable, "-c", PROGRAM, str(workdir), stages, *SETTINGS]
-    done = subprocess.run(command, env=environ, cwd=clone.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def make_clone(place: pathlib.Path) -> pathlib.Path:
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "mgsd_jax", place / "mgsd_jax", ignore=ignored)
-    shutil.copytree(ROOT / "configs", place / "configs", ignore=ignored)
-    return place
-
-
-def results(workdir: pathlib.Path) -> dict[str, bytes]:
-    """Trained weights, answers and the export, which has to be the same to the last bit."""
-    trained = checkpoint.load_params(workdir / "distillation" / "checkpoints")
-    found = {name: np.asarray(leaf).tobytes() for name, leaf in tree.named_leaves(trained)}
-    for file in ("evaluate/rows.jsonl", "export/model.safetensors", "export/config.json"):
-        found[file] = (workdir / file).read_bytes()
-    return found
-
-
-@pytest.mark.slow
-def test_a_moved_workdir_goes_on_from_a_second_clone(tmp_path: pathlib.Path) -> None:
-    """Stopped halfway in distillation and in evaluation; the first place and clone are gone."""
-    here, there = tmp_path / "here" / "run", tmp_path / "there" / "renamed"
-    clone = make_clone(tmp_path / "clone")
-    run(clone, here, "generate,grounding,distillation,evaluate,export")
-    want = results(here)
-    shutil.copytree(here, there)
-    shutil.rmtree(here)
-    shutil.rmtree(clone)
-    shutil.rmtree(there / "export")
-    shutil.rmtree(there / "distillation" / "checkpoints" / "2")
-    rows = (there / "evaluate" / "rows.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(rows) == 4
-    (there / "evaluate" / "rows.jsonl").write_bytes(b"".join(rows[:2]))
-    (there / "evaluate" / "summary.json").unlink()
-    # What an older version left.
-    source = there / "grounding" / "model" / "source.json"
-    old = json.loads(source.read_text()) | {"weights": f"{clone}/mgsd_jax/assets/nano_base"}
-    source.write_text(json.dumps(old))
-    (there / "distillation" / "places.json").unlink()
-    run(make_clone(tmp_path / "second" / "clone"), there, "distillation,evaluate,export")
-    got = results(there)
-    assert got.keys() == want.keys()
-    assert [name for name in want if got[name] != want[name]] == []
-    # Files that are read again do not name the old places.
-    places = (str(tmp_path / "here").encode(), str(clone).encode())
-    read = [file for part in ("*", "model/*") for file in (there / "distillation").glob(part)]
-    read = [*read, *(there / "export").glob("*"), *(there / "evaluate").glob("*")]
-    named = {f.name for f in read if f.is_file() and any(p in f.read_bytes() for p in places)}
-    assert named <= {"runs.jsonl"}

@@ -1,32 +1,49 @@
-"""A wheel has what the package needs, and works where there is no checkout."""
+"""A wheel has what the package needs and works without a checkout; its runs can be moved."""
 
 import configparser
+import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from email.parser import Parser
 
 import helpers_children
+import helpers_devices
+import numpy as np
 import pytest
 import test_metric_names
 
-from mgsd_jax import command_line
-from mgsd_jax.workdir import metrics
+from mgsd_jax import command_line, tree
+from mgsd_jax.workdir import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE")
-# The quickstart's stages with a step each, on a few boards of one task.
+# The quickstart's stages with a step or two each, on a few boards of one task.
 FEW = (
-    "data.boards=({'task':'frozenlake','levels':(3,),'train':8,'val':4,'test':2},)",
-    *("grounding.steps=1", "grounding.batch_size=2", "grounding.microbatches=1"),
-    *("distillation.steps=1", "distillation.batch_size=2", "distillation.microbatches=1"),
+    "data.boards=({'task':'frozenlake','levels':(3,),'train':12,'val':4,'test':4},)",
+    *("data.patch_buckets=(36,)", "checkpoint.every=1", "checkpoint.keep_last=9"),
+    *(f"{stage}.batch_size=4" for stage in ("grounding", "distillation")),
+    *(f"{stage}.microbatches=1" for stage in ("grounding", "distillation")),
+    *("grounding.steps=1", "grounding.eval_batches=1", "distillation.steps=2"),
     "distillation.grounding_share=0",
-    *("distillation.eval_boards=1", "distillation.sampling.max_new_tokens=4"),
-    *("evaluate.batch_size=2", "evaluate.sampling.max_new_tokens=4", "evaluate.modes=('picture',)"),
+    *("distillation.eval_boards=4", "distillation.sampling.max_new_tokens=8"),
+    *("evaluate.sampling.max_new_tokens=8", "evaluate.modes=('picture',)"),
+    "evaluate.batch_size=2",
 )
+STAGES = ("generate", "grounding", "distillation", "evaluate", "export", "report")
+# The stages after the program's name and workdir, in one process of any clone.
+PROGRAM = """
+import sys
+from mgsd_jax import command_line, main
+workdir, stages, *settings = sys.argv[1:]
+config = command_line.load_config("nano", settings)
+for stage in stages.split(","):
+    main.STAGES[stage](config, workdir)
+"""
 
 
 def path_of(installed: pathlib.Path) -> str:
@@ -110,36 +127,87 @@ def test_the_command_answers_away_from_the_checkout(
         assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
-@pytest.mark.slow
-def test_the_stages_of_the_quickstart_run_away_from_the_checkout(
-    installed: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    command = installed / "bin" / "mgsd_jax"
+def run(argv: Sequence[object], cwd: pathlib.Path, package: pathlib.Path) -> None:
     environ = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": path_of(installed),
+        "PYTHONPATH": path_of(package),
+        "XLA_FLAGS": helpers_devices.quick_flags(1),
     }
+    done = subprocess.run(
+        list(map(str, argv)), cwd=cwd, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
-    def call(*arguments: str) -> str:
-        done = subprocess.run(
-            [command, *arguments],
-            cwd=tmp_path,
-            env=environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    helped = call("--help")
-    assert "--workdir" in helped and "in the order of a whole run" in helped
+@pytest.fixture(scope="module")
+def workdir(installed: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """All stages of the quickstart, by the command of the installed wheel."""
+    folder = tmp_path_factory.mktemp("here")
     changes = [f"--set={change}" for change in FEW]
-    for stage in ("generate", "grounding", "distillation", "evaluate", "export", "report"):
-        call(f"--stage={stage}", "--config=nano", "--workdir=run", *changes)
+    for stage in STAGES:
+        command = [installed / "bin" / "mgsd_jax", f"--stage={stage}", "--config=nano"]
+        run([*command, "--workdir=run", *changes], folder, installed)
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_quickstart_run_away_from_the_checkout(workdir: pathlib.Path) -> None:
     for stage in ("grounding", "distillation"):
-        for record in metrics.read_metrics(tmp_path / "run" / stage / "metrics.jsonl"):
+        found = metrics.read_metrics(workdir / stage / "metrics.jsonl")
+        assert found
+        for record in found:
             assert test_metric_names.unlisted(record) == set()
-    assert (tmp_path / "run" / "report" / "index.html").is_file()
-    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    assert (workdir / "report" / "index.html").is_file()
+    assert (workdir / "export" / "model.safetensors").is_file()
+
+
+def make_clone(place: pathlib.Path) -> pathlib.Path:
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "mgsd_jax", place / "mgsd_jax", ignore=ignored)
+    shutil.copytree(ROOT / "configs", place / "configs", ignore=ignored)
+    return place
+
+
+def results(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Trained weights, answers and the export, which have to be the same to the last bit."""
+    trained = checkpoint.load_params(workdir / "distillation" / "checkpoints")
+    found = {name: np.asarray(leaf).tobytes() for name, leaf in tree.named_leaves(trained)}
+    for file in ("evaluate/rows.jsonl", "export/model.safetensors", "export/config.json"):
+        found[file] = (workdir / file).read_bytes()
+    return found
+
+
+@pytest.mark.slow
+def test_a_moved_workdir_goes_on_from_a_clone(
+    workdir: pathlib.Path, installed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Stopped halfway in distillation and in evaluation; the first place and package are gone."""
+    want = results(workdir)
+    there = tmp_path / "there" / "renamed"
+    shutil.copytree(workdir, there)
+    for place in (workdir, installed):
+        place.rename(place.with_name(f"{place.name}_gone"))
+    shutil.rmtree(there / "export")
+    shutil.rmtree(there / "distillation" / "checkpoints" / "2")
+    rows = (there / "evaluate" / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(rows) == 3 * 4  # models, boards
+    (there / "evaluate" / "rows.jsonl").write_bytes(b"".join(rows[:10]))
+    (there / "evaluate" / "summary.json").unlink()
+    # What an older version left.
+    source = there / "grounding" / "model" / "source.json"
+    old = json.loads(source.read_text()) | {"weights": f"{installed}/mgsd_jax/assets/nano_base"}
+    source.write_text(json.dumps(old))
+    (there / "distillation" / "places.json").unlink()
+    clone = make_clone(tmp_path / "clone")
+    command = [sys.executable, "-c", PROGRAM, there, "distillation,evaluate,export", *FEW]
+    run(command, tmp_path, clone)  # the working directory says nothing
+    got = results(there)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name] != want[name]] == []
+    # Files that are read again do not name the old places.
+    places = (str(workdir).encode(), str(installed).encode())
+    read = [file for part in ("*", "model/*") for file in (there / "distillation").glob(part)]
+    read = [*read, *(there / "export").glob("*"), *(there / "evaluate").glob("*")]
+    named = {f.name for f in read if f.is_file() and any(p in f.read_bytes() for p in places)}
+    assert named <= {"runs.jsonl"}

@@ -29,14 +29,9 @@ from mgsd_jax.config import EvaluateConfig
 from mgsd_jax.data.prompts import Message
 from mgsd_jax.evaluation.scoring import Answer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an extra, which takes half a second: imported where an endpoint is asked
     import openai
     from openai.types.chat import ChatCompletion
-else:
-    try:
-        import openai
-    except ImportError:  # an extra: only evaluations of an endpoint need it
-        openai = None
 
 # What servers say of an answer that is whole, and of one that was cut off.
 _WHOLE = ("stop", "eos_token", "stop_sequence", "end_turn")
@@ -103,10 +98,12 @@ def connect(settings: EvaluateConfig) -> "openai.AsyncOpenAI":
 
     Raises ValueError if the package or the key is missing, or if a setting holds the key.
     """
-    if openai is None:
+    try:
+        import openai
+    except ImportError:
         raise ValueError(
             "evaluate.endpoint: package openai not found; pip install 'mgsd_jax[endpoint]'"
-        )
+        ) from None
     url, key = settings.endpoint, _key(settings)
     if not key and not url.startswith("http://"):
         raise ValueError(
@@ -190,6 +187,8 @@ def served_models(settings: EvaluateConfig) -> tuple[str, ...]:
         async with client, asyncio.timeout(settings.endpoint_seconds):
             return tuple(_clean(model.id, settings) for model in (await client.models.list()).data)
 
+    import openai
+
     try:
         names = asyncio.run(listed())
     except (openai.APIError, TimeoutError, *_BROKEN, *_OTHER) as error:
@@ -212,6 +211,8 @@ async def ask(
     seed: int,
 ) -> Answer:
     """One answer to one prompt. Raises ValueError for what another try would not mend."""
+    import openai
+
     sent = _parameters(settings, seed)
     chat: Any = [to_chat(message) for message in messages]
     try:

@@ -17,7 +17,9 @@ CELL = 32
 KINDS: Any = (*augment_lib.CHANGES, "sprites")
 
 
-def variant(pixels: np.ndarray, level: int, seed: int, *kinds: str, strength: float = 1.0):
+def variant(
+    pixels: np.ndarray, level: int, seed: int, *kinds: str, strength: float = 1.0
+) -> np.ndarray:
     return augment_lib.augment(
         pixels,
         level,

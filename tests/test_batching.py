@@ -81,7 +81,7 @@ def span(row: Encoded, side: Side, length: int) -> slice:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_shapes_dtypes_and_padding(mixed: list[Encoded], side: Side):
+def test_shapes_dtypes_and_padding(mixed: list[Encoded], side: Side) -> None:
     inputs = pad(mixed, side)
     pictures = pictures_of(inputs)
     assert inputs.tokens.shape == inputs.valid.shape == pictures.slots.shape == (4, 96)
@@ -108,7 +108,9 @@ def test_shapes_dtypes_and_padding(mixed: list[Encoded], side: Side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_positions_equal_get_rope_index(processor: Processor, mixed: list[Encoded], side: Side):
+def test_positions_equal_get_rope_index(
+    processor: Processor, mixed: list[Encoded], side: Side
+) -> None:
     torch = pytest.importorskip("torch")
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
@@ -133,7 +135,7 @@ def test_positions_equal_get_rope_index(processor: Processor, mixed: list[Encode
 @pytest.mark.parametrize("side", SIDES)
 def test_slots_lead_each_image_token_to_its_merged_patch(
     processor: Processor, mixed: list[Encoded], side: Side
-):
+) -> None:
     inputs = pad(mixed, side)
     pictures = pictures_of(inputs)
     unit, merged = 4, 64 // 4
@@ -147,7 +149,7 @@ def test_slots_lead_each_image_token_to_its_merged_patch(
         np.testing.assert_array_equal(taken, np.concatenate(want) if want else taken[:0])
 
 
-def test_pictures_are_padded_with_zeros(mixed: list[Encoded]):
+def test_pictures_are_padded_with_zeros(mixed: list[Encoded]) -> None:
     pictures = pictures_of(pad(mixed, "left"))
     for b, row in enumerate(mixed):
         for m in range(2):
@@ -163,13 +165,15 @@ def test_pictures_are_padded_with_zeros(mixed: list[Encoded]):
                 np.testing.assert_array_equal(pictures.coords[b, m, :count], where.coords)
 
 
-def test_patch_bucket_follows_the_largest_picture(processor: Processor):
+def test_patch_bucket_follows_the_largest_picture(processor: Processor) -> None:
     small, large = make_row(processor, (64, 64)), make_row(processor, (128, 160))
     assert pictures_of(pad([small], "left")).patches.shape[2] == 16
     assert pictures_of(pad([small, large], "left", length=128)).patches.shape[2] == 256
 
 
-def test_all_text_batches_have_no_pictures_unless_the_shape_is_to_stay(processor: Processor):
+def test_all_text_batches_have_no_pictures_unless_the_shape_is_to_stay(
+    processor: Processor,
+) -> None:
     text = make_row(processor, "Goal: (1,2)")
     assert pad([text, text], "left").pictures is None
     assert pad([text], "left", most=0, channels=1536).pictures is None
@@ -181,7 +185,7 @@ def test_all_text_batches_have_no_pictures_unless_the_shape_is_to_stay(processor
     assert (kept.slots == -1).all()
 
 
-def test_rows_that_do_not_fit_raise(processor: Processor, mixed: list[Encoded]):
+def test_rows_that_do_not_fit_raise(processor: Processor, mixed: list[Encoded]) -> None:
     size = len(mixed[3].tokens)
     assert len(mixed[2].tokens) < size
     with pytest.raises(ValueError, match=f"row 1: got {size} tokens, want at most {size - 1}"):
@@ -195,18 +199,18 @@ def test_rows_that_do_not_fit_raise(processor: Processor, mixed: list[Encoded]):
 
 
 @pytest.mark.parametrize(("n", "want"), [(0, 8), (8, 8), (9, 32), (32, 32)])
-def test_bucket_is_the_smallest_that_holds(n: int, want: int):
+def test_bucket_is_the_smallest_that_holds(n: int, want: int) -> None:
     assert bucket(n, (32, 8)) == want
 
 
-def test_bucket_says_what_to_change():
+def test_bucket_says_what_to_change() -> None:
     with pytest.raises(ValueError, match=r"prompt: got 33, want at most 32.*add a bucket of 33"):
         bucket(33, (8, 32), name="prompt")
     with pytest.raises(ValueError, match="got 1, want at most 0"):
         bucket(1, ())
 
 
-def test_pad_rows_repeats_the_last():
+def test_pad_rows_repeats_the_last() -> None:
     assert pad_rows(["a", "b"], 4) == ["a", "b", "b", "b"]
     assert pad_rows(("a",), 1) == ["a"]
     for rows in ([], ["a", "b", "c"]):
@@ -223,7 +227,7 @@ def make_examples(processor: Processor) -> list[tuple[Encoded, int]]:
     ]
 
 
-def test_loss_mask_covers_the_answer_and_its_end_as_targets(processor: Processor):
+def test_loss_mask_covers_the_answer_and_its_end_as_targets(processor: Processor) -> None:
     examples = make_examples(processor)
     length = token_bucket([row for row, _ in examples], (96, 48), name="an example")
     assert length == (48 if max(len(row.tokens) for row, _ in examples) <= 48 else 96)
@@ -246,7 +250,7 @@ def test_loss_mask_covers_the_answer_and_its_end_as_targets(processor: Processor
     assert set(np.unique(batch.loss_mask)) == {0, 1}
 
 
-def test_grounding_batch_of_the_docstring():
+def test_grounding_batch_of_the_docstring() -> None:
     row = Encoded(np.arange(5, dtype=np.int32), ())
     batch = grounding_batch([(row, 3)], length=6, pad_id=9, patch_buckets=(), max_pictures=0)
     assert batch.loss_mask.tolist() == [[0, 0, 1, 1, 0, 0]]
@@ -254,7 +258,7 @@ def test_grounding_batch_of_the_docstring():
 
 
 @pytest.mark.parametrize("prompt_length", [0, 5, 6])
-def test_examples_without_prompt_or_answer_raise(prompt_length: int):
+def test_examples_without_prompt_or_answer_raise(prompt_length: int) -> None:
     row = Encoded(np.arange(5, dtype=np.int32), ())
     with pytest.raises(ValueError, match=f"prompt length: got {prompt_length}, want 1 to 4"):
         grounding_batch(
@@ -262,7 +266,7 @@ def test_examples_without_prompt_or_answer_raise(prompt_length: int):
         )
 
 
-def test_prompt_batch_pads_each_side_to_its_own_bucket(processor: Processor):
+def test_prompt_batch_pads_each_side_to_its_own_bucket(processor: Processor) -> None:
     student = [make_row(processor, "Plan. ", (64, 64)), make_row(processor, "Go. ", (64, 64))]
     teacher = [make_row(processor, "Map size: 4x4 " * n) for n in (4, 12)]
     batch = prompt_batch(
@@ -296,7 +300,7 @@ def test_prompt_batch_pads_each_side_to_its_own_bucket(processor: Processor):
         )
 
 
-def test_encoding_leaves_cached_arrays_alone(processor: Processor, mixed: list[Encoded]):
+def test_encoding_leaves_cached_arrays_alone(processor: Processor, mixed: list[Encoded]) -> None:
     before = [p.where.index.copy() for row in mixed for p in row.pictures]
     pictures_of(pad(mixed, "left")).interp_index[:] = -5
     after = [p.where.index for row in mixed for p in row.pictures]

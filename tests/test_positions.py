@@ -67,7 +67,7 @@ def rope_index(
 
 @settings(max_examples=150, deadline=None)
 @given(sequences)
-def test_mrope_equals_get_rope_index(sequence):
+def test_mrope_equals_get_rope_index(sequence: tuple[int, list[tuple[int, int, int]]]) -> None:
     tokens, grids = build(*sequence)
     positions, after = mrope_positions(tokens, grids, MERGE)
     want, deltas = rope_index(tokens[None], np.ones((1, len(tokens))), grids)
@@ -76,7 +76,7 @@ def test_mrope_equals_get_rope_index(sequence):
     assert after == len(tokens) + deltas[0]
 
 
-def test_mrope_of_the_docstring():
+def test_mrope_of_the_docstring() -> None:
     tokens, grids = build(1, [(4, 6, 1)])
     positions, after = mrope_positions(tokens, grids, MERGE)
     np.testing.assert_array_equal(
@@ -86,7 +86,7 @@ def test_mrope_of_the_docstring():
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
-def test_mrope_with_other_merge_sizes(merge):
+def test_mrope_with_other_merge_sizes(merge: int) -> None:
     grids: list[Grid] = [(1, 6, 12), (1, 12, 6)]
     counts = [token_count(grid, merge) for grid in grids]
     tokens = np.array([TEXT] + [IMAGE] * counts[0] + [TEXT] + [IMAGE] * counts[1], np.int32)
@@ -96,7 +96,7 @@ def test_mrope_with_other_merge_sizes(merge):
     assert after == len(tokens) + deltas[0]
 
 
-def test_text_alone_counts_from_zero():
+def test_text_alone_counts_from_zero() -> None:
     positions, after = place_positions(5, [], [], MERGE)
     np.testing.assert_array_equal(positions, np.tile(np.arange(5), (3, 1)))
     assert after == 5
@@ -104,7 +104,7 @@ def test_text_alone_counts_from_zero():
 
 @pytest.mark.parametrize("side", [2, 8, 48])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_interpolation_equals_transformers(grid, side):
+def test_interpolation_equals_transformers(grid: Grid, side: int) -> None:
     torch = pytest.importorskip("torch")
     from transformers import vision_utils
 
@@ -122,7 +122,7 @@ def test_interpolation_equals_transformers(grid, side):
 
 @pytest.mark.parametrize("merge", [1, 2])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_weighted_gather_is_torchs_bilinear_resize_in_block_order(grid, merge):
+def test_weighted_gather_is_torchs_bilinear_resize_in_block_order(grid: Grid, merge: int) -> None:
     torch = pytest.importorskip("torch")
     side, width = 12, 5
     table = np.random.default_rng(0).normal(size=(side * side, width)).astype(np.float32)
@@ -146,7 +146,7 @@ def test_weighted_gather_is_torchs_bilinear_resize_in_block_order(grid, merge):
     np.testing.assert_array_equal(rows, want)
 
 
-def test_vision_model_gets_the_same_embeddings_and_rotations():
+def test_vision_model_gets_the_same_embeddings_and_rotations() -> None:
     """The whole path in transformers' tower: positions added to patches, and cos and sin."""
     torch = pytest.importorskip("torch")
     from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -187,7 +187,9 @@ def test_vision_model_gets_the_same_embeddings_and_rotations():
 
 @settings(max_examples=60, deadline=None)
 @given(even, even, st.integers(1, 50))
-def test_interpolation_weights_are_convex_and_rows_exist(rows, columns, side):
+def test_interpolation_weights_are_convex_and_rows_exist(
+    rows: int, columns: int, side: int
+) -> None:
     ours = interpolation((1, rows, columns), merge_size=MERGE, table_side=side)
     np.testing.assert_allclose(ours.weight.sum(1), 1, atol=1e-6)
     assert ours.weight.min() >= 0
@@ -196,21 +198,21 @@ def test_interpolation_weights_are_convex_and_rows_exist(rows, columns, side):
     assert {tuple(cell) for cell in ours.coords.tolist()} == set(np.ndindex(rows, columns))
 
 
-def test_a_grid_of_the_tables_size_reads_the_table_itself():
+def test_a_grid_of_the_tables_size_reads_the_table_itself() -> None:
     ours = interpolation((1, 8, 8), merge_size=MERGE, table_side=8)
     table = np.arange(64, dtype=np.float32)
     want = ours.coords[:, 0] * 8 + ours.coords[:, 1]
     np.testing.assert_array_equal((table[ours.index] * ours.weight).sum(1), want)
 
 
-def test_frames_repeat_the_picture():
+def test_frames_repeat_the_picture() -> None:
     one = interpolation((1, 4, 6), merge_size=MERGE, table_side=8)
     two = interpolation((2, 4, 6), merge_size=MERGE, table_side=8)
     for single, double in zip(one, two, strict=True):
         np.testing.assert_array_equal(double, np.concatenate([single, single]))
 
 
-def test_interpolation_is_shared_and_read_only():
+def test_interpolation_is_shared_and_read_only() -> None:
     ours = interpolation((1, 4, 4), merge_size=MERGE, table_side=8)
     assert interpolation((1, 4, 4), merge_size=MERGE, table_side=8) is ours
     with pytest.raises(ValueError, match="read-only"):
@@ -218,6 +220,6 @@ def test_interpolation_is_shared_and_read_only():
 
 
 @pytest.mark.parametrize("grid", [(1, 3, 4), (1, 4, 5), (1, 0, 4)])
-def test_grids_that_do_not_merge_raise(grid):
+def test_grids_that_do_not_merge_raise(grid: Grid) -> None:
     with pytest.raises(ValueError, match="want sides of a multiple of merge_size 2"):
         interpolation(grid, merge_size=MERGE, table_side=8)

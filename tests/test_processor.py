@@ -132,7 +132,7 @@ def hf_encode(processor: Any, messages: list[dict[str, Any]], prompt: bool) -> d
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_encode_equals_transformers(folder: Path, prompt: bool):
+def test_encode_equals_transformers(folder: Path, prompt: bool) -> None:
     ours, theirs = load_processor(folder), without_videos(folder)
     for name, messages in CONVERSATIONS.items():
         got = encode(ours, messages, add_generation_prompt=prompt)
@@ -146,7 +146,7 @@ def test_encode_equals_transformers(folder: Path, prompt: bool):
             np.testing.assert_array_equal(patches, want["pixel_values"], strict=True)
 
 
-def test_starts_point_at_image_tokens_in_vision_marks(processor: Processor):
+def test_starts_point_at_image_tokens_in_vision_marks(processor: Processor) -> None:
     encoded = encode(processor, CONVERSATIONS["several"], add_generation_prompt=True)
     merge = processor.pictures.merge_size
     assert len(encoded.pictures) == 4
@@ -161,7 +161,7 @@ def test_starts_point_at_image_tokens_in_vision_marks(processor: Processor):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_patches_equal_transformers(folder: Path, size: tuple[int, int]):
+def test_patches_equal_transformers(folder: Path, size: tuple[int, int]) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     pixels = picture(*size)
@@ -171,7 +171,7 @@ def test_patches_equal_transformers(folder: Path, size: tuple[int, int]):
     assert grid == tuple(want["image_grid_thw"][0])
 
 
-def test_every_byte_is_normalised_as_in_transformers(folder: Path):
+def test_every_byte_is_normalised_as_in_transformers(folder: Path) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     theirs = Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -191,7 +191,9 @@ def test_every_byte_is_normalised_as_in_transformers(folder: Path):
     st.sampled_from([(256, 4096), (1024, 65536), (4096, 10**6), (65536, 262144)]),
     st.sampled_from([(4, 2), (7, 1), (16, 2)]),
 )
-def test_patches_equal_transformers_at_any_size(size, limits, cut):
+def test_patches_equal_transformers_at_any_size(
+    size: tuple[int, int], limits: tuple[int, int], cut: tuple[int, int]
+) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     options: dict[str, Any] = {"patch_size": cut[0], "merge_size": cut[1], "temporal_patch_size": 2}
@@ -214,7 +216,7 @@ def test_patches_equal_transformers_at_any_size(size, limits, cut):
     assert grid == tuple(want["image_grid_thw"][0])
 
 
-def test_smart_resize_equals_transformers():
+def test_smart_resize_equals_transformers() -> None:
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as theirs
 
     rng = np.random.default_rng(0)
@@ -237,12 +239,12 @@ def test_smart_resize_equals_transformers():
         (np.zeros((0, 4, 3), np.uint8), "got 0x4"),
     ],
 )
-def test_other_pictures_raise(processor: Processor, pixels: np.ndarray, message: str):
+def test_other_pictures_raise(processor: Processor, pixels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cut_patches(pixels, processor.pictures)
 
 
-def test_messages_are_left_as_they_were(processor: Processor):
+def test_messages_are_left_as_they_were(processor: Processor) -> None:
     messages = [{"role": "user", "content": [text_part("a"), image_part(64, 64)]}]
     pixels = messages[0]["content"][1]["image"].copy()
     encode(processor, messages, add_generation_prompt=True)
@@ -259,13 +261,15 @@ def test_messages_are_left_as_they_were(processor: Processor):
         ("look: <|video_pad|>", "got a video token"),
     ],
 )
-def test_messages_that_cannot_be_encoded_raise(processor: Processor, content: Any, message: str):
+def test_messages_that_cannot_be_encoded_raise(
+    processor: Processor, content: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         encode(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("answer", ["<answer>up</answer>", "", "\n\n two lines\n", " up", "图"])
-def test_example_is_the_prompt_and_then_the_answers_own_tokens(folder: Path, answer: str):
+def test_example_is_the_prompt_and_then_the_answers_own_tokens(folder: Path, answer: str) -> None:
     processor = load_processor(folder)
     alone = encode_answer(processor, answer)
     assert alone[-1] in processor.eos_ids
@@ -281,7 +285,7 @@ def test_example_is_the_prompt_and_then_the_answers_own_tokens(folder: Path, ans
         assert len(example.pictures) == len(prompt.pictures)
 
 
-def test_thinking_prefix_is_part_of_the_prompt(tmp_path: Path):
+def test_thinking_prefix_is_part_of_the_prompt(tmp_path: Path) -> None:
     write_processor_folder(tmp_path, chat_template=THINKING_TEMPLATE)
     processor = load_processor(tmp_path)
     example, length = encode_example(processor, CONVERSATIONS["text"], "up")
@@ -297,13 +301,15 @@ def test_thinking_prefix_is_part_of_the_prompt(tmp_path: Path):
         ("assistant\\n<think></think><think>", True),
     ],
 )
-def test_a_prompt_that_ends_inside_a_thought_is_known(tmp_path: Path, start: str, is_open: bool):
+def test_a_prompt_that_ends_inside_a_thought_is_known(
+    tmp_path: Path, start: str, is_open: bool
+) -> None:
     template = CHAT_TEMPLATE.replace("assistant\\n'", f"{start}'")
     write_processor_folder(tmp_path, chat_template=template)
     assert load_processor(tmp_path).opens_thought == is_open
 
 
-def test_decode_drops_special_and_unknown_tokens(processor: Processor):
+def test_decode_drops_special_and_unknown_tokens(processor: Processor) -> None:
     tokens = encode_answer(processor, "up, down")
     beyond = len(processor.tokenizer) + 100
     noisy = np.concatenate([[processor.pad_id], tokens, [beyond, processor.pad_id]])
@@ -312,7 +318,7 @@ def test_decode_drops_special_and_unknown_tokens(processor: Processor):
     assert decode(processor, []) == ""
 
 
-def test_ids(plain_folder: Path, processor: Processor):
+def test_ids(plain_folder: Path, processor: Processor) -> None:
     vocabulary = processor.tokenizer.get_vocab()
     assert processor.image_token_id == vocabulary["<|image_pad|>"]
     assert processor.banned_ids == (vocabulary["<|image_pad|>"], vocabulary["<|video_pad|>"])
@@ -322,7 +328,7 @@ def test_ids(plain_folder: Path, processor: Processor):
     assert processor.table_side == 8
 
 
-def test_processor_survives_pickling(processor: Processor):
+def test_processor_survives_pickling(processor: Processor) -> None:
     again = pickle.loads(pickle.dumps(processor))
     messages = CONVERSATIONS["several"]
     assert_same(
@@ -348,7 +354,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json"])
-def test_template_places(tmp_path: Path, place: str):
+def test_template_places(tmp_path: Path, place: str) -> None:
     write_processor_folder(tmp_path)
     if place == "tokenizer_config.json":
         (tmp_path / "chat_template.jinja").unlink()
@@ -358,7 +364,7 @@ def test_template_places(tmp_path: Path, place: str):
     assert load_processor(tmp_path).chat_template == THINKING_TEMPLATE
 
 
-def test_nested_processor_file_wins(tmp_path: Path):
+def test_nested_processor_file_wins(tmp_path: Path) -> None:
     write_processor_folder(tmp_path)
     nested = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"resample": 2}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
@@ -370,7 +376,7 @@ def test_nested_processor_file_wins(tmp_path: Path):
         load_processor(tmp_path)
 
 
-def test_bare_pixel_limits_override_the_size(tmp_path: Path):
+def test_bare_pixel_limits_override_the_size(tmp_path: Path) -> None:
     write_processor_folder(tmp_path)
     edit(tmp_path / "preprocessor_config.json", min_pixels=2048, max_pixels=4096)
     ours = load_processor(tmp_path).pictures
@@ -379,7 +385,7 @@ def test_bare_pixel_limits_override_the_size(tmp_path: Path):
     assert (theirs["shortest_edge"], theirs["longest_edge"]) == (2048, 4096)
 
 
-def test_rescale_and_resample_of_the_file_are_followed(tmp_path: Path):
+def test_rescale_and_resample_of_the_file_are_followed(tmp_path: Path) -> None:
     write_processor_folder(tmp_path)
     edit(tmp_path / "preprocessor_config.json", rescale_factor=1 / 128, resample=2)
     pixels = picture(50, 90)
@@ -388,7 +394,7 @@ def test_rescale_and_resample_of_the_file_are_followed(tmp_path: Path):
     np.testing.assert_array_equal(patches, want)
 
 
-def test_end_tokens_come_from_generation_config_then_config_then_tokenizer(tmp_path: Path):
+def test_end_tokens_come_from_generation_config_then_config_then_tokenizer(tmp_path: Path) -> None:
     ids = write_processor_folder(tmp_path)
     end, text_end = ids["<|im_end|>"], ids["<|endoftext|>"]
     edit(tmp_path / "generation_config.json", eos_token_id=end)
@@ -402,7 +408,7 @@ def test_end_tokens_come_from_generation_config_then_config_then_tokenizer(tmp_p
 
 def test_a_prompt_is_never_truncated_even_where_the_file_asks_for_it(
     tmp_path: Path, processor: Processor
-):
+) -> None:
     write_processor_folder(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     limit = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -411,7 +417,7 @@ def test_a_prompt_is_never_truncated_even_where_the_file_asks_for_it(
     assert_same(got, encode(processor, CONVERSATIONS["text"], add_generation_prompt=True))
 
 
-def test_a_plain_fast_tokenizer_will_do(tmp_path: Path):
+def test_a_plain_fast_tokenizer_will_do(tmp_path: Path) -> None:
     write_processor_folder(tmp_path)
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     processor = load_processor(tmp_path)
@@ -425,7 +431,7 @@ def test_a_plain_fast_tokenizer_will_do(tmp_path: Path):
     ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"],
 )
 @pytest.mark.parametrize("state", ["missing", "broken", "no object"])
-def test_missing_and_broken_files_raise(tmp_path: Path, name: str, state: str):
+def test_missing_and_broken_files_raise(tmp_path: Path, name: str, state: str) -> None:
     write_processor_folder(tmp_path)
     if state == "missing":
         (tmp_path / name).unlink()
@@ -457,7 +463,7 @@ def test_missing_and_broken_files_raise(tmp_path: Path, name: str, state: str):
 )
 def test_wrong_fields_raise(
     tmp_path: Path, name: str, changes: dict[str, Any], message: str | None
-):
+) -> None:
     write_processor_folder(tmp_path)
     edit(tmp_path / name, **changes)
     if message is None:  # this tokenizer class has a pad token of its own
@@ -467,14 +473,14 @@ def test_wrong_fields_raise(
         load_processor(tmp_path)
 
 
-def test_no_template_raises(tmp_path: Path):
+def test_no_template_raises(tmp_path: Path) -> None:
     write_processor_folder(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"chat template: not found, want chat_template\.jinja"):
         load_processor(tmp_path)
 
 
-def test_a_tokenizer_without_the_image_token_raises(tmp_path: Path):
+def test_a_tokenizer_without_the_image_token_raises(tmp_path: Path) -> None:
     write_processor_folder(tmp_path)
     content = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(content.replace("<|image_pad|>", "<|image|>"))

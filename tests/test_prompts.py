@@ -1,6 +1,7 @@
 """Prompts agree with the parser, the renderer and each other."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from mgsd_jax.evaluation import rules
 TASKS = tuple(ENVS)
 
 
-def board(task: str, seed: int = 0, level: int = 5):
+def board(task: str, seed: int = 0, level: int = 5) -> Any:
     return ENVS[task].generate(np.random.default_rng(seed), level)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -11,10 +11,10 @@ import pytest
 
 import mgsd_jax
 from mgsd_jax import config as c
-from mgsd_jax.data import loaders, splits
+from mgsd_jax.data import batching, loaders, splits
 from mgsd_jax.data import records as records_lib
 from mgsd_jax.data.encoder import Encoder
-from mgsd_jax.data.processor import load_processor
+from mgsd_jax.data.processor import Encoded, load_processor
 from mgsd_jax.data.prompts import BUILT_IN
 from mgsd_jax.data.segments import decode
 from mgsd_jax.envs import ENVS
@@ -42,18 +42,29 @@ MIXTURE: Any = (
 )
 
 
-def same(a, b) -> bool:
+def same(a: Any, b: Any) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
-def records(mixture=MIXTURE, batch_size=4, seed=0, **options):
+def records(
+    mixture: Sequence[tuple[str, float]] = MIXTURE,
+    batch_size: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> loaders.Loader[tuple[Encoded, int], batching.GroundingBatch]:
     return loaders.grounding_loader(
         BOARDS, ENCODER, mixture=mixture, batch_size=batch_size, seed=seed, **options
     )
 
 
-def prompts(batch_size: int, context: c.TeacherContext = "state", rollouts=1, seed=0, **options):
+def prompts(
+    batch_size: int,
+    context: c.TeacherContext = "state",
+    rollouts: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> loaders.Loader[loaders.PromptExample, loaders.PromptRows]:
     return loaders.prompt_loader(
         BOARDS,
         ENCODER,

@@ -75,11 +75,6 @@ class Result:
     def fits(self, chip: Chip) -> bool:
         return self.total is not None and self.total <= chip.hbm_gib
 
-    def verdict(self, chip: Chip) -> str:
-        if self.compiled.error is not None:
-            return "compiler fault"
-        return f"{'fits' if self.fits(chip) else 'does not fit'} ({self.total:.2f} GiB)"
-
 
 @dataclasses.dataclass(frozen=True)
 class Typical:

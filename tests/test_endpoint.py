@@ -8,9 +8,9 @@ import http.server
 import io
 import json
 import pathlib
-import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,6 +51,13 @@ def completion(text: Any, finish: Any = "stop", **changes: Any) -> Reply:
         "usage": {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8},
     }
     return 200, "application/json", json.dumps(body | changes).encode()
+
+
+class Absent(types.ModuleType):
+    """A package that is not installed, to be imported when it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {self.__name__}")
 
 
 def always(reply: Reply) -> Callable[[dict[str, Any], int], Reply]:
@@ -517,7 +524,7 @@ def test_what_cannot_be_reached_or_used_is_said(
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="OPENAI_API_KEY: not found in the environment"):
         evaluate.run(make_config("https://api.example.com/v1"), str(tmp_path))
-    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.setattr(endpoint, "openai", Absent("openai"))
     with pytest.raises(ValueError, match=r"pip install 'mgsd_jax\[endpoint\]'"):
         evaluate.run(make_config(server.url), str(tmp_path))
 

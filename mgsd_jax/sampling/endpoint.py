@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epy
 from PIL import Image
 
 from mgsd_jax import config as config_lib
@@ -29,8 +30,10 @@ from mgsd_jax.config import EvaluateConfig
 from mgsd_jax.data.prompts import Message
 from mgsd_jax.evaluation.scoring import Answer
 
-if TYPE_CHECKING:  # an extra, which takes half a second: imported where an endpoint is asked
+with epy.lazy_imports():  # an extra, which takes half a second
     import openai
+
+if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
 
 # What servers say of an answer that is whole, and of one that was cut off.
@@ -99,7 +102,7 @@ def connect(settings: EvaluateConfig) -> "openai.AsyncOpenAI":
     Raises ValueError if the package or the key is missing, or if a setting holds the key.
     """
     try:
-        import openai
+        _ = openai.AsyncOpenAI
     except ImportError:
         raise ValueError(
             "evaluate.endpoint: package openai not found; pip install 'mgsd_jax[endpoint]'"
@@ -187,8 +190,6 @@ def served_models(settings: EvaluateConfig) -> tuple[str, ...]:
         async with client, asyncio.timeout(settings.endpoint_seconds):
             return tuple(_clean(model.id, settings) for model in (await client.models.list()).data)
 
-    import openai
-
     try:
         names = asyncio.run(listed())
     except (openai.APIError, TimeoutError, *_BROKEN, *_OTHER) as error:
@@ -211,8 +212,6 @@ async def ask(
     seed: int,
 ) -> Answer:
     """One answer to one prompt. Raises ValueError for what another try would not mend."""
-    import openai
-
     sent = _parameters(settings, seed)
     chat: Any = [to_chat(message) for message in messages]
     try:

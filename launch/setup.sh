@@ -3,6 +3,9 @@
 # version of pyproject.toml. PYTHON picks the interpreter, EXTRAS the extras (test, tpu, cuda).
 set -euo pipefail
 
+# Containers often set it, and then every start would compile thousands of modules: ten seconds.
+unset PYTHONDONTWRITEBYTECODE
+
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 

@@ -83,14 +83,23 @@ def nano_study() -> Study:
 
 
 def small_study(size: str = "small") -> Study:
-    """The main rows and the best recipe, with and without grounding, on boards of several sizes."""
-    names = ("base", "grounded", "distillation_only", "method", "jsd_only", "jsd")
+    """Grounding, and what distillation is with and without it; the quickstart's recipe.
+
+    On a GPU the published divergence, too.
+    """
+    published = () if size == "small" else ("method",)
+    names = ("base", "grounded", *published, "jsd_only", "jsd", "best_60")
     there = SMALL["SIZES"][size]
-    alone = f"distillation.steps={sum(there.steps)}"  # the updates of both stages
+    both = f"distillation.steps={sum(there.steps)}"  # the updates of both stages
+    half = f"distillation.steps={there.steps[1] // 2}"
+    steps = {"jsd_only": both, "best_60": half}
+    titles = {"best_60": f"The quickstart's recipe, {there.steps[1] // 2} updates"}
 
     def sized(row: StudyRow) -> StudyRow:
-        settings = [alone if s.startswith("distillation.steps=") else s for s in row.settings]
-        return dataclasses.replace(row, group="main", settings=tuple(settings))
+        settings = [s for s in row.settings if not s.startswith("distillation.steps=")]
+        settings += [steps[row.name]] if row.name in steps else []
+        title = titles.get(row.name, row.title)
+        return dataclasses.replace(row, group="main", title=title, settings=tuple(settings))
 
     found = {row.name: row for row in ROWS}
     rows = tuple(sized(found[name]) for name in names)

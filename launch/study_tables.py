@@ -37,6 +37,8 @@ _PAIRS = (
     ("jsd", "grounding_only"),
     ("jsd", "sft"),
     ("jsd_only", "base"),
+    ("best_60", "base"),
+    ("best_60", "jsd"),
     ("jsd_only", "distillation_only"),
     ("distillation_only", "base"),
     ("distillation_only", "sft"),
@@ -349,7 +351,7 @@ def write_tables(
     models = read_study(study, rows)
     base = models["base"]
     # The base has one run, and is the same whatever the seed of what it is compared with.
-    seeds = [run.seed for run in models.get("method", base).runs]
+    seeds = sorted({run.seed for model in models.values() for run in model.runs})
     runs = tuple(dataclasses.replace(base.runs[0], seed=seed) for seed in seeds)
     seeded = {**models, "base": dataclasses.replace(base, runs=runs)}
     parts = ["## Main rows\n", main_table([m for m in models.values() if m.group == "main"], base)]

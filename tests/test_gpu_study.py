@@ -49,7 +49,7 @@ def config_of(argv: Sequence[str]) -> Config:
 def test_lanes_hold_every_part_of_the_study_once(size: str) -> None:
     of = studies.small_study(size)
     lanes = gpu_study.lanes(of, STUDY)
-    assert [*lanes] == ["first", "base", "distillation_only", "method", "jsd_only", "jsd"]
+    assert [*lanes] == ["first", "base", "method", "jsd_only", "jsd", "best_60"]
     names = [part.name for parts in lanes.values() for part in parts]
     assert len(set(names)) == len(names)
     wanted = [argv for row in of.rows for argv in studies.commands(of, row, 0, STUDY)]
@@ -60,9 +60,15 @@ def test_lanes_hold_every_part_of_the_study_once(size: str) -> None:
     for argv in wanted:
         is_asked = "--stage=evaluate" in argv
         assert config_of(argv).data.source == ("folder" if is_asked else "stream")
-    alone = [lanes[name][0] for name in ("distillation_only", "jsd_only")]
-    steps = {config_of(part.argv).distillation.steps for part in alone}
-    assert steps == {sum(studies.SMALL["SIZES"][size].steps)}
+    before, after = studies.SMALL["SIZES"][size].steps
+    wanted_steps = {
+        "method": after,
+        "jsd_only": before + after,
+        "jsd": after,
+        "best_60": after // 2,
+    }
+    for name, steps in wanted_steps.items():
+        assert config_of(lanes[name][0].argv).distillation.steps == steps, name
 
 
 def test_the_model_of_a_gpu_has_10_to_30_million_parameters(tmp_path: pathlib.Path) -> None:
@@ -105,7 +111,7 @@ def test_a_toy_is_stopped_runs_through_and_is_then_done(tmp_path: pathlib.Path) 
     assert code == 0, said
     found = json.loads((tmp_path / "gpu_study.json").read_text())
     assert found["left"] == [] and len(found["wall_seconds"]) == 2
-    rows = ["base", "grounded", "distillation_only", "method", "jsd_only", "jsd"]
+    rows = ["base", "grounded", "method", "jsd_only", "jsd", "best_60"]
     assert sorted(found["success"]) == sorted(rows)
     assert all(sorted(kinds) == ["held_out", "trained"] for kinds in found["success"].values())
     assert "## Main rows" in said and "## Elsewhere: held_out" in said

@@ -242,6 +242,16 @@ def test_tables_hold_the_means_over_seeds(tmp_path: pathlib.Path) -> None:
     assert sum(part.tag.endswith("line") for part in drawing.iter()) == len(lines) + 6  # the grid
 
 
+def test_a_difference_to_the_base_is_over_every_seed(tmp_path: pathlib.Path) -> None:
+    """Whichever rows have been run: the base has one run, and stands beside each of theirs."""
+    for name, rights in (("base", [4]), ("jsd", [14, 16, 18])):
+        for seed, right in enumerate(rights):
+            write_run(tmp_path, name, seed, right)
+    text = tables.write_tables(tmp_path, ROWS, [])
+    (line,) = [line for line in text.splitlines() if "Jensen-Shannon − Base" in line]
+    assert "| +60.0 (" in line
+
+
 def test_an_ablation_of_several_seeds_stands_beside_the_method_with_all_of_its_own(
     tmp_path: pathlib.Path,
 ) -> None:

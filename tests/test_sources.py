@@ -131,6 +131,15 @@ def test_epochs_and_seeds_differ() -> None:
     assert not same(next(records(seed=0)), next(records(seed=1)))
 
 
+def test_a_batch_may_be_one_row() -> None:
+    single, pair = records(batch_size=1), next(records(batch_size=2))
+    for row in range(2):
+        one, width = next(single), pair.inputs.tokens.shape[1]
+        assert one.inputs.tokens.shape == (1, width)
+        np.testing.assert_array_equal(one.inputs.tokens[0], pair.inputs.tokens[row])
+    assert len(next(prompts(batch_size=1)).boards) == 1
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_batch_of_all_processes_is_the_batch_of_one(count: int) -> None:
     """Rows in order, over two epochs; each process makes its own alone; any may resume as any."""

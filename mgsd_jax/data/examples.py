@@ -88,7 +88,10 @@ def make_examples(
         raise ValueError("boards: got none, want at least one to train on")
     if batch_size % count:
         raise ValueError(f"batch_size: got {batch_size}, want a multiple of {count} processes")
-    examples = grain.MapDataset.source(boards).seed(seed).shuffle().repeat().random_map(example)
+    # As good as endless. grain's own endless repetition has one example too many for batches of one.
+    epochs = (1 << 62) // len(boards)
+    shuffled = grain.MapDataset.source(boards).seed(seed).shuffle().repeat(epochs)
+    examples = shuffled.random_map(example)
     if arrange is not None:
         examples = grain.MapDataset.source(arrange(cast(Any, examples)))
     if count > 1:

@@ -88,7 +88,7 @@ def make_examples(
         raise ValueError("boards: got none, want at least one to train on")
     if batch_size % count:
         raise ValueError(f"batch_size: got {batch_size}, want a multiple of {count} processes")
-    # As good as endless. grain's own endless repetition has one example too many for batches of one.
+    # As good as endless; grain's own endless repetition is one too long for batches of one.
     epochs = (1 << 62) // len(boards)
     shuffled = grain.MapDataset.source(boards).seed(seed).shuffle().repeat(epochs)
     examples = shuffled.random_map(example)

@@ -278,13 +278,24 @@ def test_help_and_score(tmp_path: pathlib.Path) -> None:
     assert done.stdout.splitlines()[-1] == f"{count} rows, 1 mismatches"
 
 
-def test_a_start_imports_no_extra() -> None:
-    """Each would take half a second or more of every start."""
-    extras = ("openai", "wandb", "trackio", "gcsfs", "google.cloud.storage")
-    code = f"import sys, mgsd_jax.main; print([m for m in {extras!r} if m in sys.modules])"
+# Runs the program and says, at its end, which extras it imported and whether garbage is collected.
+STARTED = """
+import atexit, gc, runpy, sys
+extras = ("openai", "wandb", "trackio", "gcsfs", "google.cloud.storage")
+say = lambda: print([name for name in extras if name in sys.modules], gc.isenabled(), flush=True)
+atexit.register(say)
+sys.argv = ["mgsd_jax", "--stage=score", "--input=/nowhere/rows.jsonl"]
+runpy.run_module("mgsd_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_start_imports_no_extra_and_collects_garbage_afterwards() -> None:
+    """Each extra would take half a second or more of every start."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.stdout == b"[]\n", done.stderr
+    command = [sys.executable, "-c", STARTED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "/nowhere/rows.jsonl" in done.stderr
+    assert done.stdout == "[] True\n"
 
 
 # Runs the program, and is interrupted in a stage or while it imports one.

@@ -186,8 +186,9 @@ def test_a_moved_workdir_goes_on_from_a_clone(
     want = results(workdir)
     there = tmp_path / "there" / "renamed"
     shutil.copytree(workdir, there)
-    for place in (workdir, installed):
-        place.rename(place.with_name(f"{place.name}_gone"))
+    gone = {place: place.with_name(f"{place.name}_gone") for place in (workdir, installed)}
+    for place, elsewhere in gone.items():
+        place.rename(elsewhere)
     shutil.rmtree(there / "export")
     shutil.rmtree(there / "distillation" / "checkpoints" / "2")
     rows = (there / "evaluate" / "rows.jsonl").read_bytes().splitlines(keepends=True)
@@ -201,7 +202,11 @@ def test_a_moved_workdir_goes_on_from_a_clone(
     (there / "distillation" / "places.json").unlink()
     clone = make_clone(tmp_path / "clone")
     command = [sys.executable, "-c", PROGRAM, there, "distillation,evaluate,export", *FEW]
-    run(command, tmp_path, clone)  # the working directory says nothing
+    try:
+        run(command, tmp_path, clone)  # the working directory says nothing
+    finally:
+        for place, elsewhere in gone.items():
+            elsewhere.rename(place)
     got = results(there)
     assert got.keys() == want.keys()
     assert [name for name in want if got[name] != want[name]] == []

@@ -53,8 +53,8 @@ def fitted(
                 needs += [with_margin(lengths)] if boards is None else lengths
         if name != "patch_buckets":
             needs = [rounded(need) for need in needs]
-        became[name] = spread(needs)
-        logging.info("data.%s=auto is %s here", name, became[name])
+        became[name] = found = spread(needs)
+        logging.info("data.%s=auto is %s here", name, found)
     return dataclasses.replace(encoder, data=dataclasses.replace(encoder.data, **became))
 
 

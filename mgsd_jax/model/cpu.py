@@ -8,7 +8,8 @@ are arrays of their own, the tables of RoPE are made once, and attention's softm
 
 The switch is `Kernel.is_plain`: attention by XLA's own operations, on one device. Two parts are
 also used elsewhere: `attend` wherever no kernel fits, decoding on every device included, and
-`split_layers` for models of few layers on any one device.
+`split_layers` for models of few layers on any one device. `head_parts` asks JAX for its backend:
+losses know of no kernel.
 
 Axes: B batch, T queries, S keys or cache slots, N query heads, K key/value heads, G = N / K,
 X = G * T, H head width, L layers, D width.
@@ -37,6 +38,18 @@ MOST_LAYERS = 8
 _LEAST_BLOCK, _MOST_BLOCKS = 64, 4
 # Finite, so that a row without keys does not become NaN, and so large that it drowns any score.
 _MASKED = -1e30
+
+
+# A product of [V, D] in the head's gradient would be written and read again before it is added; a
+# part of it stays in the cache. Elsewhere matmuls want aligned, large operands, and 64 parts of
+# Qwen3-VL's vocabulary are 2,374 words.
+_HEAD_PARTS = 64
+
+
+def head_parts(words: int) -> int:
+    """In how many parts the gradient of a head [words, D] on one device is added up."""
+    is_cpu = jax.default_backend() == "cpu"
+    return _HEAD_PARTS if is_cpu and words % _HEAD_PARTS == 0 else 1
 
 
 # ----------------------------------------------------------------------------------------- layers

@@ -21,17 +21,13 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mgsd_jax.model import cpu
 from mgsd_jax.parallel import axes
 from mgsd_jax.training.divergences import Shard
 from mgsd_jax.tree import PyTree
 
 # (shard, logits [C, V], rows, shared) -> (loss [C], statistics of [C], gradient [C, V])
 ChunkLoss = Callable[[Shard, jax.Array, PyTree, PyTree], tuple[jax.Array, PyTree, jax.Array]]
-
-# On a CPU the head's gradient takes a chunk's product in parts that stay in the cache: a product of
-# [V, D] would be written and read again before it is added. Elsewhere matmuls want aligned, large
-# operands, and 64 parts of Qwen3-VL's vocabulary are 2,374 words.
-_HEAD_PARTS = 64
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -137,8 +133,7 @@ def _run_part(
     hidden, weights, counted, rows = tokens
     kernel = head.astype(hidden.dtype)  # a float32 master head computes in the hidden's dtype
     packing, trips = _pack(counted, token_chunk, split)
-    is_cpu = not split.tokens and jax.default_backend() == "cpu"
-    head_parts = _HEAD_PARTS if is_cpu and head.shape[0] % _HEAD_PARTS == 0 else 1
+    head_parts = 1 if split.tokens else cpu.head_parts(head.shape[0])
 
     def body(i: jax.Array, state: PyTree) -> PyTree:
         d_hidden, d_head, packed = state

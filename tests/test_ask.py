@@ -28,7 +28,8 @@ from mgsd_jax.workdir import stage_folder
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = pathlib.Path(mgsd_jax.__file__).parent / "assets" / "nano_base"
 NANO = command_line.load_config(str(ROOT / "configs" / "nano.py"), [])
-LEVELS = {"frozenlake": 4, "maze": 3, "minibehaviour": 5, "sokoban": 6}
+LEVELS = {task: env.nearest_level(6) for task, env in ENVS.items()}
+LEVELS |= {"frozenlake": 4, "maze": 3, "minibehaviour": 5}
 every_task = pytest.mark.parametrize("task", ENVS)
 
 

@@ -186,8 +186,9 @@ def strict(score: scoring.PerceptionScore) -> dict[str, bool]:
 @pytest.mark.parametrize("task", ENVS)
 def test_right_answers_are_strict_and_others_are_right(task: str) -> None:
     """The form that is asked for is right and strict; Markdown around it is right alone."""
-    state = ENVS[task].generate(np.random.default_rng(0), 5)
-    board = Board(task, 5, 0, state, None)
+    level = ENVS[task].nearest_level(5)
+    state = ENVS[task].generate(np.random.default_rng(0), level)
+    board = Board(task, level, 0, state, None)
     answer = prompts.grounding(prompts.BUILT_IN, task, state, np.zeros((8, 8, 3), np.uint8))[1]
     row = scoring.score_perception(board, answer)
     assert all(row["perception"].values()) and all(strict(row).values())
@@ -209,7 +210,9 @@ HARD = [
     *("İ" * 3, "ſ: (0,0)", "<anſwer>R</anſwer>", "1" * 5000 + ". 4x4", "Holes: (1,1" * 50),
 ]
 BOARDS = [
-    Board(task, 5, 0, ENVS[task].generate(np.random.default_rng(1), 5), None) for task in ENVS
+    Board(task, level, 0, env.generate(np.random.default_rng(1), level), None)
+    for task, env in ENVS.items()
+    for level in [env.nearest_level(5)]
 ]
 RIGHT = [
     text

@@ -14,7 +14,8 @@ TASKS = tuple(ENVS)
 
 
 def board(task: str, seed: int = 0, level: int = 5) -> Any:
-    return ENVS[task].generate(np.random.default_rng(seed), level)
+    env = ENVS[task]
+    return env.generate(np.random.default_rng(seed), env.nearest_level(level))
 
 
 @pytest.mark.parametrize("task", TASKS)

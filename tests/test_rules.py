@@ -454,7 +454,7 @@ def test_twice_the_text_takes_twice_the_time(name: str, piece: str) -> None:
 def make_boards() -> dict[str, tuple[Any, str]]:
     boards = {}
     for task, env in ENVS.items():
-        state = splits.draw(task, 5, "train", seed=0, index=0)
+        state = splits.draw(task, env.nearest_level(5), "train", seed=0, index=0)
         boards[task] = (state, env.to_text(state, split="train", index=0, seed=0))
     return boards
 
@@ -466,10 +466,11 @@ BOARDS = make_boards()
 def test_standard_scores_are_the_outcome(task: str) -> None:
     state, text = BOARDS[task]
     plan = ENVS[task].shortest_plan(state)
-    score = rules.score_text("standard", task, text, answer(", ".join(plan)))
+    spelled = [ENVS[task].actions[action] for action in plan]
+    score = rules.score_text("standard", task, text, answer(", ".join(spelled)))
     assert score["success"] and score["optimal"] and score["reason"] == "success"
     assert score["steps"] == len(plan) and score["progress"] == 1.0
-    for response in (answer("U,U"), answer("U x"), "U", answer(",".join(plan[:-1]))):
+    for response in (answer("U,U"), answer("U x"), "U", answer(",".join(spelled[:-1]))):
         outcome = dataclasses.asdict(rules.judge(state, task, response))
         states = {"state_f1": 0.0, "state_exact": False, "contradicted": []}
         assert rules.score_text("standard", task, text, response) == outcome | states

@@ -77,7 +77,7 @@ def test_a_plan_has_its_tokens_though_its_first_one_begins_in_the_tag(
 @pytest.mark.parametrize("task", ENVS)
 def test_every_action_of_a_right_response_is_in_the_plan(real: Processor, task: str) -> None:
     for seed in range(20):
-        state = ENVS[task].generate(np.random.default_rng(seed), 5)
+        state = ENVS[task].generate(np.random.default_rng(seed), ENVS[task].nearest_level(5))
         plan = ENVS[task].shortest_plan(state)
         pieces, groups = groups_of(real, prompts.response(task, state, plan))
         in_plan = [piece for piece, group in zip(pieces, groups, strict=True) if group == PLAN]

@@ -112,10 +112,10 @@ def state_tokens(tasks: Sequence[str], words: Prompts = BUILT_IN) -> list[str]:
     ends: dict[str, None] = {}
     actions: dict[str, None] = {}
     for env in map(words.env, tasks):
-        state = env.generate(rng, max(4, env.levels[0]))
+        state = env.generate(rng, env.nearest_level(4))
         for number, line in enumerate(env.describe(state).split("\n")):
             label, colon, value = line.partition(":")
-            if colon and label[0].isalpha():  # not a line about a cell
+            if colon and label[:1].isalpha():  # not a line about a cell
                 labels[("\n" if number else "") + label + (":" if value else ":\n")] = None
         _, *between, end = re.split(r" ?(?:\(\d+,\d+\) ?)+", env.wording.route)
         joints.update(dict.fromkeys(between))
@@ -135,7 +135,7 @@ def constant_text(tasks: Sequence[str], words: Prompts = BUILT_IN) -> list[str]:
     pieces: dict[str, None] = {}
     for env in map(words.env, tasks):
         pieces.update(dict.fromkeys(prompts_lib.passages(env).values()))
-        state = env.generate(rng, max(4, env.levels[0]))
+        state = env.generate(rng, env.nearest_level(4))
         for i, question in enumerate(env.questions(state), 1):
             asked = prompts_lib.ask(i, question)
             pieces[asked + "\n"] = None

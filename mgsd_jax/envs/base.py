@@ -8,12 +8,14 @@ Cells are (row, column), counted from 0 at the top left corner.
 """
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 
-from mgsd_jax.envs import files, search
+from mgsd_jax.envs import files, plans, search
 from mgsd_jax.envs.files import FileFormat
 from mgsd_jax.envs.search import Cell, Paths, Plan, Run, grid_cells
 
@@ -128,7 +130,8 @@ class Env(Generic[State]):
     file: FileFormat[State]
     # What not every task has:
     has_sides: bool = False  # facts name the open sides of cells
-    words: Mapping[str, str] = dataclasses.field(default_factory=dict)  # 'GRAB' -> action
+    # More words for actions, such as 'GRAB'; letters of any case.
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
     route: Callable[[Plan, Sequence[Cell]], str] = cells_route  # of a legal plan and its cells
     map_lines: Callable[[State], tuple[str, ...]] = lambda state: ()  # end of the board as text
     even_options: Mapping[str, float] = dataclasses.field(default_factory=dict)  # see splits.py
@@ -136,13 +139,44 @@ class Env(Generic[State]):
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.wording.route.startswith(ROUTE_START):
+        route, answer = self.wording.route, self.wording.answer
+        if not self.levels or self.levels[0] < 1:
+            raise ValueError(f"{self.name}: levels: got {self.levels}, want sizes from 1 up")
+        if not route.startswith(ROUTE_START):
             raise ValueError(
-                f"{self.name}: route: got {self.wording.route!r}, want it to begin {ROUTE_START!r}"
+                f"{self.name}: wording.route: got {route!r}, want it to begin {ROUTE_START!r}"
+            )
+        if not re.search(r"\(\d+,\d+\)", route):
+            raise ValueError(
+                f"{self.name}: wording.route: got {route!r}, want it to name a cell, as (0,1)"
             )
         unknown = set(self.words.values()) - self.actions.keys()
         if unknown:
             raise ValueError(f"{self.name}: words: got actions {unknown}, want {[*self.actions]}")
+        for plan in (*((action,) for action in self.actions), (*self.actions,)):
+            self._check_reads("actions", self.spell(plan), plan)
+        for word, action in self.words.items():
+            self._check_reads("words", word, (action,))
+        if not self.read(answer)[0]:
+            raise ValueError(
+                f"{self.name}: wording.answer: got {answer!r}, want a plan of "
+                f"{[*self.actions.values()]}"
+            )
+
+    def _check_reads(self, field: str, text: str, plan: Plan) -> None:
+        """Raises ValueError unless a text in an answer block is read as this plan."""
+        read, unread = self.read(text)
+        if read != plan:
+            got = f"reads as {[*read]}" if unread is None else f"has {unread!r}, which is no action"
+            raise ValueError(
+                f"{self.name}: {field}: got {text!r} for {[*plan]}, which {got}; want for each "
+                "action a word of the letters A to Z, or a digit for every one, no two alike in "
+                "any case"
+            )
+
+    def nearest_level(self, level: int) -> int:
+        """The level that is nearest to one that the env may lack."""
+        return min(self.levels, key=lambda other: abs(other - level))
 
     def check_level(self, level: int) -> None:
         """Raises ValueError for a level that the env does not have."""
@@ -204,8 +238,22 @@ class Env(Generic[State]):
 
     def spell(self, plan: Plan) -> str:
         """The plan as it stands in an answer block: `UUR`, or `U,PICK,R,DROP`."""
-        is_letters = all(len(word) == 1 for word in self.actions.values())
-        return ("" if is_letters else ",").join(self.actions[action] for action in plan)
+        return self._joint.join(self.actions[action] for action in plan)
+
+    def read(self, text: str) -> tuple[Plan, str | None]:
+        """The plan that a text states and None, or () and the first thing that is none of it."""
+        return plans.read_plan(text, self._notation)
+
+    @functools.cached_property
+    def _notation(self) -> plans.Notation:
+        return plans.notation(self.actions, self.words)
+
+    @functools.cached_property
+    def _joint(self) -> str:
+        """What stands between two actions: nothing where a run of letters can be no other word."""
+        letters = {spelling.upper() for spelling in self.actions.values()}
+        is_word = any(len(word) > 1 and set(word) <= letters for word in self._notation.words)
+        return "," if is_word or any(len(letter) > 1 for letter in letters) else ""
 
     # Words.
 
@@ -404,14 +452,14 @@ def cell_edges(level: int, size: int) -> list[int]:
     return [i * size // level for i in range(level + 1)]
 
 
-def paste_cells(sheets: np.ndarray, kinds: Sequence[Sequence[int]]) -> np.ndarray:
+def paste_cells(sheets: np.ndarray, kinds: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
     """A picture put together from whole-board pictures that each show one kind of cell everywhere.
 
-    sheets: uint8 [kinds, size, size, 3]; kinds: the kind of each cell, by row and column. A cell
-    takes its own square and nothing else, so it never depends on its neighbours.
+    sheets: uint8 [kinds, size, size, 3]; kinds: the kind of each cell, integers or bools [level,
+    level]. A cell takes its own square and nothing else, so it never depends on its neighbours.
     """
     picture, edges = sheets[0].copy(), cell_edges(len(kinds), sheets.shape[1])
-    for r, row in enumerate(kinds):
+    for r, row in enumerate(np.asarray(kinds, int).tolist()):  # a bool would be a mask below
         for c, kind in enumerate(row):
             if kind:
                 square = (slice(edges[r], edges[r + 1]), slice(edges[c], edges[c + 1]))

@@ -6,10 +6,13 @@ arrows alone. Separators mean nothing: white space, punctuation, brackets, quote
 count the items from the first one on (`1.`, `1)`, `Step 1:`) are skipped. Anything else is refused:
 a digit or an arrow read as a move beside words would make another plan of a right one, and so would
 the coordinates of cells, with brackets or without.
+
+Each env has its own actions: `notation` puts their spellings beside the words for moves.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from mgsd_jax.envs.search import Plan
 
@@ -42,33 +45,65 @@ _BARE_CELLS = re.compile(
 _Token = tuple[str, str]  # kind, text
 
 
-def read_plan(text: str, words: Mapping[str, str]) -> tuple[Plan, str | None]:
+class Notation(NamedTuple):
+    """What stands for the actions of an env, each upper-case text -> action."""
+
+    words: Mapping[str, str]
+    letters: Mapping[str, str]  # those of one letter, which also stand in a run (`RRD`)
+    digits: Mapping[str, str]
+    arrows: Mapping[str, str]
+
+
+def notation(actions: Mapping[str, str], words: Mapping[str, str]) -> Notation:
+    """How plans of these actions (action -> spelling) are written, with more words for them.
+
+    Moves have their usual words, digits and arrows too. A task that spells its actions as digits
+    has no others.
+
+    >>> notation({'left': 'L', 'wait': 'w'}, {}).letters
+    {'L': 'left', 'W': 'wait'}
+    """
+
+    def has(signs: Mapping[str, str]) -> dict[str, str]:
+        return {sign: action for sign, action in signs.items() if action in actions}
+
+    own = {spelling.upper(): action for action, spelling in actions.items()}
+    short = {spelling: action for spelling, action in own.items() if len(spelling) == 1}
+    return Notation(
+        {**has(MOVES), **own, **{word.upper(): action for word, action in words.items()}},
+        has(_LETTERS) | {sign: action for sign, action in short.items() if sign.isalpha()},
+        {sign: action for sign, action in short.items() if sign.isdecimal()} or has(_DIGITS),
+        has(_ARROWS),
+    )
+
+
+def read_plan(text: str, known: Notation) -> tuple[Plan, str | None]:
     r"""The plan that a text states and None, or () and the first thing that is no part of a plan.
 
-    `words`: what the task has besides moves, upper-case word -> action.
-
-    >>> read_plan('1. Right\n2. **Down**', {})
+    >>> known = notation({'right': 'R', 'down': 'D'}, {})
+    >>> read_plan('1. Right\n2. **Down**', known)
     (('right', 'down'), None)
-    >>> read_plan('Right (0,1) Down', {})
+    >>> read_plan('Right (0,1) Down', known)
     ((), '(0,1)')
     """
     found = ((match.lastgroup or "", match[0]) for match in _TOKEN.finditer(text))
     tokens = [token for token in found if token[0] != "mark"]
     kinds = {kind for kind, _ in tokens}
     if "word" in kinds:
-        return _read_words([token for token in tokens if token[0] != "link"], {**MOVES, **words})
+        return _read_words([token for token in tokens if token[0] != "link"], known)
     bare = None if "cell" in kinds else _BARE_CELLS.match(text)
     if bare:
         return (), bare[1]
-    return _read_signs(tokens, _DIGITS if kinds & {"number", "cell", "digits"} else _ARROWS)
+    has_digits = kinds & {"number", "cell", "digits"}
+    return _read_signs(tokens, known.digits if has_digits else known.arrows)
 
 
-def _read_words(tokens: Sequence[_Token], words: Mapping[str, str]) -> tuple[Plan, str | None]:
+def _read_words(tokens: Sequence[_Token], known: Notation) -> tuple[Plan, str | None]:
     plan: list[str] = []
     items = 0
     for place, (kind, token) in enumerate(tokens):
         if kind == "word":
-            actions = _read_word(token, words)
+            actions = _read_word(token, known)
             if not actions:
                 return (), token
             plan += actions
@@ -86,12 +121,13 @@ def _read_words(tokens: Sequence[_Token], words: Mapping[str, str]) -> tuple[Pla
     return tuple(plan), None
 
 
-def _read_word(token: str, words: Mapping[str, str]) -> Plan:
+def _read_word(token: str, known: Notation) -> Plan:
     """The actions of a word or of a run of letters, () where it is neither on this task."""
     word = " ".join(token.upper().split())
-    if word in words:
-        return (words[word],)
-    return tuple(_LETTERS[letter] for letter in word) if set(word) <= _LETTERS.keys() else ()
+    if word in known.words:
+        return (known.words[word],)
+    is_run = set(word) <= known.letters.keys()
+    return tuple(known.letters[letter] for letter in word) if is_run else ()
 
 
 def _read_signs(tokens: Sequence[_Token], moves: Mapping[str, str]) -> tuple[Plan, str | None]:

@@ -1,7 +1,7 @@
 """The three rule sets that score a response on a board.
 
 'standard' is ours and the only one that training, validation and evaluation use: it reads the last
-answer block (`plans.read_plan`), then plays the plan (`Env.play`). 'upstream_reward' and
+answer block (`Env.read`), then plays the plan (`Env.play`). 'upstream_reward' and
 'upstream_eval' reproduce the two scorers of the public MGSD release; see upstream_scores.py.
 """
 
@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 from mgsd_jax.envs import ENVS, AnyState, facts, find
 from mgsd_jax.envs.base import Outcome
-from mgsd_jax.envs.plans import read_plan
 from mgsd_jax.envs.responses import answer_span, without_thoughts
 from mgsd_jax.envs.search import Plan
 from mgsd_jax.evaluation.upstream import read_fields
@@ -44,7 +43,7 @@ def parse_plan(response: str, task: str, *, lenient: bool = False) -> ParsedPlan
     if span is None and not lenient:
         return ParsedPlan((), False, "no_answer", None)
     text = without_thoughts(response)[slice(*(span or (None,)))]
-    plan, invalid = read_plan(text, env.words)
+    plan, invalid = env.read(text)
     return ParsedPlan(plan, invalid is None, None if invalid is None else "invalid_token", invalid)
 
 

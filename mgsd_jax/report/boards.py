@@ -123,14 +123,14 @@ def card(pick: Pick, number: int) -> Markup:
     plan = ENVS[task].shortest_plan(state)
     drawing = _drawing(image, task, state, plan, "hint", f"{title}: a shortest route")
     panels: list[tuple[object, ...]] = [
-        ("shortest", drawing, _actions(len(plan)), _arrows(plan), None, 0)
+        ("shortest", drawing, _actions(len(plan)), _arrows(task, plan), None, 0)
     ]
     use = tag("use", href=f"#board{number}")
     for model, row in pick.rows.items():
         words, plan, name = outcome_words(row), tuple(row["plan"]), model_label(model)
         style = "good" if row["outcome"]["success"] else "bad"
         drawing = _drawing(use, task, state, plan, style, f"{title}, plan of {name}: {words}")
-        panels.append((name, drawing, words, _arrows(plan), row, RESPONSE_LIMIT))
+        panels.append((name, drawing, words, _arrows(task, plan), row, RESPONSE_LIMIT))
     return write("card", title, pick.why, panels)
 
 
@@ -163,8 +163,10 @@ def _actions(count: int) -> str:
     return f"{count} action{'' if count == 1 else 's'}"
 
 
-def _arrows(plan: Plan) -> str:
-    return " ".join(_ARROWS.get(action, action.upper()) for action in plan) if plan else "no plan"
+def _arrows(task: str, plan: Plan) -> str:
+    """The plan with an arrow for a move, and any other action as an answer spells it."""
+    signs = {**ENVS[task].actions, **_ARROWS}
+    return " ".join(signs.get(action, action.upper()) for action in plan) if plan else "no plan"
 
 
 def _drawing(image: Markup, task: str, state: Sized, plan: Plan, style: str, alt: str) -> Markup:
@@ -185,7 +187,8 @@ def route(task: str, state: Sized, plan: Plan, style: str) -> Markup:
     moves, hands = [], []
     for action, here, there in zip(plan, cells, cells[1:], strict=False):
         if action not in DELTAS:
-            hands.append((_centre(here, unit), action[0].upper()))
+            word = env.actions[action]
+            hands.append((_centre(here, unit), word if len(word) < 3 else word[0]))
         elif here != there:
             moves.append((action, _centre(there, unit)))
     # The action that was refused leaves no cell in the trace: it is drawn as a stub.
@@ -246,7 +249,7 @@ def _ends(
     width: float,
     colour: str,
 ) -> list[Markup]:
-    """A ring at the start, letters at pick and drop, and a disc or a cross at the end."""
+    """A ring at the start, letters at what is no move, and a disc or a cross at the end."""
     last = [tag("circle", r=size, fill=colour, stroke=_INK, stroke_width=1.5)]
     if not is_solved:
         arms = f"M{-size:.1f} {-size:.1f} {size:.1f} {size:.1f}"

@@ -1,0 +1,138 @@
+"""An env of one's own: what its plans may look like, and what is refused in one line."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgsd_jax.envs import ENVS, base
+
+MAZE = ENVS["maze"]
+MOVES = ("up", "down", "left", "right")
+
+
+def spelled(actions: Mapping[str, str], words: Mapping[str, str] | None = None) -> base.Env[Any]:
+    """The maze with other actions, which is enough of an env for what is read and written."""
+    answer = next(iter(actions.values()))
+    wording = dataclasses.replace(MAZE.wording, answer=answer)
+    return dataclasses.replace(MAZE, actions=actions, words=words or {}, wording=wording)
+
+
+@pytest.mark.parametrize(
+    ("spellings", "written"),
+    [
+        ("U D L R", "UDLR"),
+        ("n s w e", "nswe"),
+        ("W S A D", "WSAD"),
+        ("D U R L", "DURL"),  # its own letters before those of the moves
+        ("1 2 3 4", "1234"),
+        ("3 1 0 2", "3102"),
+        ("↑ ↓ ← →", "↑↓←→"),
+        ("north south west east", "north,south,west,east"),
+        ("PA PB PC PD", "PA,PB,PC,PD"),
+        ("U D L HOP", "U,D,L,HOP"),
+        ("U P N UP", "U,P,N,UP"),
+    ],
+)
+def test_plans_in_the_spellings_of_an_env_read_back(spellings: str, written: str) -> None:
+    env = spelled(dict(zip(MOVES, spellings.split(), strict=True)))
+    assert env.spell(MOVES) == written
+    rng = np.random.default_rng(0)
+    for length in range(1, 40):
+        plan = tuple(rng.choice(MOVES, size=length).tolist())
+        assert env.read(env.spell(plan)) == (plan, None)
+        assert env.read(env.spell(plan).lower()) == (plan, None)
+        assert env.read(", ".join(env.actions[action] for action in plan)) == (plan, None)
+
+
+def test_a_run_of_letters_that_would_be_another_word_is_written_apart() -> None:
+    env = spelled({"up": "U", "other": "P"})
+    assert env.spell(("up", "other")) == "U,P"  # UP is up
+    assert env.read("U,P") == (("up", "other"), None) and env.read("UP") == (("up",), None)
+    assert spelled({"north": "U", "other": "P"}).spell(("north", "other")) == "UP"
+
+
+def test_words_for_moves_are_those_of_envs_that_have_them() -> None:
+    press = spelled({"press_a": "A", "press_b": "B"}, {"first": "press_a"})
+    assert press.read("A, first, BA") == (("press_a", "press_a", "press_b", "press_a"), None)
+    for text in ("up", "R", "0 1", "→"):
+        assert press.read(text) == ((), text.split()[0])
+    assert spelled({"right": "GO", "wait": "W"}).read("GO, R, W, right") == (
+        ("right", "right", "wait", "right"),
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("actions", "words", "says"),
+    [
+        (
+            {"a": "P1", "b": "P2"},
+            {},
+            r"actions: got 'P1' for \['a'\], which has 'P', which is no action",
+        ),
+        ({"a": "É"}, {}, r"actions: got 'É' for \['a'\], which has 'É', which is no action"),
+        ({"a": "x", "b": "X"}, {}, r"actions: got 'x' for \['a'\], which reads as \['b'\]"),
+        ({"a": "10", "b": "11"}, {}, "actions: got '10'"),
+        (
+            {"a": "A", "b": "1"},
+            {},
+            r"actions: got 'A1' for \['a', 'b'\], which has '1', which is no action",
+        ),
+        ({"a": "(0,1)"}, {}, r"actions: got '\(0,1\)'"),
+        ({"a": "go on"}, {}, "actions: got 'go on'"),
+        ({"a": ""}, {}, "actions: got ''"),
+        (
+            {"up": "U"},
+            {"U1": "up"},
+            r"words: got 'U1' for \['up'\], which has '1', which is no action",
+        ),
+        ({"up": "U", "dig": "D"}, {"u": "dig"}, r"actions: got 'U' for \['up'\], which reads as"),
+        ({"up": "U"}, {"FLY": "fly"}, r"words: got actions \{'fly'\}, want"),
+    ],
+)
+def test_spellings_that_do_not_read_back_are_refused(
+    actions: dict[str, str], words: dict[str, str], says: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^maze: {says}") as caught:
+        spelled(actions, words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"route": "Along (0,0)"}, "wording.route: got 'Along"),
+        ({"route": "I go through the lamps."}, "wording.route: got .* want it to name a cell"),
+        ({"answer": "hop"}, "wording.answer: got 'hop', want a plan of"),
+        ({"answer": ""}, "wording.answer: got '', want a plan of"),
+    ],
+)
+def test_examples_that_cannot_be_read_are_refused(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^maze: {says}"):
+        dataclasses.replace(MAZE, wording=dataclasses.replace(MAZE.wording, **changed))
+
+
+def test_levels_are_sizes_of_boards() -> None:
+    for levels in (range(0, 3), range(4, 4)):
+        with pytest.raises(ValueError, match="maze: levels: got"):
+            dataclasses.replace(MAZE, levels=levels)
+    small, odd = (
+        dataclasses.replace(MAZE, levels=levels) for levels in (range(2, 4), range(3, 9, 2))
+    )
+    assert [small.nearest_level(level) for level in (1, 2, 3, 4)] == [2, 2, 3, 3]
+    assert odd.nearest_level(9) == 7
+    # The tokenizer of a nano model is made from boards of this level: see BUILD.md on its bytes.
+    usual = {name: ENVS[name].nearest_level(4) for name in ("frozenlake", "maze", "minibehaviour")}
+    assert {*usual.values()} == {4} and ENVS["sokoban"].nearest_level(4) == 5
+
+
+def test_kinds_of_cells_may_be_an_array_of_bools() -> None:
+    sheets = np.stack([np.full((16, 16, 3), shade, np.uint8) for shade in (0, 200)])
+    kinds = np.array([[True, False], [False, True]])
+    want = base.paste_cells(sheets, [[1, 0], [0, 1]])
+    assert (base.paste_cells(sheets, kinds) == want).all()
+    assert (base.paste_cells(sheets, kinds.astype(np.int8)) == want).all()
+    assert want[0, 0, 0] == 200 and want[0, 15, 0] == 0

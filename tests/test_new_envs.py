@@ -1,15 +1,20 @@
 """An env of one's own: what its plans may look like, and what is refused in one line."""
 
 import dataclasses
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mgsd_jax.envs import ENVS, base
+from mgsd_jax import command_line
+from mgsd_jax import config as c
+from mgsd_jax.envs import ENVS, base, contract, search
+from mgsd_jax.envs.sokoban import SokobanState
+from mgsd_jax.stages import generate
 
-MAZE = ENVS["maze"]
+MAZE, SOKOBAN = ENVS["maze"], ENVS["sokoban"]
 MOVES = ("up", "down", "left", "right")
 
 
@@ -136,3 +141,115 @@ def test_kinds_of_cells_may_be_an_array_of_bools() -> None:
     assert (base.paste_cells(sheets, kinds) == want).all()
     assert (base.paste_cells(sheets, kinds.astype(np.int8)) == want).all()
     assert want[0, 0, 0] == 200 and want[0, 15, 0] == 0
+
+
+# What the parts of an env have to agree on.
+
+
+@pytest.mark.parametrize("task", ENVS)
+def test_every_env_keeps_the_contract(task: str) -> None:
+    levels = [*ENVS[task].levels]
+    for level in dict.fromkeys((*levels[:3], ENVS[task].nearest_level(7), levels[-1])):
+        for seed in range(3):
+            contract.check(task, level, picture_size=16 * level, seed=seed)
+
+
+def silent_from_facts(size: int, named: base.NamedCells) -> SokobanState:
+    """A from_facts that is content without walls."""
+    return SOKOBAN.from_facts(size, {"wall": (), **named})
+
+
+def untrue(state: SokobanState) -> tuple[base.Question, ...]:
+    size, player, *others = SOKOBAN.questions(state)
+    return (size, dataclasses.replace(player, answer="(0,0)"), *others)
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: word for name, word in SOKOBAN.labels.items() if name not in names}
+
+
+def wrong_paths(**changed: Any) -> Callable[[SokobanState], search.Paths]:
+    return lambda state: SOKOBAN.paths(state)._replace(**changed)
+
+
+def fail(*_: object, **__: object) -> Any:
+    raise ValueError("could not broadcast\ninput array")
+
+
+def other_board(*_: object, **__: object) -> SokobanState:
+    return SOKOBAN.generate(np.random.default_rng(99), 5)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"labels": without("wall")}, r"from_facts: got KeyError \('wall'.*\['walls?'\]\)"),
+    (
+        {"labels": without("wall"), "from_facts": silent_from_facts},
+        r"from_facts: got sokoban:.*of labels name \(questions also have \['wall'\]\)",
+    ),
+    ({"labels": {**SOKOBAN.labels, "lamp": "lamps"}}, r"labels: got no line about \['lamp'\]"),
+    (
+        {"questions": untrue},
+        r"questions: got .* without \[\"\('player', .* and with \[\"\('player'",
+    ),
+    ({"labels": without("wall") | {"Walls": "Walls"}}, r"labels: got no line about \['Walls'\]"),
+    ({"from_facts": other_board}, "from_facts: got sokoban:.*, want sokoban:"),
+    ({"from_facts": fail}, r"from_facts: got ValueError \(could not broadcast input array"),
+    ({"generate": fail}, "generate: got ValueError .* want a board of level 5"),
+    ({"generate": lambda rng, level: SOKOBAN.generate(rng, 6)}, "generate: got size 6"),
+    ({"key": lambda state: "a\nb"}, "key: got"),
+    ({"count": lambda level: 1.5}, "count: got 1.5"),
+    ({"paths": fail}, "paths: got ValueError"),
+    ({"paths": wrong_paths(cells=[(0, 0)])}, r"paths: got successors, distances, cells of \[\d+"),
+    (
+        {"paths": lambda state: SOKOBAN.paths(state)._replace(distances=[1] * 10**4)},
+        "paths: got successors, distances",
+    ),
+    (
+        {
+            "paths": lambda state: SOKOBAN.paths(state)._replace(
+                distances=[d + (d > 1) for d in SOKOBAN.paths(state).distances]
+            )
+        },
+        r"paths: got distance \d+ of node \d+, want \d+ by successors",
+    ),
+    ({"refuse": lambda state, node, action: (None, None)}, r"refuse: got \(None, None\) for"),
+    ({"refuse": lambda state, node, action: (-1, None)}, r"refuse: got \(-1, None\) for"),
+    ({"refuse": lambda state, node, action: (None, "bumped")}, "reasons: got .*'bumped' in words"),
+    ({"reasons": {}}, "reasons: got .*in words"),
+    ({"questions": fail}, "questions: got ValueError"),
+    ({"route": lambda plan, cells: "Along (0,0)."}, "route: got 'Along"),
+    ({"route": lambda plan, cells: "I go through (1,1).\nDone."}, "route: got 'I go"),
+    ({"route": lambda plan, cells: "I go through (1,1). Player: (1,1)."}, "questions: got"),
+    ({"disturb": other_board}, "disturb: got sokoban:"),
+    ({"render": lambda state, size, sprites: np.zeros((size, size))}, "render: got float64"),
+    ({"render": fail}, "render: got ValueError"),
+    (
+        {"file": dataclasses.replace(SOKOBAN.file, read=other_board)},
+        "file: got (ValueError|sokoban)",
+    ),
+    ({"file": dataclasses.replace(SOKOBAN.file, keys=SOKOBAN.file.keys[1:])}, "file: got ValueE"),
+    ({"file": dataclasses.replace(SOKOBAN.file, fields=fail)}, "file: got ValueError"),
+]
+
+
+@pytest.mark.parametrize(("changed", "says"), WRONG)
+def test_an_env_that_contradicts_itself_is_refused_by_name(
+    changed: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVS, "sokoban", dataclasses.replace(SOKOBAN, **changed))
+    with pytest.raises(ValueError, match=f"^sokoban: {says}") as caught:
+        for seed in range(4):  # not every board has a wall
+            contract.check("sokoban", 5, picture_size=80, seed=seed)
+    assert "\n" not in str(caught.value) and ", want " in str(caught.value)
+
+
+def test_a_wrong_env_writes_no_boards(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVS, "maze", dataclasses.replace(MAZE, reasons={"off_board": "left it"}))
+    boards = (c.LevelSet("maze", (3,), train=2, val=1, test=1),)
+    nano = command_line.load_config("nano", [])
+    config = dataclasses.replace(nano, data=dataclasses.replace(nano.data, boards=boards))
+    with pytest.raises(ValueError, match=r"maze: reasons: got .*'hit_wall' in words"):
+        generate.run(config, str(tmp_path))
+    assert not [*tmp_path.iterdir()]

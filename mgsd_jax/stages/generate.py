@@ -31,7 +31,7 @@ from mgsd_jax.data.boards import (
     read_groups,
 )
 from mgsd_jax.data.splits import SHARES, SPLITS, Split, unique_boards
-from mgsd_jax.envs import ENVS, AnyState
+from mgsd_jax.envs import ENVS, AnyState, contract
 from mgsd_jax.workdir import folders, paths
 from mgsd_jax.workdir.progress import Progress, open_progress
 
@@ -43,7 +43,8 @@ def run(config: Config, workdir: str) -> None:
     """Writes the boards of `config.data` to its folder, or checks their pictures if complete.
 
     An interrupted run resumes where it stopped. Raises ValueError for a folder that holds boards
-    of other settings (naming them) or other files, and where a level has too few boards.
+    of other settings (naming them) or other files, where a level has too few boards, and for an
+    env that contradicts itself.
     """
     config = config_lib.resolve(config, workdir)
     data = config.data
@@ -58,6 +59,12 @@ def run(config: Config, workdir: str) -> None:
         check_pictures(root)
         logging.info("%s: boards are complete, nothing to do", root)
         return
+
+    # Nothing is written by an env whose functions contradict each other.
+    for levels in data.boards:
+        for level in levels.levels:
+            size = config_lib.picture_size(data, level)
+            contract.check(levels.task, level, picture_size=size)
 
     # All draws come before the first file: a level with too few boards leaves no folder behind.
     logging.info("generate: draws the boards of %d levels", sum(len(b.levels) for b in data.boards))

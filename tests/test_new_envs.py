@@ -10,8 +10,12 @@ import pytest
 
 from mgsd_jax import command_line
 from mgsd_jax import config as c
+from mgsd_jax.data import prompts
+from mgsd_jax.data.boards import Board
 from mgsd_jax.envs import ENVS, base, contract, search
 from mgsd_jax.envs.sokoban import SokobanState
+from mgsd_jax.evaluation import scoring
+from mgsd_jax.report import boards
 from mgsd_jax.stages import generate
 
 MAZE, SOKOBAN = ENVS["maze"], ENVS["sokoban"]
@@ -247,9 +251,27 @@ def test_a_wrong_env_writes_no_boards(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ENVS, "maze", dataclasses.replace(MAZE, reasons={"off_board": "left it"}))
-    boards = (c.LevelSet("maze", (3,), train=2, val=1, test=1),)
+    few = (c.LevelSet("maze", (3,), train=2, val=1, test=1),)
     nano = command_line.load_config("nano", [])
-    config = dataclasses.replace(nano, data=dataclasses.replace(nano.data, boards=boards))
+    config = dataclasses.replace(nano, data=dataclasses.replace(nano.data, boards=few))
     with pytest.raises(ValueError, match=r"maze: reasons: got .*'hit_wall' in words"):
         generate.run(config, str(tmp_path))
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_report_shows_actions_as_answers_spell_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = ENVS["minibehaviour"]
+    wording = dataclasses.replace(room.wording, answer="U,PA,R,PUT")
+    actions = {**base.MOVES, "pick": "PA", "drop": "PUT"}
+    env = dataclasses.replace(room, actions=actions, words={}, wording=wording)
+    monkeypatch.setitem(ENVS, "minibehaviour", env)
+    state = env.generate(np.random.default_rng(0), 5)
+    text = env.to_text(state, split="test", index=0, seed=0)
+    board = Board("minibehaviour", 5, 0, state, text)
+    response = prompts.response("minibehaviour", state, env.shortest_plan(state))
+    row: Any = scoring.score_row(board, "picture", scoring.Answer(response, False, 1), model="base")
+    assert row["outcome"]["optimal"]
+    row["task_text"] = text
+    shown = str(boards.card(boards.Pick(("minibehaviour", 5, 0), "", {"base": row}), 0))
+    assert " PA " in shown and " PUT" in shown and "PICK" not in shown and "DROP" not in shown
+    assert ">PA</text>" in shown and ">P</text>" in shown

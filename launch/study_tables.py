@@ -44,6 +44,13 @@ _PAIRS = (
     ("distillation_only", "sft"),
     ("distillation_only", "grounding_only"),
 )
+# Of other boards, where every option stands beside the recipe in a table of its own.
+_PAIRS_ELSEWHERE = (
+    ("jsd", "method"),
+    ("jsd", "jsd_only"),
+    ("jsd", "sft"),
+    ("best_60", "sft"),
+)
 _COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
 
 
@@ -373,6 +380,8 @@ def write_tables(
         parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
     for name, there in others.items():
         parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
+        if any(a in there and b in there for a, b in _PAIRS_ELSEWHERE):
+            parts += ["\n", claims(there, _PAIRS_ELSEWHERE)]
     known = frozenset(by_board(base.runs[0].rows))
     for name in unseen:
         with contextlib.suppress(ValueError):

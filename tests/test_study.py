@@ -252,6 +252,16 @@ def test_a_difference_to_the_base_is_over_every_seed(tmp_path: pathlib.Path) -> 
     assert "| +60.0 (" in line
 
 
+def test_differences_elsewhere_are_of_the_same_pairs(tmp_path: pathlib.Path) -> None:
+    for name, right in (("base", 4), ("jsd", 14), ("jsd_only", 12)):
+        for evaluation in ("evaluate", "larger"):
+            write_run(tmp_path, name, 0, right, evaluation=evaluation)
+    there = tables.write_tables(tmp_path, ROWS, ["larger"]).split("## Elsewhere: larger")[1]
+    (line,) = [line for line in there.splitlines() if " − " in line]
+    assert line.startswith("| Grounding, then distillation, Jensen-Shannon − Distillation alone")
+    assert "| +10.0 (" in line
+
+
 def test_an_ablation_of_several_seeds_stands_beside_the_method_with_all_of_its_own(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -5,14 +5,18 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from test_sources import BOARDS, DATA, ENCODER, prompts, records, same
+from test_sources import BOARDS, DATA, ENCODER, PROCESSOR, prompts, records, same
 
+from mgsd_jax import config as config_lib
 from mgsd_jax.checks import ranges
+from mgsd_jax.command_line import load_config
 from mgsd_jax.config import DataConfig
 from mgsd_jax.data import augment as augment_lib
 from mgsd_jax.data.encoder import Encoder
 from mgsd_jax.envs import ENVS
+from mgsd_jax.stages import grounding
 
+NANO = load_config("nano", [])
 CELL = 32
 KINDS: Any = (*augment_lib.CHANGES, "sprites")
 
@@ -65,6 +69,19 @@ def test_light_stays_lighter_than_dark() -> None:
         assert dots[0] @ luma > dots[1] @ luma + 20, seed
         hues.add(int(np.argmax(dots[1] - dots[1].mean())))
     assert hues == {0, 1, 2}, "the blue dot became red, green or blue"
+
+
+def test_a_maze_keeps_its_start_up_to_a_strength_of_four_fifths() -> None:
+    """Where a picture turns bright, the yellow dot is the first thing to fade: into the white."""
+    dot_on_white = np.array([[[255, 255, 0], [255, 255, 255]]], np.uint8)
+
+    def difference(seed: int, strength: float) -> int:
+        shown = variant(dot_on_white, 3, seed, "colours", strength=strength)[0].astype(int)
+        return int(np.abs(shown[0] - shown[1]).max())
+
+    # In deviations of the noise that a pixel may have: three, and one of a dot of many pixels.
+    assert min(difference(seed, 0.5) for seed in range(2000)) > 3 * 12
+    assert min(difference(seed, 0.8) for seed in range(2000)) > 12
 
 
 @pytest.mark.parametrize("kind", augment_lib.CHANGES)
@@ -124,6 +141,21 @@ def test_records_are_augmented_and_their_words_are_not(monkeypatch: Any) -> None
     shown = next(records(mixture=mixture))
     assert np.array_equal(shown.inputs.tokens, plain.inputs.tokens)
     assert not same(shown.inputs.pictures, plain.inputs.pictures)
+
+
+def test_grounding_learns_from_augmented_pictures_and_validates_on_others() -> None:
+    plain, varied = (
+        grounding.make_loaders(
+            config_lib.override(NANO, [f"data.augment={strength}"]),
+            BOARDS,
+            BOARDS,
+            PROCESSOR,
+            None,
+        )
+        for strength in (0.0, 0.5)
+    )
+    assert not same(next(plain[0]).inputs.pictures, next(varied[0]).inputs.pictures)
+    assert same(next(plain[1]), next(varied[1]))
 
 
 def test_evaluation_shows_pictures_as_they_are() -> None:

@@ -4,6 +4,7 @@ Axes: B batch, T tokens, D width.
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from mgsd_jax import tree
 from mgsd_jax.config import Config, DistillationConfig, GroundingConfig
 from mgsd_jax.data import buckets, loaders
 from mgsd_jax.data.batching import GroundingBatch
+from mgsd_jax.data.boards import Board
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.data.examples import Loader
 from mgsd_jax.data.processor import Encoded, Processor
@@ -39,6 +41,7 @@ Metrics = dict[str, Mean | jax.Array | float]
 Validate = Callable[
     [Tree, GroundingBatch, Tree], tuple[jax.Array, tuple[jax.Array, dict[str, Mean]]]
 ]
+RecordLoader = Loader[tuple[Encoded, int], GroundingBatch]
 BATCH_AXES: PyTree = GroundingBatch(
     sessions.INPUT_AXES, targets=sessions.FIRST, loss_mask=sessions.FIRST
 )
@@ -140,9 +143,7 @@ def run(config: Config, workdir: str) -> None:
         )
 
         # Records from the training boards, and fixed ones from the validation boards.
-        make_loader = _make_loader(config, student.processor, mesh)
-        loader = make_loader(training, seed=config.seed)
-        fixed = make_loader(validation, seed=config.seed + 1)
+        loader, fixed = make_loaders(config, training, validation, student.processor, mesh)
         held_out = [batches.to_global(next(fixed), mesh) for _ in range(settings.eval_batches)]
 
         # One jitted update, its state donated.
@@ -178,18 +179,24 @@ def run(config: Config, workdir: str) -> None:
             session.finish_step(step + 1, state, measured)
 
 
-def _make_loader(
-    config: Config, processor: Processor, mesh: Mesh | None
-) -> Callable[..., Loader[tuple[Encoded, int], GroundingBatch]]:
-    """What makes the loader of some boards' records: `grounding_loader` with the run's settings."""
-    return functools.partial(
+def make_loaders(
+    config: Config,
+    training: Sequence[Board],
+    validation: Sequence[Board],
+    processor: Processor,
+    mesh: Mesh | None,
+) -> tuple[RecordLoader, RecordLoader]:
+    """(records to learn from, records to validate with, whose pictures do not vary)."""
+    encoder = buckets.fitted(load_encoder(config.data, processor), config)
+    make = functools.partial(
         loaders.grounding_loader,
-        encoder=buckets.fitted(load_encoder(config.data, processor), config),
         mixture=config.grounding.mixture,
         batch_size=config.grounding.batch_size,
         process=batches.process_share(mesh),
         agree=processes.largest,
     )
+    plain = dataclasses.replace(encoder, data=dataclasses.replace(encoder.data, augment=0.0))
+    return make(training, encoder, seed=config.seed), make(validation, plain, seed=config.seed + 1)
 
 
 def _mean_loss(

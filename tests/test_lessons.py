@@ -52,6 +52,17 @@ def test_the_baseline_is_the_running_success_of_the_task_and_level() -> None:
     np.testing.assert_allclose(memory.solved, [0.9 + 2, 0.9], rtol=1e-6)
 
 
+def test_success_weighs_the_same_beside_a_gate() -> None:
+    """The update divides by the divergence's weights, of which a gate leaves less."""
+    counts = jnp.array([2.0, 2.0])
+    memory = lessons.Memory(jnp.bool_(True), tried=counts, solved=counts / 2)
+    _, plain, _ = weigh(dataclasses.replace(memory, is_open=None), [1, 1, 0, 1], success_weight=2.0)
+    weights, policy, _ = weigh(memory, [1, 1, 0, 1], success_weight=2.0, wrong_weight=0.25)
+    assert weights.sum() == 2 + 0.25 + 0 + 2  # of seven tokens
+    np.testing.assert_allclose(plain, [[1, 1], [1, 0], [-1, -1], [0, 0]])
+    np.testing.assert_allclose(policy / weights.sum(), plain / 7, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("success", "is_open"), [(0.29, False), (0.3, True)])
 def test_the_gate_opens_at_a_success_of_validation_and_stays_open(
     success: float, is_open: bool

@@ -207,7 +207,9 @@ def weigh(
 
     The weight of -log p is success_weight times the advantage: success less the running success of
     the task and level before this step, 0 while there is none. Its mean has the gradient that
-    success would have, so no other rollout of the prompt is needed.
+    success would have, so no other rollout of the prompt is needed. The update divides by the sum
+    of the divergence's weights; where these are not 1, the policy's are scaled so that its mean is
+    still over all tokens.
     """
     valid = (jnp.asarray(mask) > 0).astype(jnp.float32)
     weights = valid if weights is None else jnp.asarray(weights)
@@ -219,6 +221,7 @@ def weigh(
     own = jnp.asarray(found.is_sampled).astype(jnp.float32)
     advantage = jnp.where(tried > 0, found.success - solved / jnp.where(tried > 0, tried, 1.0), 0.0)
     policy = settings.success_weight * (own * advantage)[:, None] * valid
+    policy *= weights.sum() / jnp.maximum(valid.sum(), 1.0)
     memory = dataclasses.replace(
         memory,
         tried=(_KEPT * memory.tried).at[found.cell].add(own),

@@ -492,6 +492,11 @@ def check(config: Config) -> Config:
             f"{stage2.batch_size} prompts, want 1 to {stage2.batch_size - 1}"
         )
     _check_replay(stage2)
+    if stage2.wrong_weight == 1 and stage2.wrong_weight_from > 0:
+        raise ValueError(
+            f"distillation.wrong_weight_from: got {stage2.wrong_weight_from} with wrong_weight=1, "
+            "which weighs nothing less: want a wrong_weight below 1"
+        )
     rows = {"grounding": [stage1.batch_size], "distillation": [*update_rows(stage2).values()]}
     for stage, settings in (("grounding", stage1), ("distillation", stage2)):
         parts = settings.microbatches

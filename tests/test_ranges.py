@@ -191,6 +191,10 @@ def test_what_is_wanted_is_said(text: str, line: str) -> None:
             ["distillation.grounding_share=0.1"],
             "distillation.microbatches: got 8, want a divisor of 58 and of 6",
         ),
+        (
+            ["distillation.wrong_weight_from=0.3"],
+            "distillation.wrong_weight_from: got 0.3 with wrong_weight=1, which weighs nothing",
+        ),
         (["grounding.microbatches=5"], "grounding.microbatches: got 5, want a divisor of 48"),
     ],
 )

@@ -289,6 +289,6 @@ def _another(boards: Sequence[Board], board: Board, rng: np.random.Generator) ->
         if other[:2] == board[:2] and other.state != board.state:
             return other
     raise ValueError(
-        f"distillation.teacher_board=other: no second board of {board.task} level "
-        f"{board.level}, want two or more"
+        f"data.boards: found no second board of {board.task} level {board.level}, want two or "
+        "more, as distillation.teacher_board=other and distillation.contrast_cap read another"
     )

@@ -81,6 +81,8 @@ def run(config: Config, workdir: str) -> None:
             with session.timers.phase("data"):
                 prompts = next(parts.loader)
                 guards.check_pictures(prompts.batch.student, processor)
+                if prompts.records is not None:
+                    guards.check_pictures(prompts.records.inputs, processor)
             with session.timers.phase("rollout"):
                 state, said = rollouts.sample(parts.speaker, state, prompts.batch, step)
             groups = segments.segments(processor, said.own_learned.tokens, said.own_learned.mask)
@@ -130,8 +132,9 @@ def _check_rows(config: Config, mesh: Mesh | None) -> None:
     rows = config_lib.update_rows(settings)
     for name, number in rows.items():
         batches.check_batch(mesh, name, number, settings.microbatches)
-    sampled = rows["distillation.batch_size"] // (2 if settings.replay_steps else 1)
-    name = f"mesh.rollout_tensor={config.mesh.rollout_tensor}: distillation.batch_size"
+    half, divisor = ("half of ", 2) if settings.replay_steps else ("", 1)
+    sampled = rows["distillation.batch_size"] // divisor
+    name = f"mesh.rollout_tensor={config.mesh.rollout_tensor}: {half}distillation.batch_size"
     rollout_mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor)
     batches.check_batch(rollout_mesh, name, sampled)
 

@@ -237,11 +237,7 @@ def measured(of: Study, study: pathlib.Path) -> dict[str, Json]:
     """{row: {trained or held_out levels: {mode: macro success}}} of what is evaluated."""
     result: dict[str, Json] = {}
     for name, folder in (("trained", "evaluate"), ("held_out", "held_out")):
-        try:
-            models = study_tables.read_study(study, of.rows, folder)
-        except ValueError:
-            continue
-        for row, model in models.items():
+        for row, model in study_tables.read_study(study, of.rows, folder).items():
             asked = {answer["mode"] for answer in model.runs[0].rows}
             result.setdefault(row, {})[name] = {
                 mode: round(study_tables.estimate(model, mode).value, 4)

@@ -3,9 +3,10 @@
     bash launch/study.sh WORKDIR [--study=small] [--jobs 2] [--rows method,jsd]
                          [--dry-run | --table]
 
-The nano study starts from the model that ships, the small study makes its base first. Runs that are
-done are left alone and those that were stopped continue, so the command can be given again. Each of
-the --jobs parallel runs gets a core of its own. Logs: WORKDIR/ROW/SEED.log.
+The nano study starts from the model that ships, the small study makes its base first. Rows that
+others need are run before them. Runs that are done are left alone and those that were stopped
+continue, so the command can be given again. Each of the --jobs parallel runs gets a core of its
+own. Logs: WORKDIR/ROW/SEED.log.
 """
 
 import argparse
@@ -22,7 +23,10 @@ from collections.abc import Mapping, Sequence
 
 import study_tables
 import tqdm
+from etils import epath
 from study_tables import StudyRow
+
+from mgsd_jax.workdir.stage_folder import unfinished
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "study"
@@ -156,10 +160,19 @@ def commands(of: Study, row: StudyRow, seed: int, study: pathlib.Path) -> list[l
             (*some, "evaluate.modes=picture", f"evaluate.folder={{workdir}}/{name}")
             for name, some in of.unseen
         ]
-    return training + [
+    making = nano_base(study / row.base, row.base) if row.base else []
+    asking = [
         command(of, "evaluate", workdir, study, f"evaluate.models=({model!r},)", *base, *settings)
         for settings in boards
     ]
+    return making + training + asking
+
+
+def nano_base(folder: pathlib.Path, variant: str) -> list[list[str]]:
+    """The command that makes a base in the folder; none where it is there."""
+    if (folder / "export" / "config.json").is_file():
+        return []
+    return [["bash", str(ROOT / "launch" / "nano_base.sh"), str(folder), variant]]
 
 
 def prepare(of: Study, study: pathlib.Path) -> list[list[str]]:
@@ -168,31 +181,32 @@ def prepare(of: Study, study: pathlib.Path) -> list[list[str]]:
     others = [some for _, some in of.elsewhere if some[0].startswith("data.folder=")]
     others += [some for _, some in of.unseen[:1]]
     drawn = [command(of, "generate", workdir, study, *some) for some in ((), *others)]
-    if not of.base or (study / "model" / "export" / "config.json").is_file():
-        return drawn
-    return [*drawn, ["bash", str(ROOT / "launch" / "nano_base.sh"), str(study / "model"), of.base]]
+    return drawn + (nano_base(study / "model", of.base) if of.base else [])
 
 
 def run(argv: list[str], log: pathlib.Path, core: int | None, study: pathlib.Path) -> None:
-    """Run one program to its end on one core. Raises RuntimeError with its log where it fails."""
+    """Run one program to its end on one core. Raises RuntimeError with its last words."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(study / "compiled")}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
         pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
         done = subprocess.run(argv, stdout=out, stderr=out, env=environment, preexec_fn=pin)
     if done.returncode:
-        raise RuntimeError(f"{log}: got exit code {done.returncode} from {' '.join(argv)}, want 0")
+        said = log.read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(said) if line.strip()), "nothing")
+        raise RuntimeError(f"{log}: got exit code {done.returncode}, want 0; it said: {last}")
 
 
 def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) -> int:
     """Run the tasks in order, each after the one that it needs, and return how many failed.
 
-    Ctrl-C reaches the programs too: they save and stop, no other is started, and this ends in 130.
+    Ctrl-C reaches the programs too: they save and stop, and no other is started.
     """
     there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = [there[job] if job < len(there) else None for job in range(jobs)]
     waiting, failures = list(tasks), 0
-    unfinished = {(row.name, seed) for row, seed in tasks}
+    pending = {(row.name, seed) for row, seed in tasks}
+    bases = {row.name for row, _ in tasks if row.base}
     is_stopped = threading.Event()
 
     def work(row: StudyRow, seed: int, core: int | None) -> None:
@@ -209,7 +223,9 @@ def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) ->
         try:
             while waiting or running:
                 ready = [
-                    (row, seed) for row, seed in waiting if (row.needs, seed) not in unfinished
+                    (row, seed)
+                    for row, seed in waiting
+                    if (row.needs, 0 if row.needs in bases else seed) not in pending
                 ]
                 for task, core in zip(ready, list(cores), strict=False):
                     waiting.remove(task)
@@ -218,7 +234,7 @@ def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) ->
                 done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                 for future in done:
                     (row, seed), core = running.pop(future)
-                    unfinished.discard((row.name, seed))
+                    pending.discard((row.name, seed))
                     cores.append(core)
                     progress.update()
                     if future.exception():
@@ -226,8 +242,7 @@ def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) ->
                         print(future.exception(), file=sys.stderr)
         except KeyboardInterrupt:
             is_stopped.set()
-            print("stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)
-            sys.exit(130)
+            raise
     return failures
 
 
@@ -240,12 +255,36 @@ def show(of: Study, study: pathlib.Path) -> None:
     (study / "curves.svg").write_text(curves)
 
 
-def choose(names: str, known: Mapping[str, StudyRow]) -> list[Task]:
-    """Every seed of the rows with these names, '' for all. Ends the program for an unknown one."""
+def choose(names: str, known: Mapping[str, StudyRow], study: pathlib.Path) -> list[Task]:
+    """Every seed of the rows with these names, '' for all, after what they need and is not there.
+
+    Raises ValueError for an unknown name.
+    """
     chosen = names.split(",") if names else list(known)
-    if unknown := sorted(set(chosen) - set(known)):
-        raise SystemExit(f"--rows: got {unknown}, want some of {list(known)}")
-    return [(known[name], seed) for name in chosen for seed in known[name].seeds]
+    if strange := sorted(set(chosen) - set(known)):
+        raise ValueError(f"--rows: got {strange}, want some of {list(known)}")
+    tasks: list[Task] = []
+    for row in (known[name] for name in chosen):
+        needed = known[row.needs] if row.needs else None
+        if needed:
+            seeds = needed.seeds if needed.base else row.seeds
+            tasks += [(needed, seed) for seed in seeds if not is_made(needed, seed, study)]
+        tasks += [(row, seed) for seed in row.seeds]
+    return list(dict.fromkeys(tasks))
+
+
+def is_made(row: StudyRow, seed: int, study: pathlib.Path) -> bool:
+    """Whether other rows can start from what this one makes."""
+    if row.base:
+        return not nano_base(study / row.base, row.base)
+    return not unfinished(epath.Path(study / row.name / str(seed) / row.stage))
+
+
+def at_least_one(text: str) -> int:
+    """A number of runs, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a number of 1 or more")
+    return int(text)
 
 
 def main() -> None:
@@ -254,23 +293,37 @@ def main() -> None:
     )
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--study", choices=[*STUDIES], default="nano", help="default: nano")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--rows", default="", help="names with commas between them (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
     parser.add_argument("--table", action="store_true", help="tables and curves of what is there")
     args = parser.parse_args()
     study, of = args.workdir.absolute(), STUDIES[args.study]()
-    tasks = choose(args.rows, {row.name: row for row in of.rows})
+    try:
+        failures = work_on(of, study, args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+    if failures:
+        raise SystemExit(f"got {failures} runs that failed, want 0; their errors are above")
+
+
+def work_on(of: Study, study: pathlib.Path, args: argparse.Namespace) -> int:
+    """Do what is asked for, and return how many runs failed."""
+    tasks = choose(args.rows, {row.name: row for row in of.rows}, study)
     if args.dry_run and not args.table:
         for argv in [*prepare(of, study), *(c for t in tasks for c in commands(of, *t, study))]:
             print(shlex.join(argv))
-        return
+        return 0
+    failures = 0
     if not args.table:
         for argv in prepare(of, study):
             run(argv, study / "prepare.log", None, study)
-        if failures := run_all(of, tasks, study, args.jobs):
-            raise SystemExit(f"{failures} runs failed")
+        failures = run_all(of, tasks, study, args.jobs)
     show(of, study)
+    return failures
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 A study is a folder `{row}/{seed}` of workdirs; configs/study/rows.py says what the rows are.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import statistics
@@ -11,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, Protocol
 
+from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
-from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PerceptionRow, PlanRow, Row, read_rows
+from mgsd_jax.evaluation.rows import BoardKey, PerceptionRow, PlanRow, Row, read_rows
 from mgsd_jax.evaluation.stats import Strata
 from mgsd_jax.report.curves import Frame
 from mgsd_jax.report.markup import tag
@@ -65,6 +65,7 @@ class StudyRow(Protocol):
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
     needs: str
+    base: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_study(
     """Return the models of a study by name, those without an evaluation of this name left out.
 
     Answers about the boards in `without` are left out.
-    Raises ValueError where none has one, or two evaluations are of different boards.
+    Raises ValueError where two evaluations are of different boards, or a file cannot be read.
     """
     models = {}
     for row in rows:
@@ -107,11 +108,11 @@ def read_study(
         )
         if runs:
             models[row.name] = Model(row.name, row.title, row.group, runs)
-    if not models:
-        raise ValueError(f"{study}: {evaluation}/{ROWS_FILE} not found, want one; train first")
     boards = {frozenset(by_board(run.rows)) for model in models.values() for run in model.runs}
     if len(boards) > 1:
-        raise ValueError(f"{study}: got {len(boards)} different sets of boards, want one for all")
+        raise ValueError(
+            f"{study}: {evaluation}: got {len(boards)} different sets of boards, want one for all"
+        )
     return models
 
 
@@ -168,16 +169,29 @@ def difference(
     return stats.runs_difference(mine, others)
 
 
-def gap_share(model: Model, base: Model, mode: str = "picture") -> float | None:
+def gap_share(model: Model, base: Model | None, mode: str = "picture") -> float | None:
     """Return (model - base) / (base from text - base) of mean macro success, None without a gap."""
+    if base is None:
+        return None
     low, high = estimate(base, "picture").value, estimate(base, "text").value
     return (estimate(model, mode).value - low) / (high - low) if high != low else None
 
 
+def validations(run: Run) -> dict[int, float]:
+    """Return macro success from pictures on the validation boards, by update.
+
+    Early runs, whose validations name no tasks, are left out: theirs was the mean over levels.
+    """
+    return {
+        int(m["step"]): m["val/success"]
+        for m in run.curve
+        if any(name.startswith("val/success/") for name in m)
+    }
+
+
 def updates_to(run: Run, level: float) -> int | None:
     """Return the first validated update with macro success from pictures of `level` or more."""
-    reached = [int(m["step"]) for m in run.curve if m.get("val/success", -1.0) >= level]
-    return reached[0] if reached else None
+    return next((step for step, found in validations(run).items() if found >= level), None)
 
 
 def seconds_an_update(run: Run) -> float | None:
@@ -205,7 +219,7 @@ def _shared_columns(shown: Sequence[tuple[Model, str]]) -> dict[str, list[str]]:
         ],
     }
     for task, _ in by_task(shown[0][0].runs[0].rows):
-        columns[task] = [percent(_of_task(model, task, mode)) for model, mode in shown]
+        columns[ENVS[task].title] = [percent(_of_task(model, task, mode)) for model, mode in shown]
     return columns
 
 
@@ -224,13 +238,14 @@ def _means(models: Sequence[Model], mode: str, get: Getter = success) -> list[st
     ]
 
 
-def main_table(models: Sequence[Model], base: Model) -> str:
-    """Success by task, the share of the gap closed, and what lies behind it."""
-    shown = [*((model, "picture") for model in models), (base, "text")]
+def main_table(models: Sequence[Model], base: Model | None) -> str:
+    """Success by task, the share of the gap closed where a base is, and what lies behind it."""
+    bounds = [] if base is None else [(base, "text")]
+    shown = [*((model, "picture") for model in models), *bounds]
     columns = _shared_columns(shown)
     columns["gap closed"] = [percent(gap_share(model, base, mode)) for model, mode in shown]
     columns |= {
-        name: [*found, DASH]
+        name: [*found, *(DASH for _ in bounds)]
         for name, found in {
             "State F1": _means(models, "picture", lambda row: row["state_f1"]),
             "states exact": _means(models, "picture", lambda row: row["state_exact"]),
@@ -239,7 +254,8 @@ def main_table(models: Sequence[Model], base: Model) -> str:
             "blind": _means(models, "blind"),
         }.items()
     }
-    return _table("model", [*(model.title for model in models), "base, from text"], columns)
+    names = [*(model.title for model in models), *("base, from text" for _ in bounds)]
+    return _table("model", names, columns)
 
 
 def ablation_table(models: Sequence[Model], reference: Model) -> str:
@@ -295,13 +311,9 @@ def options_table(
             cells.append(value + gain)
         return cells
 
-    last = [[run.curve[-1].get("val/success") for run in model.runs] for model in shown]
     columns = {
         "seeds": [str(len(model.runs)) for model in shown],
-        "validation": [
-            percent(statistics.fmean(v for v in values if v is not None)) if all(values) else DASH
-            for values in last
-        ],
+        "validation": [_validated(model) for model in shown],
         "test": gains(shown),
     }
     for name, there in elsewhere.items():
@@ -309,6 +321,15 @@ def options_table(
     columns["questions"] = gains(shown, "perception", answered_right)
     columns["text"] = gains(shown, "text")
     return _table("option", [model.title for model in shown], columns)
+
+
+def _validated(model: Model) -> str:
+    """Success on validation boards at the end, with the number of seeds where it is not of all."""
+    last = [[*found.values()][-1] for found in map(validations, model.runs) if found]
+    if not last:
+        return DASH
+    mean = percent(statistics.fmean(last))
+    return mean if len(last) == len(model.runs) else f"{mean} ({len(last)} of {len(model.runs)})"
 
 
 def unseen_table(models: Mapping[str, Model]) -> str:
@@ -356,19 +377,16 @@ def write_tables(
     the first: those are left out.
     """
     models = read_study(study, rows)
-    base = models["base"]
-    # The base has one run, and is the same whatever the seed of what it is compared with.
-    seeds = sorted({run.seed for model in models.values() for run in model.runs})
-    runs = tuple(dataclasses.replace(base.runs[0], seed=seed) for seed in seeds)
-    seeded = {**models, "base": dataclasses.replace(base, runs=runs)}
-    parts = ["## Main rows\n", main_table([m for m in models.values() if m.group == "main"], base)]
+    if not models:
+        raise ValueError(f"{study}: ROW/SEED/evaluate/summary.json not found; run some rows first")
+    base = models.get("base")
+    seeded = models if base is None else {**models, "base": _every_seed(base, models.values())}
+    main = [m for m in models.values() if m.group == "main"]
+    parts = ["## Main rows\n", main_table(main, base)] if main else []
     parts += ["\n## Differences\n", claims(seeded, _PAIRS)]
-    groups = dict.fromkeys(m.group for m in models.values() if m.group != "main")
-    others: dict[str, dict[str, Model]] = {}
-    for name in elsewhere:
-        with contextlib.suppress(ValueError):
-            others[name] = read_study(study, rows, name)
-    for group in groups:
+    others = {name: read_study(study, rows, name) for name in elsewhere}
+    others = {name: there for name, there in others.items() if there}
+    for group in dict.fromkeys(m.group for m in models.values() if m.group != "main"):
         some = [m for m in models.values() if m.group == group]
         reference = models.get("jsd" if group == "options" else "method")
         if reference is None:  # not run yet
@@ -379,15 +397,21 @@ def write_tables(
             table = ablation_table(some, reference)
         parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
     for name, there in others.items():
-        parts += [f"\n## Elsewhere: {name}\n", main_table(list(there.values()), there["base"])]
+        parts += [f"\n## Elsewhere: {name}\n", main_table([*there.values()], there.get("base"))]
         if any(a in there and b in there for a, b in _PAIRS_ELSEWHERE):
             parts += ["\n", claims(there, _PAIRS_ELSEWHERE)]
-    known = frozenset(by_board(base.runs[0].rows))
+    known = frozenset(by_board(next(iter(models.values())).runs[0].rows))
     for name in unseen:
-        with contextlib.suppress(ValueError):
-            there = read_study(study, rows, name, known)
+        if there := read_study(study, rows, name, known):
             parts += [f"\n## Boards without a part in any choice: {name}\n", unseen_table(there)]
     return "\n".join(parts)
+
+
+def _every_seed(base: Model, models: Iterable[Model]) -> Model:
+    """The base, which has one run, with every seed: it is the same beside each of theirs."""
+    seeds = sorted({run.seed for model in models for run in model.runs})
+    runs = tuple(dataclasses.replace(base.runs[0], seed=seed) for seed in seeds)
+    return dataclasses.replace(base, runs=runs)
 
 
 def curves_svg(models: Iterable[Model]) -> str:
@@ -395,14 +419,8 @@ def curves_svg(models: Iterable[Model]) -> str:
 
     There is a thin line for each seed, and the mean of each model as a thick one.
     """
-    curves = {
-        model.title: [
-            {int(m["step"]): m["val/success"] for m in run.curve if "val/success" in m}
-            for run in model.runs
-        ]
-        for model in models
-    }
-    curves = {title: found for title, found in curves.items() if all(found)}
+    curves = {m.title: [found for run in m.runs if (found := validations(run))] for m in models}
+    curves = {title: found for title, found in curves.items() if found}
     last = max((max(curve) for found in curves.values() for curve in found), default=1)
     frame = Frame(48, 16, 402, 268, x=(0, last))
     drawn = [

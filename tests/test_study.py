@@ -43,12 +43,15 @@ def test_every_row_is_a_valid_config_and_needs_rows_that_exist(of: Any) -> None:
     assert len(set(names)) == len(names)
     for row in of.rows:
         assert not row.needs or row.needs in names[: names.index(row.name)]
-        for number, argv in enumerate(RUNNER["commands"](of, row, row.seeds[0], STUDY)):
+        argvs = RUNNER["commands"](of, row, row.seeds[0], STUDY)
+        for number, argv in enumerate(argvs[1:] if row.base else argvs):
             config = config_of(argv)
             assert config.seed == row.seeds[0]
             assert config.data.folder.startswith("/study/")
             if row.needs and number == 0:
-                assert f"/study/{row.needs}/" in config.distillation.student
+                needed = next(one for one in of.rows if one.name == row.needs)
+                start = config.model.path if needed.base else config.distillation.student
+                assert f"/study/{needed.base or needed.name}/" in start
         changed = {setting.partition("=")[0] for setting in row.settings}
         changed = {s for s in changed if not s.startswith(("data.", "model."))}
         assert all(row.stage == s.partition(".")[0] for s in changed)
@@ -68,8 +71,11 @@ def test_a_dry_run_prints_the_commands_of_the_rows_asked_for(
     lines = capsys.readouterr().out.splitlines()
     stages = [line.split("--stage=")[1].split()[0] for line in lines]
     assert stages.count("generate") == 3  # boards, larger ones, unseen ones
-    assert stages.count("distillation") == 3
-    assert stages.count("evaluate") == 4 * 4 + 3  # own, three other kinds; the base on unseen ones
+    # What a row needs is run before it.
+    assert stages[3 + 7 :][:2] == ["grounding", "evaluate"]
+    assert stages.count("grounding") == stages.count("distillation") == 3
+    # Own boards and three other kinds; grounding on its own; the base on unseen ones, too.
+    assert stages.count("evaluate") == 4 * 4 + 3 + 3
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +207,10 @@ def write_run(
     ]
     (folder / "boards.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
     (folder / "summary.json").write_text("{}")
-    curve = [{"step": s, "rollout": 1.0, "update": 2.0, "val/success": s / 40} for s in (10, 20)]
+    times = {"rollout": 1.0, "update": 2.0}
+    curve = [
+        {"step": s, **times, "val/success": s / 40, "val/success/maze": s / 40} for s in (10, 20)
+    ]
     (folder.parent / "distillation").mkdir(exist_ok=True)
     lines = "".join(json.dumps(m) + "\n" for m in curve)
     (folder.parent / "distillation" / "metrics.jsonl").write_text(lines)
@@ -320,9 +329,85 @@ def test_a_base_without_a_gap_has_a_dash_for_its_share(tmp_path: pathlib.Path) -
 
 
 def test_an_empty_study_and_other_boards_are_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"evaluate/rows\.jsonl not found, want one; train first"):
-        tables.read_study(tmp_path, ROWS)
+    with pytest.raises(ValueError, match=r"evaluate/summary\.json not found; run some rows first"):
+        tables.write_tables(tmp_path, ROWS, [])
     study_of(tmp_path)
     write_run(tmp_path, "forward", 0, 3, boards=5)
     with pytest.raises(ValueError, match="got 2 different sets of boards"):
         tables.read_study(tmp_path, ROWS)
+
+
+def test_tables_are_of_what_is_there(tmp_path: pathlib.Path) -> None:
+    """Neither base nor recipe need be there; what cannot be read is told, and not left out."""
+    write_run(tmp_path, "gate", 0, 10)
+    assert "## Main rows" not in tables.write_tables(tmp_path, ROWS, [])
+    write_run(tmp_path, "jsd", 0, 12)
+    write_run(tmp_path, "jsd", 0, 12, evaluation="colours")
+    text = tables.write_tables(tmp_path, ROWS, ["colours"])
+    (line,) = [line for line in text.split("## Elsewhere")[0].splitlines() if "Shannon |" in line][
+        :1
+    ]
+    assert "| 1 | 60.0 %" in line and "| 60.0 % | – |" in line  # no gap without a base
+    assert "base, from text" not in text and "| Maze |" in text
+    with (tmp_path / "jsd" / "0" / "colours" / "rows.jsonl").open("a") as file:
+        file.write("{broken\n{}\n")
+    with pytest.raises(ValueError, match=r"colours/rows\.jsonl, line 81"):
+        tables.write_tables(tmp_path, ROWS, ["colours"])
+
+
+def test_validations_by_another_measure_are_left_out(tmp_path: pathlib.Path) -> None:
+    study = study_of(tmp_path)
+    for name, rights in (("jsd", [12, 14]), ("gate", [15])):
+        for seed, right in enumerate(rights):
+            write_run(study, name, seed, right)
+    old = study / "jsd" / "1" / "distillation" / "metrics.jsonl"
+    old.write_text('{"step": 10, "val/success": 0.9}\n')
+    models = tables.read_study(study, ROWS)
+    assert [tables.validations(run) for run in models["jsd"].runs] == [{10: 0.25, 20: 0.5}, {}]
+    recipe, option = tables.options_table([models["gate"]], models["jsd"], {}).splitlines()[2:]
+    assert "| 2 | 50.0 % (1 of 2) |" in recipe and "| 1 | 50.0 % |" in option
+    drawing = ElementTree.fromstring(tables.curves_svg([models["jsd"]]))
+    assert sum(part.tag.endswith("polyline") for part in drawing.iter()) == 2  # one run, the mean
+
+
+def test_what_a_row_needs_is_run_before_it_unless_it_is_there(tmp_path: pathlib.Path) -> None:
+    known = {row.name: row for row in ROWS}
+
+    def chosen(names: str) -> list[tuple[str, int]]:
+        return [(row.name, seed) for row, seed in RUNNER["choose"](names, known, tmp_path)]
+
+    assert chosen("one_plan,one_plan,base") == [("grounded", 0), ("one_plan", 0), ("base", 0)]
+    assert chosen("plans_one")[:2] == [("plans_base", 0), ("plans_one", 0)]
+    making = RUNNER["commands"](NANO, known["plans_base"], 0, tmp_path)[0]
+    assert making[1:] == [
+        *(str(ROOT / "launch" / "nano_base.sh"), str(tmp_path / "plans"), "plans")
+    ]
+    for folder in ("grounded/0/grounding", "plans/export"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+        (tmp_path / folder / "config.json").touch()
+    assert chosen("plans_one")[0] == ("plans_one", 0)
+    assert RUNNER["commands"](NANO, known["plans_base"], 0, tmp_path)[0] != making
+    with pytest.raises(ValueError, match=r"--rows: got \['gone'\], want some of \['base'"):
+        chosen("gone")
+
+
+def test_a_program_that_fails_is_told_in_one_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = "print('step 1'); raise SystemExit('data.folder: not found\\n')"
+    with pytest.raises(RuntimeError) as failed:
+        RUNNER["run"]([sys.executable, "-c", script], tmp_path / "0.log", None, tmp_path)
+    want = f"{tmp_path}/0.log: got exit code 1, want 0; it said: data.folder: not found"
+    assert str(failed.value) == want
+    for argv, wanted in (
+        (["--table"], r"evaluate/summary\.json not found; run some rows first"),
+        (["--rows", "gone"], r"^--rows: got \['gone'\]"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), *argv])
+        with pytest.raises(SystemExit, match=wanted):
+            RUNNER["main"]()
+    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        RUNNER["main"]()
+    assert "--jobs: got '0', want a number of 1 or more" in capsys.readouterr().err

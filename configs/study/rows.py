@@ -19,7 +19,8 @@ class Row:
     stage: Stage = ""
     settings: tuple[str, ...] = ()  # as after --set
     seeds: tuple[int, ...] = ONE_SEED
-    needs: str = ""  # the row whose result of the same seed it starts from
+    needs: str = ""  # the row that it starts from: a base, or the result of the same seed
+    base: str = ""  # launch/nano_base.sh makes it, of this variant, in {study}/{base}
     group: str = ""
 
 
@@ -37,7 +38,7 @@ def _jsd(name: str, title: str, *settings: str) -> Row:
 def _plans(name: str, title: str, *settings: str) -> Row:
     """Jensen-Shannon alone from the base that has seen plans, three times."""
     settings = (*_PLANS_BASE, *_ALONE, "distillation.objective=jsd", *settings)
-    return Row(name, title, "distillation", settings, MAIN_SEEDS)
+    return Row(name, title, "distillation", settings, MAIN_SEEDS, needs="plans_base")
 
 
 def _all(name: str, title: str, *settings: str) -> Row:
@@ -208,9 +209,9 @@ GROUPS = {
         _jsd("verifier_10", "Policy gradient of success, weight 0.1", _VERIFIER + "0.1"),
         _jsd("verifier_50", "Policy gradient of success, weight 0.5", _VERIFIER + "0.5"),
     ),
-    # The base of `bash launch/nano_base.sh {study}/plans plans`, distilled alone.
+    # A base of its own, distilled alone.
     "plans": (
-        Row("plans_base", "Base that has seen plans", "", _PLANS_BASE),
+        Row("plans_base", "Base that has seen plans", "", _PLANS_BASE, base="plans"),
         _plans("plans_state", "It reads the state", _CONTEXT + "state"),
         _plans(
             "plans_one", "It reads the state and one plan", _CONTEXT + "state_and_plan", _ONE_PLAN

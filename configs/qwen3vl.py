@@ -1,4 +1,4 @@
-"""Qwen3-VL-4B and 8B Instruct by the best recipe of docs/study.md, on a slice of TPUs.
+"""Qwen3-VL-4B and 8B Instruct by the recipe of docs/study.md, on a slice of TPUs.
 
 Command:   python -m mgsd_jax.main --stage=STAGE --config=configs/qwen3vl.py:4b --workdir=DIR
            with generate, grounding, distillation, evaluate, export, report for STAGE; :8b is the
@@ -76,7 +76,7 @@ def released(recipe: c.Config) -> c.Config:
 
 
 def best(size: str) -> c.Config:
-    """The best recipe found, with the rates, batches and steps of the release.
+    """The recipe of docs/study.md, with the rates, batches and steps of the release.
 
     The mesh splits widths over 4 chips (fewer where 4 do not divide), because a rollout holds all
     weights on the chips of one 'tensor' group, and rows over the rest.

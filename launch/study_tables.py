@@ -46,9 +46,11 @@ _PAIRS = (
 )
 # Of other boards, where every option stands beside the recipe in a table of its own.
 _PAIRS_ELSEWHERE = (
+    ("jsd", "base"),
     ("jsd", "method"),
     ("jsd", "jsd_only"),
     ("jsd", "sft"),
+    ("best_60", "base"),
     ("best_60", "sft"),
 )
 _COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
@@ -380,10 +382,9 @@ def write_tables(
     if not models:
         raise ValueError(f"{study}: ROW/SEED/evaluate/summary.json not found; run some rows first")
     base = models.get("base")
-    seeded = models if base is None else {**models, "base": _every_seed(base, models.values())}
     main = [m for m in models.values() if m.group == "main"]
     parts = ["## Main rows\n", main_table(main, base)] if main else []
-    parts += ["\n## Differences\n", claims(seeded, _PAIRS)]
+    parts += ["\n## Differences\n", claims(_base_of_every_seed(models), _PAIRS)]
     others = {name: read_study(study, rows, name) for name in elsewhere}
     others = {name: there for name, there in others.items() if there}
     for group in dict.fromkeys(m.group for m in models.values() if m.group != "main"):
@@ -399,7 +400,7 @@ def write_tables(
     for name, there in others.items():
         parts += [f"\n## Elsewhere: {name}\n", main_table([*there.values()], there.get("base"))]
         if any(a in there and b in there for a, b in _PAIRS_ELSEWHERE):
-            parts += ["\n", claims(there, _PAIRS_ELSEWHERE)]
+            parts += ["\n", claims(_base_of_every_seed(there), _PAIRS_ELSEWHERE)]
     known = frozenset(by_board(next(iter(models.values())).runs[0].rows))
     for name in unseen:
         if there := read_study(study, rows, name, known):
@@ -407,11 +408,14 @@ def write_tables(
     return "\n".join(parts)
 
 
-def _every_seed(base: Model, models: Iterable[Model]) -> Model:
-    """The base, which has one run, with every seed: it is the same beside each of theirs."""
-    seeds = sorted({run.seed for model in models for run in model.runs})
+def _base_of_every_seed(models: Mapping[str, Model]) -> dict[str, Model]:
+    """The models; the base, which has one run, stands with it beside every seed of the others."""
+    if "base" not in models:
+        return dict(models)
+    base = models["base"]
+    seeds = sorted({run.seed for model in models.values() for run in model.runs})
     runs = tuple(dataclasses.replace(base.runs[0], seed=seed) for seed in seeds)
-    return dataclasses.replace(base, runs=runs)
+    return {**models, "base": dataclasses.replace(base, runs=runs)}
 
 
 def curves_svg(models: Iterable[Model]) -> str:

@@ -384,7 +384,8 @@ def write_tables(
     base = models.get("base")
     main = [m for m in models.values() if m.group == "main"]
     parts = ["## Main rows\n", main_table(main, base)] if main else []
-    parts += ["\n## Differences\n", claims(_base_of_every_seed(models), _PAIRS)]
+    if any(a in models and b in models for a, b in _PAIRS):
+        parts += ["\n## Differences\n", claims(_base_of_every_seed(models), _PAIRS)]
     others = {name: read_study(study, rows, name) for name in elsewhere}
     others = {name: there for name, there in others.items() if there}
     for group in dict.fromkeys(m.group for m in models.values() if m.group != "main"):

@@ -307,7 +307,7 @@ def main() -> None:
         print("stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
     if failures:
-        raise SystemExit(f"got {failures} runs that failed, want 0; their errors are above")
+        raise SystemExit(f"runs that failed: got {failures}, want 0; their errors are above")
 
 
 def work_on(of: Study, study: pathlib.Path, args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
-from mgsd_jax.evaluation.rows import BoardKey, PerceptionRow, PlanRow, Row, read_rows
+from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PerceptionRow, PlanRow, Row, read_rows
 from mgsd_jax.evaluation.stats import Strata
 from mgsd_jax.report.curves import Frame
 from mgsd_jax.report.markup import tag
@@ -120,6 +120,8 @@ def read_study(
 
 def _rows_but(folder: pathlib.Path, without: AbstractSet[BoardKey]) -> list[Row]:
     boards = by_board(read_rows(folder))
+    if not boards:
+        raise ValueError(f"{folder / ROWS_FILE}: got no answers, want one or more")
     return [row for board, some in boards.items() if board not in without for row in some]
 
 

@@ -354,6 +354,9 @@ def test_tables_are_of_what_is_there(tmp_path: pathlib.Path) -> None:
         file.write("{broken\n{}\n")
     with pytest.raises(ValueError, match=r"colours/rows\.jsonl, line 81"):
         tables.write_tables(tmp_path, ROWS, ["colours"])
+    (tmp_path / "jsd" / "0" / "evaluate" / "rows.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"evaluate/rows\.jsonl: got no answers, want one or more"):
+        tables.write_tables(tmp_path, ROWS, [])
 
 
 def test_validations_by_another_measure_are_left_out(tmp_path: pathlib.Path) -> None:

@@ -21,6 +21,7 @@ from mgsd_jax.data.batch import Inputs
 from mgsd_jax.data.encoder import load_encoder
 from mgsd_jax.evaluation.scoring import Answer
 from mgsd_jax.model import qwen3vl
+from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling import sampler
 from mgsd_jax.stages import (
     distillation,
@@ -32,7 +33,7 @@ from mgsd_jax.stages import (
     loading,
 )
 from mgsd_jax.stages import distillation_validation as validation
-from mgsd_jax.training import divergences, lessons, optimizer, trainable
+from mgsd_jax.training import divergences, guards, lessons, optimizer, sessions, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,7 +431,7 @@ def test_settings_out_of_range_are_refused(
 
 @pytest.mark.slow
 def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
-    tmp_path: pathlib.Path,
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tmp_path, layers=1)
     settings = dataclasses.replace(
@@ -443,14 +444,15 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
         grounding_share=0.5,
         contrast_cap=4.0,
         wrong_weight=0.3,
-        wrong_weight_from=0.0,
+        wrong_weight_from=0.5,
         success_weight=0.1,
         replay_steps=2,
         response_buckets=(32, 64),
         sampling=c.SamplingConfig(max_new_tokens=98, draft_tokens=3),
-        eval_every=100,
+        eval_every=2,
     )
     config = dataclasses.replace(config, distillation=settings)
+    seen = Seen(monkeypatch)
     init.run(config, str(tmp_path))
     generate.run(config, str(tmp_path))
     folders = []
@@ -474,6 +476,62 @@ def test_a_run_with_every_option_stops_and_resumes_to_the_same_bits(
             distillation.run(one, str(tmp_path / name))
         folders.append(loading.load(str(tmp_path / name / "distillation"), config).params)
     jax.tree.map(np.testing.assert_array_equal, *folders)
+    seen.check()
+
+
+class Seen:
+    """What the steps of a run, and of one that stops after two and resumes, have worked with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[tuple[Any, Any]] = []  # prompts and responses
+        self.is_open: list[bool] = []
+        self.calls: list[str] = []
+        finish, measure = sessions.Session.finish_step, distillation_rollout.update_metrics
+        validate = validation.validate
+
+        def finished(session: Any, step: int, state: Any, measured: Any) -> None:
+            self.is_open.append(bool(state.memory.is_open))
+            finish(session, step, state, measured)
+
+        def measured(said: Any, prompts: Any, *rest: Any) -> Any:
+            self.steps.append((prompts, said))
+            return measure(said, prompts, *rest)
+
+        def validated(*arguments: Any) -> Any:
+            found = validate(*arguments)
+            assert "val/blind_same" in found or arguments[-1] > 2  # the first one shows wrong ones
+            return found | {"val/success": Mean(1.0, 2.0)}
+
+        monkeypatch.setattr(sessions.Session, "finish_step", finished)
+        monkeypatch.setattr(distillation_rollout, "update_metrics", measured)
+        monkeypatch.setattr(validation, "validate", validated)
+        for module, name in ((guards, "check_pictures"), (distillation_step, "check_start")):
+            original = getattr(module, name)
+
+            def noted(*arguments: Any, name: str = name, original: Any = original, **o: Any) -> Any:
+                self.calls.append(name)
+                return original(*arguments, **o)
+
+            monkeypatch.setattr(module, name, noted)
+
+    def check(self) -> None:
+        """The gate opens with the second step; a replayed row has the board of its response."""
+        assert self.is_open == 2 * [False, True, True, True]
+        assert self.calls.count("check_pictures") == 2 * 8  # of prompts, and of records
+        assert self.calls.count("check_start") == 2
+        for steps in (self.steps[:4], self.steps[4:]):
+            for step, (prompts, said) in enumerate(steps):
+                slots = prompts.batch.slots
+                assert slots[0] == step % 3 and len(slots) == 2
+                before, spoken = steps[step - (step - slots[1]) % 3]
+                assert step == 0 or before is not prompts
+                assert prompts.boards[1] == before.boards[0]
+                tokens, mask = spoken.own.tokens[0], spoken.own.mask[0]
+                length = min(len(mask), said.own.mask.shape[1])  # of the response bucket
+                np.testing.assert_array_equal(said.own.mask[1, :length], mask[:length])
+                own = said.own.tokens[1, :length][mask[:length]]
+                np.testing.assert_array_equal(own, tokens[:length][mask[:length]])
+                assert not mask[length:].any() and not said.own.mask[1, length:].any()
 
 
 def test_validation_measures_how_far_apart_the_readers_are(setup: Setup, both: Both) -> None:

@@ -482,3 +482,26 @@ def test_a_model_that_is_its_base_is_not_exported(
         if is_told:
             told.enter_context(pytest.raises(ValueError, match="trained: got the weights of hub"))
         export.check_moved(moved, "hub", config)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_whatever_a_stage_trained_is_held_against_what_it_started_from(
+    is_whole: bool, nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, config = tmp_path / "distillation", tiny_config(tmp_path)
+    source = stage_folder.Source(str(nano_folder), LoraConfig(), complete=is_whole, metric="")
+    stage_folder.write_source(epath.Path(stage), source, nano_folder)
+    settings = ExportConfig(source=str(stage), folder=str(tmp_path / "out"), dtype="float32")
+    config = dataclasses.replace(config, export=settings)
+    params = loading.load(str(nano_folder), config).params
+    monkeypatch.setattr(checkpoint, "load_params", lambda *_, **__: {"params": params})
+    with pytest.raises(ValueError, match=r"distillation: got the weights of .* in float32"):
+        export.run(config, str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_add_nothing_are_not_exported() -> None:
+    adapters = {"q_proj": {"a": jnp.ones((1, 3, 2)), "b": jnp.zeros((1, 2, 3))}}
+    with pytest.raises(ValueError, match="trained: got adapters that add nothing"):
+        export.check_adapters(adapters, "trained")
+    export.check_adapters(adapters | {"k_proj": {"b": jnp.ones((1, 2, 3))}}, "trained")

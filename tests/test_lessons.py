@@ -1,19 +1,30 @@
 """The options of distillation as pure functions, against numbers worked out by hand."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgsd_jax.config import DistillationConfig, OptimConfig
+from mgsd_jax.command_line import load_config
+from mgsd_jax.config import DistillationConfig, LevelSet, OptimConfig
+from mgsd_jax.data import batching, loaders
 from mgsd_jax.data.batching import NO_TOKEN
+from mgsd_jax.data.boards import Board
+from mgsd_jax.envs.base import Outcome
 from mgsd_jax.parallel.means import Mean
 from mgsd_jax.sampling.sampler import Rollout
-from mgsd_jax.training import lessons, optimizer
+from mgsd_jax.stages import distillation_rollout
+from mgsd_jax.training import lessons, monitor, optimizer
 
 SETTINGS = DistillationConfig(OptimConfig(lr=0.0))
+NANO = load_config("nano", [])
+MAZES, LAKES = (
+    LevelSet(task, levels, train=1, val=1, test=1)
+    for task, levels in (("maze", (3, 4)), ("frozenlake", (3,)))
+)
 
 
 def test_contrast_weights_have_the_mean_of_one_and_a_cap() -> None:
@@ -61,6 +72,51 @@ def test_success_weighs_the_same_beside_a_gate() -> None:
     assert weights.sum() == 2 + 0.25 + 0 + 2  # of seven tokens
     np.testing.assert_allclose(plain, [[1, 1], [1, 0], [-1, -1], [0, 0]])
     np.testing.assert_allclose(policy / weights.sum(), plain / 7, rtol=1e-6)
+
+
+def judged(success: bool, state_exact: bool) -> monitor.Judged:
+    outcome = Outcome(success, success, True, True, "", 1, float(success))
+    return monitor.Judged(outcome, state_exact)
+
+
+def test_a_row_weighs_by_state_or_plan_and_a_truncated_one_nothing() -> None:
+    levels = [("maze", 3), ("frozenlake", 3), ("maze", 4), ("maze", 3), ("maze", 3), ("maze", 3)]
+    data = dataclasses.replace(NANO.data, boards=(MAZES, LAKES))
+    settings = dataclasses.replace(NANO.distillation, wrong_weight=0.25)
+    config = dataclasses.replace(NANO, data=data, distillation=settings)
+    answered = [judged(*one) for one in [(True, False), (False, True), *[(False, False)] * 4]]
+    sampled = rollout([[1, 2], [1, 0], [1, 2], [1, 2], [1, 2], [1, 2]])
+    # The fourth is truncated. The last two have a right response to learn from instead.
+    sampled = dataclasses.replace(sampled, truncated=np.arange(6) == 3)
+    given = batching.References(np.zeros((6, 2), np.int32), np.arange(6)[:, None] > [3, 4])
+    nothing: Any = None
+    batch = batching.PromptBatch(nothing, nothing, np.arange(6), given, slots=np.zeros(6, np.int32))
+    boards = tuple(Board(task, level, 0, None, None) for task, level in levels)
+    found = lessons.outcomes(answered, loaders.PromptRows(batch, boards), sampled, config)
+    assert found is not None
+    np.testing.assert_array_equal(found.weight, [1, 1, 0.25, 0, 1, 1])
+    np.testing.assert_array_equal(found.success, [1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(found.cell, [1, 0, 2, 1, 1, 1])
+    np.testing.assert_array_equal(found.is_sampled, [True, False, True, False, False, False])
+    assert lessons.outcomes(None, loaders.PromptRows(batch, boards), sampled, config) is None
+    other = (Board("maze", 5, 0, None, None), *boards[1:])
+    with pytest.raises(ValueError, match=r"data\.boards: got a board of maze level 5, want one of"):
+        lessons.outcomes(answered, loaders.PromptRows(batch, other), sampled, config)
+
+
+def test_what_is_told_of_rollouts_is_told_of_new_ones() -> None:
+    nothing: Any = None
+    replays = batching.PromptBatch(nothing, nothing, np.arange(4), slots=np.array([1, 0, 1, 0]))
+    boards = tuple(Board("maze", level, 0, None, None) for level in (3, 4, 3, 4))
+    sampled = rollout([[1, 2, 3], [1, 0, 0], [1, 2, 3], [1, 0, 0]])
+    said: Any = types.SimpleNamespace(own=sampled, asked=replays)
+    answered = [judged(success, False) for success in (True, False, True, False)]
+    for batch, length, solved in ((replays, 3, 1), (replays._replace(slots=None), 2, 0.5)):
+        told = distillation_rollout.rollout_metrics(
+            said, loaders.PromptRows(batch, boards), np.zeros((4, 3)), answered
+        )
+        assert told["rollout/length"].value == length
+        assert told["rollout/success"].value == solved
 
 
 @pytest.mark.parametrize(("success", "is_open"), [(0.29, False), (0.3, True)])

@@ -339,6 +339,12 @@ def test_a_folder_is_claimed_by_what_changes_results_alone(
             f"set that back, take another --workdir, or remove {tmp_path} to start anew"
         )
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    bound, other = ("grounding.eval_every",), override(config, ["grounding.eval_every=9"])
+    with (
+        pytest.raises(ValueError, match=r"grounding\.eval_every: got 9, want 2"),
+        folders.claimed(tmp_path, other, SECTIONS, bound),
+    ):
+        pass
 
 
 def test_a_folder_of_an_older_version_that_noted_every_field_is_read(

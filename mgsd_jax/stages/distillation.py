@@ -60,7 +60,9 @@ def run(config: Config, workdir: str) -> None:
     with contextlib.ExitStack() as held:
         folder = epath.Path(workdir) / "distillation"
         sections = ("model", "data", "distillation", "checkpoint", "seed")
-        claim = held.enter_context(folders.claimed(folder, given, sections))
+        # A gate that a validation opens depends on when there is one.
+        bound = ("distillation.eval_every",) if settings.wrong_weight_from else ()
+        claim = held.enter_context(folders.claimed(folder, given, sections, bound))
         mesh = sharding.open_mesh(config.mesh)
         _check_rows(config, mesh)
         parts, state = _prepare(config, training, held_out, claim, mesh)

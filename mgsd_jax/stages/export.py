@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from mgsd_jax import config as config_lib
+from mgsd_jax import tree
 from mgsd_jax.checks.fields import Json, read_json
 from mgsd_jax.config import Config
 from mgsd_jax.data.tokenizer import for_all_readers
@@ -92,9 +93,8 @@ def _write_model(config: Config, folder: Path) -> dict[str, object]:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
     loaded = dataclasses.replace(loaded, params={})  # held once
     source = epath.Path(settings.source)
-    if stage_folder.is_stage(source) and not stage_folder.read_source(source).complete:
-        base = stage_folder.find_weights(source, [config.model.path])
-        check_moved(params, base, config)
+    if stage_folder.is_stage(source):
+        check_moved(params, stage_folder.find_weights(source, [config.model.path]), config)
     size = settings.max_shard_gb * 1e9
     write_folder(
         params,
@@ -124,9 +124,20 @@ def check_moved(params: Tree, base: str, config: Config) -> None:
         )
 
 
+def check_adapters(adapters: Tree, source: str) -> None:
+    """Raises ValueError where adapters add nothing to their base, as before their first update."""
+    learned = (leaf for path, leaf in tree.named_leaves(adapters) if path.endswith("/b"))
+    if not any(bool((leaf != 0).any()) for leaf in learned):
+        raise ValueError(
+            f"{source}: got adapters that add nothing, every b is 0, want others: was anything "
+            "learned?"
+        )
+
+
 def _write_adapters(config: Config, folder: Path) -> dict[str, object]:
     """Writes the adapters alone; returns the parity file's content of base and adapters."""
     adapters, size, base = loading.load_adapters(config.export.source, config)
+    check_adapters(adapters, config.export.source)
     loaded = loading.load(base, config)
     peft.save(adapters, size, loaded.model.config, folder, base_model=base)
     variables = {"params": loaded.params, "adapters": adapters}

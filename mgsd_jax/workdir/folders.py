@@ -266,12 +266,18 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -> Generator[Claim]:
+def claimed(
+    folder: epath.PathLike,
+    config: Config,
+    sections: Collection[str],
+    bound: Collection[str] = (),
+) -> Generator[Claim]:
     """Locks `folder` for this run, of however many processes.
 
     `sections` are the parts of the config that the stage depends on; `config` is not resolved yet.
     Raises ValueError that names the run that has the lock, or lists the fields in which the config
-    that the folder is bound to differs. Fields that change no result may differ.
+    that the folder is bound to differs. Fields that change no result may differ, all but those that
+    are `bound` because they change one here.
     """
     values = {name: value for name, value in config_lib.to_dict(config).items() if name in sections}
     is_main = jax.process_index() == 0
@@ -282,7 +288,8 @@ def claimed(folder: epath.PathLike, config: Config, sections: Collection[str]) -
         if is_main:
             try:
                 lock.enter_context(locks.held(folder))
-                ignore, defaults = tuple(ranges.free(Config)), config_lib.defaults(Config)
+                ignore = {*ranges.free(Config)} - {*bound}
+                defaults = config_lib.defaults(Config)
                 check_config(folder, values, ignore=ignore, defaults=defaults)
             except ValueError as error:
                 problem = str(error)

@@ -487,9 +487,15 @@ class Seen:
         self.is_open: list[bool] = []
         self.calls: list[str] = []
         finish, measure = sessions.Session.finish_step, distillation_rollout.update_metrics
-        validate = validation.validate
+        validate, make = validation.validate, distillation_rollout.make_batch
+
+        def made(*arguments: Any) -> Any:
+            batch = make(*arguments)
+            assert all(x is not None for x in (batch.weights, batch.other, batch.outcomes))
+            return batch
 
         def finished(session: Any, step: int, state: Any, measured: Any) -> None:
+            assert "questions/loss" in measured
             self.is_open.append(bool(state.memory.is_open))
             finish(session, step, state, measured)
 
@@ -504,6 +510,7 @@ class Seen:
 
         monkeypatch.setattr(sessions.Session, "finish_step", finished)
         monkeypatch.setattr(distillation_rollout, "update_metrics", measured)
+        monkeypatch.setattr(distillation_rollout, "make_batch", made)
         monkeypatch.setattr(validation, "validate", validated)
         for module, name in ((guards, "check_pictures"), (distillation_step, "check_start")):
             original = getattr(module, name)

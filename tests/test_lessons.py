@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_sources import BOARDS, ENCODER
 
 from mgsd_jax.command_line import load_config
 from mgsd_jax.config import DistillationConfig, LevelSet, OptimConfig
@@ -25,6 +26,34 @@ MAZES, LAKES = (
     LevelSet(task, levels, train=1, val=1, test=1)
     for task, levels in (("maze", (3, 4)), ("frozenlake", (3,)))
 )
+
+
+def test_prompts_hold_what_the_options_need() -> None:
+    """Each option of the config reaches the loader; without any there is nothing but prompts."""
+    plain = {"grounding_share": 0.0, "batch_size": 8}
+
+    def first(**options: Any) -> loaders.PromptRows:
+        settings = dataclasses.replace(NANO.distillation, **(plain | options))
+        config = dataclasses.replace(NANO, distillation=settings)
+        return next(lessons.load_prompts(config, BOARDS, ENCODER, (0, 1)))
+
+    def changed(rows: loaders.PromptRows) -> bool:
+        return not np.array_equal(rows.batch.teacher.tokens, usual.batch.teacher.tokens)
+
+    usual = first()
+    assert usual.batch[3:] == (None,) * 4 and usual.records is None and len(usual.boards) == 8
+    assert not changed(first(contrast_cap=4.0)) and first(contrast_cap=4.0).batch.other is not None
+    assert changed(first(teacher_noise=1.0)) and changed(first(teacher_board="other"))
+    references = first(reference_share=1.0).batch.references
+    assert references is not None and references.mask[:, 0].all()
+    slots = first(replay_steps=3).batch.slots
+    assert slots is not None and slots.shape == (8,)
+    assert first(rollouts=2).boards[0] == first(rollouts=2).boards[1]
+    asked = first(grounding_share=0.25)
+    assert asked.records is not None and len(asked.records.targets) == 2 and len(asked.boards) == 6
+    assert asked.boards == usual.boards[:6]
+    drafted = dataclasses.replace(NANO.distillation.sampling, draft_tokens=3)
+    assert first(sampling=drafted).batch.draft is not None
 
 
 def test_contrast_weights_have_the_mean_of_one_and_a_cap() -> None:

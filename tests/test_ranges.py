@@ -195,6 +195,18 @@ def test_what_is_wanted_is_said(text: str, line: str) -> None:
             ["distillation.wrong_weight_from=0.3"],
             "distillation.wrong_weight_from: got 0.3 with wrong_weight=1, which weighs nothing",
         ),
+        (
+            ["distillation.replay_steps=3", "distillation.rollouts=2"],
+            "distillation.replay_steps: got 3 with 2 rollouts a prompt, want 1",
+        ),
+        (
+            ["distillation.replay_steps=3", "distillation.batch_size=65"],
+            "distillation.replay_steps: got 3 with 57 prompts, want an even number",
+        ),
+        (
+            ["distillation.replay_steps=3", "distillation.objective=sampled_reverse_kl"],
+            "distillation.replay_steps: got 3 with objective sampled_reverse_kl, want an exact",
+        ),
         (["grounding.microbatches=5"], "grounding.microbatches: got 5, want a divisor of 48"),
     ],
 )

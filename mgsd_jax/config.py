@@ -287,7 +287,8 @@ class DistillationConfig:
     # Weight of a response that neither states the board right nor solves it; below 1, a truncated
     # one has none.
     wrong_weight: Share = 1.0
-    # success of a validation from which wrong_weight applies; above 0 a run keeps its eval_every
+    # success of a validation from which wrong_weight applies; above 0 a run resumes with the
+    # eval_every that it began with
     wrong_weight_from: Share = 0.0
     # Above 0 a policy gradient of success is added to the divergence with this weight, its baseline
     # the running success of the same task and level.

@@ -151,7 +151,8 @@ def blend(grads: Params, others: Params, share: float) -> Params:
 
     The share is then one of the step, whatever the units of the two losses: the cross-entropy of
     questions has thirty times the gradient of a Jensen-Shannon divergence (nano, first step). They
-    are never scaled up, so that what has been learned does not come back as noise.
+    are never scaled up, so that what has been learned does not come back as noise: in a step whose
+    rollouts weigh nothing, questions teach nothing either.
     """
     norm, other = optax.tree.norm(grads), optax.tree.norm(others)
     scale = share * jnp.minimum(1.0, norm / jnp.where(other > 0, other, 1.0))

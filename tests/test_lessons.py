@@ -56,6 +56,17 @@ def test_prompts_hold_what_the_options_need() -> None:
     assert first(sampling=drafted).batch.draft is not None
 
 
+def test_a_run_keeps_no_more_rollouts_than_it_has_steps() -> None:
+    settings = dataclasses.replace(NANO.distillation, steps=5, replay_steps=10**6)
+    config = dataclasses.replace(NANO, distillation=settings)
+    memory = lessons.init_memory(config)
+    assert memory is not None and memory.responses is not None
+    assert memory.responses.shape == (5 + 1, 28, settings.sampling.max_new_tokens)
+    loader = lessons.load_prompts(config, BOARDS, ENCODER, (0, 1))
+    slots = [next(loader).batch.slots for _ in range(5)]
+    assert [int(one[0]) for one in slots if one is not None] == [0, 1, 2, 3, 4]
+
+
 def test_contrast_weights_have_the_mean_of_one_and_a_cap() -> None:
     kl = jnp.array([[0, 0, 1, 7], [2, 2, 2, 50], [0, 0, 0, 9], [1, 3, 0, 0]], jnp.float32)
     mask = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]], bool)

@@ -108,7 +108,7 @@ def init_memory(config: Config) -> Memory | None:
     if settings.success_weight:
         counts = jnp.zeros(len(cells(config.data)), jnp.float32)
     if settings.replay_steps:
-        shape = (settings.replay_steps + 1, rows // 2, settings.sampling.max_new_tokens)
+        shape = (_replayed(settings) + 1, rows // 2, settings.sampling.max_new_tokens)
         kept = jnp.full(shape, NO_TOKEN, jnp.int32)
     is_open = jnp.bool_(settings.wrong_weight_from == 0) if settings.wrong_weight < 1 else None
     # Two arrays of the same counts: what is donated may not be one array twice.
@@ -256,6 +256,11 @@ def new_rows(asked: PromptBatch) -> PromptBatch:
     return asked._replace(student=student, row_ids=row_ids, draft=draft)
 
 
+def _replayed(settings: DistillationConfig) -> int:
+    """How many steps rollouts are kept for: no run looks back further than it is long."""
+    return min(settings.replay_steps, settings.steps)
+
+
 def replay(
     memory: Memory, sampled: Rollout, slots: jax.Array, eos_ids: tuple[int, ...], pad_id: int
 ) -> tuple[Memory, Rollout]:
@@ -302,7 +307,7 @@ def load_prompts(
         response_length=settings.sampling.max_new_tokens,
         has_drafts=settings.sampling.draft_tokens > 0,
         has_others=settings.contrast_cap > 0,
-        replay_steps=settings.replay_steps,
+        replay_steps=_replayed(settings),
         process=share,
         agree=processes.largest,
     )

@@ -500,6 +500,23 @@ def test_whatever_a_stage_trained_is_held_against_what_it_started_from(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_stage_that_trained_all_does_without_what_it_started_from(
+    is_whole: bool, nano_folder: Path, tmp_path: Path
+) -> None:
+    base, stage = tmp_path / "base", epath.Path(tmp_path) / "distillation"
+    shutil.copytree(nano_folder, base)
+    source = stage_folder.Source(str(base), LoraConfig(), complete=is_whole, metric="")
+    stage_folder.write_source(stage, source, base)
+    assert export.find_base(stage, "absent") == str(base)
+    shutil.rmtree(base)
+    if is_whole:
+        assert export.find_base(stage, "absent") is None
+    else:
+        with pytest.raises(ValueError, match=r"source\.json: weights: got nothing at .*base"):
+            export.find_base(stage, "absent")
+
+
 def test_adapters_that_add_nothing_are_not_exported() -> None:
     adapters = {"q_proj": {"a": jnp.ones((1, 3, 2)), "b": jnp.zeros((1, 2, 3))}}
     with pytest.raises(ValueError, match="trained: got adapters that add nothing"):

@@ -93,8 +93,9 @@ def _write_model(config: Config, folder: Path) -> dict[str, object]:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params)
     loaded = dataclasses.replace(loaded, params={})  # held once
     source = epath.Path(settings.source)
-    if stage_folder.is_stage(source):
-        check_moved(params, stage_folder.find_weights(source, [config.model.path]), config)
+    base = find_base(source, config.model.path) if stage_folder.is_stage(source) else None
+    if base is not None:
+        check_moved(params, base, config)
     size = settings.max_shard_gb * 1e9
     write_folder(
         params,
@@ -105,6 +106,21 @@ def _write_model(config: Config, folder: Path) -> dict[str, object]:
         max_shard_bytes=size,
     )
     return parity.measure(loaded.model, {"params": params}, loaded.processor, config.data)
+
+
+def find_base(source: epath.Path, model: str) -> str | None:
+    """What the stage at `source` started from, `model` where that was moved there.
+
+    None where it is another by now, such as a stage trained anew, and the checkpoints of `source`
+    hold every parameter. Raises ValueError where they do not.
+    """
+    try:
+        return stage_folder.find_weights(source, [model])
+    except ValueError as error:
+        if not stage_folder.read_source(source).complete:
+            raise
+        logging.warning("%s: not held against what it started from: %s", source, error)
+        return None
 
 
 def check_moved(params: Tree, base: str, config: Config) -> None:

@@ -107,6 +107,8 @@ SETTINGS = (
     *("checkpoint.every=1", "checkpoint.keep_last=9"),
     *(f"grounding.steps={STEPS}", f"distillation.steps={STEPS}"),
     "distillation.sampling.max_new_tokens=6",
+    # Rows and tokens that weigh by what the rows of all processes came to.
+    *("distillation.contrast_cap=4.0", "distillation.success_weight=0.1"),
 )
 # The program, which also writes the rows of every rollout: {workdir}/rows-{process}-{call}.npy
 NOTING = """

@@ -43,7 +43,6 @@ UNSEEN = (
     "{'task':'maze','levels':(3,),'train':0,'val':0,'test':400},"
     "{'task':'minibehaviour','levels':(5,),'train':0,'val':0,'test':400})",
 )
-CURVES = ("distillation_only", "method", "jsd", "jsd_only", "best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +250,7 @@ def show(of: Study, study: pathlib.Path) -> None:
     names = [[name for name, _ in some] for some in (of.elsewhere, of.unseen)]
     print(study_tables.write_tables(study, of.rows, *names))
     models = study_tables.read_study(study, of.rows)
-    curves = study_tables.curves_svg(models[name] for name in models if name in CURVES)
+    curves = study_tables.curves_svg(models[name] for name in models if name in study_tables.CURVES)
     (study / "curves.svg").write_text(curves)
 
 

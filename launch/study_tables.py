@@ -53,7 +53,17 @@ _PAIRS_ELSEWHERE = (
     ("best_60", "base"),
     ("best_60", "sft"),
 )
-_COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f")
+# What is left to the base's own answers from text.
+_FROM_TEXT = ("sft", "method", "jsd_only", "jsd", "best_60")
+# From the base that has seen plans.
+_PAIRS_OF_PLANS = (
+    ("plans_one", "plans_state"),
+    ("plans_state", "plans_base"),
+    ("plans_one", "plans_base"),
+    ("plans_state", "jsd_only"),
+)
+CURVES = ("distillation_only", "method", "jsd", "jsd_only", "best", "best_60")
+_COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f", "#5b5b5b")
 
 
 class StudyRow(Protocol):
@@ -160,15 +170,22 @@ def estimate(model: Model, mode: str, get: Getter = success) -> stats.Estimate:
 
 
 def difference(
-    ours: Model, theirs: Model, mode: str = "picture", get: Getter = success
+    ours: Model,
+    theirs: Model,
+    mode: str = "picture",
+    get: Getter = success,
+    their_mode: str = "",
 ) -> stats.Difference:
-    """Return ours - theirs in the macro mean of a measure, over the seeds that both have."""
+    """Return ours - theirs in the macro mean of a measure, over the seeds that both have.
+
+    `their_mode`: what they read, where it is something else.
+    """
     seeds = {run.seed for run in ours.runs} & {run.seed for run in theirs.runs}
     if not seeds:
         raise ValueError(f"{ours.name}, {theirs.name}: got no seed in common, want one or more")
     mine, others = (
-        [strata(run, mode, get) for run in model.runs if run.seed in seeds]
-        for model in (ours, theirs)
+        [strata(run, read, get) for run in model.runs if run.seed in seeds]
+        for model, read in ((ours, mode), (theirs, their_mode or mode))
     )
     return stats.runs_difference(mine, others)
 
@@ -358,15 +375,41 @@ def _p(found: stats.Difference) -> str:
     return "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
 
 
-def claims(models: Mapping[str, Model], pairs: Iterable[tuple[str, str]]) -> str:
-    """A line for each pair (ours, theirs): the difference over seeds and boards."""
+def claims(
+    models: Mapping[str, Model],
+    pairs: Iterable[tuple[str, str]],
+    from_text: Iterable[str] = (),
+) -> str:
+    """A line for each pair (ours, theirs): the difference over seeds and boards.
+
+    `from_text` names models that also stand against what the base answers to text.
+    """
     there = [(models[a], models[b]) for a, b in pairs if a in models and b in models]
-    found = [difference(ours, theirs) for ours, theirs in there]
-    return _table(
-        "difference in macro success, picture",
-        [f"{ours.title} − {theirs.title}" for ours, theirs in there],
-        {"points": map(_points, found), "p": map(_p, found)},
-    )
+    found = {f"{ours.title} − {theirs.title}": difference(ours, theirs) for ours, theirs in there}
+    for name in from_text if "base" in models else ():
+        if name in models:
+            title = f"{models[name].title} − base, from text"
+            found[title] = difference(models[name], models["base"], their_mode="text")
+    columns = {"points": map(_points, found.values()), "p": map(_p, found.values())}
+    return _table("difference in macro success, picture", found, columns)
+
+
+def validation_table(models: Sequence[Model]) -> str:
+    """Success on validation boards by update of the stage, in %, a number for each seed."""
+    curves = [[validations(run) for run in model.runs] for model in models]
+    steps = sorted({step for found in curves for curve in found for step in curve})
+    columns = {
+        str(step): [
+            " / ".join(f"{100 * curve[step]:.0f}" for curve in found if step in curve) or DASH
+            for found in curves
+        ]
+        for step in steps
+    }
+    seeds = [
+        ", ".join(str(run.seed) for run, curve in zip(model.runs, found, strict=True) if curve)
+        for model, found in zip(models, curves, strict=True)
+    ]
+    return _table("model", [model.title for model in models], {"seeds": seeds, **columns})
 
 
 def write_tables(
@@ -387,11 +430,21 @@ def write_tables(
     main = [m for m in models.values() if m.group == "main"]
     parts = ["## Main rows\n", main_table(main, base)] if main else []
     if any(a in models and b in models for a, b in _PAIRS):
-        parts += ["\n## Differences\n", claims(_base_of_every_seed(models), _PAIRS)]
+        found = claims(_base_of_every_seed(models), _PAIRS, _FROM_TEXT)
+        parts += ["\n## Differences\n", found]
+    if validated := [
+        m for m in models.values() if m.name in CURVES and any(map(validations, m.runs))
+    ]:
+        parts += ["\n## Validation boards by update\n", validation_table(validated)]
     others = {name: read_study(study, rows, name) for name in elsewhere}
     others = {name: there for name, there in others.items() if there}
     for group in dict.fromkeys(m.group for m in models.values() if m.group != "main"):
         some = [m for m in models.values() if m.group == group]
+        if group == "plans":
+            base = models.get("plans_base")
+            found = claims(_base_of_every_seed(models, "plans_base"), _PAIRS_OF_PLANS)
+            parts += ["\n## Plans\n", main_table(some, base), "\n", found]
+            continue
         reference = models.get("jsd" if group == "options" else "method")
         if reference is None:  # not run yet
             continue
@@ -411,14 +464,14 @@ def write_tables(
     return "\n".join(parts)
 
 
-def _base_of_every_seed(models: Mapping[str, Model]) -> dict[str, Model]:
+def _base_of_every_seed(models: Mapping[str, Model], name: str = "base") -> dict[str, Model]:
     """The models; the base, which has one run, stands with it beside every seed of the others."""
-    if "base" not in models:
+    if name not in models:
         return dict(models)
-    base = models["base"]
+    base = models[name]
     seeds = sorted({run.seed for model in models.values() for run in model.runs})
     runs = tuple(dataclasses.replace(base.runs[0], seed=seed) for seed in seeds)
-    return {**models, "base": dataclasses.replace(base, runs=runs)}
+    return {**models, name: dataclasses.replace(base, runs=runs)}
 
 
 def curves_svg(models: Iterable[Model]) -> str:

@@ -415,3 +415,31 @@ def test_a_program_that_fails_is_told_in_one_line(
     with pytest.raises(SystemExit):
         RUNNER["main"]()
     assert "--jobs: got '0', want a number of 1 or more" in capsys.readouterr().err
+
+
+def test_validations_are_printed_by_update_and_seed(tmp_path: pathlib.Path) -> None:
+    study = study_of(tmp_path)
+    text = tables.write_tables(study, ROWS, []).split("## Validation boards by update")[1]
+    head, _, line = text.strip().splitlines()[:3]
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == ["seeds", "10", "20"]
+    assert line.endswith("| 0, 1, 2 | 25 / 25 / 25 | 50 / 50 / 50 |")
+    assert len(text.split("## ")[0].strip().splitlines()) == 3  # rows with a curve of their own
+
+
+def test_what_is_left_to_answers_from_text_is_over_every_seed(tmp_path: pathlib.Path) -> None:
+    text = tables.write_tables(study_of(tmp_path), ROWS, [])
+    (line,) = [line for line in text.splitlines() if " − base, from text" in line]
+    assert line.startswith("| Grounding, then distillation − ") and "| -20.0 (" in line
+
+
+def test_plans_stand_beside_the_base_that_has_seen_them(tmp_path: pathlib.Path) -> None:
+    study = study_of(tmp_path)
+    for name, rights in (("plans_base", [8]), ("plans_state", [14, 16]), ("plans_one", [10, 12])):
+        for seed, right in enumerate(rights):
+            write_run(study, name, seed, right)
+    text = tables.write_tables(study, ROWS, []).split("## Plans")[1]
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+    base, state, one = (row.title for row in ROWS if row.group == "plans")
+    assert "| 50.0 %" in lines[one] and "| 25.0 % |" in lines[one]  # its share of their gap
+    assert "| -20.0 (" in lines[f"{one} − {state}"]
+    assert "| +35.0 (" in lines[f"{state} − {base}"]

@@ -30,7 +30,7 @@ MAZES, LAKES = (
 
 def test_prompts_hold_what_the_options_need() -> None:
     """Each option of the config reaches the loader; without any there is nothing but prompts."""
-    plain = {"grounding_share": 0.0, "batch_size": 8}
+    plain: dict[str, Any] = {"grounding_share": 0.0, "batch_size": 8}
 
     def first(**options: Any) -> loaders.PromptRows:
         settings = dataclasses.replace(NANO.distillation, **(plain | options))

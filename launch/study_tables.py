@@ -147,6 +147,10 @@ def success(row: PlanRow) -> float:
     return float(row["outcome"]["success"])
 
 
+def state_right(row: PlanRow) -> float:
+    return float(row["state_exact"] or False)
+
+
 def answered_right(row: PerceptionRow) -> float:
     """Return the share of a board's questions that were answered right."""
     return sum(row["perception"].values()) / len(row["perception"])
@@ -269,7 +273,7 @@ def main_table(models: Sequence[Model], base: Model | None) -> str:
         name: [*found, *(DASH for _ in bounds)]
         for name, found in {
             "State F1": _means(models, "picture", lambda row: row["state_f1"]),
-            "states exact": _means(models, "picture", lambda row: row["state_exact"]),
+            "states exact": _means(models, "picture", state_right),
             "questions": _means(models, "perception", answered_right),
             "macro, text": _means(models, "text"),
             "blind": _means(models, "blind"),
@@ -300,7 +304,7 @@ def ablation_table(models: Sequence[Model], reference: Model) -> str:
         "minus the method": [DASH if found is None else _points(found) for found in against],
         "p": [DASH if found is None else _p(found) for found in against],
         **columns,
-        "states exact": _means(shown, "picture", lambda row: row["state_exact"]),
+        "states exact": _means(shown, "picture", state_right),
         "macro, text": _means(shown, "text"),
         "half way after": [DASH if step is None else str(step) for step in half],
         "s an update": [DASH if seconds is None else f"{seconds:.2f}" for seconds in spent],
@@ -386,11 +390,17 @@ def claims(
     """
     there = [(models[a], models[b]) for a, b in pairs if a in models and b in models]
     found = {f"{ours.title} − {theirs.title}": difference(ours, theirs) for ours, theirs in there}
+    states = [_points(difference(ours, theirs, get=state_right)) for ours, theirs in there]
     for name in from_text if "base" in models else ():
         if name in models:
             title = f"{models[name].title} − base, from text"
             found[title] = difference(models[name], models["base"], their_mode="text")
-    columns = {"points": map(_points, found.values()), "p": map(_p, found.values())}
+            states.append(DASH)  # the text says the state
+    columns = {
+        "points": map(_points, found.values()),
+        "p": map(_p, found.values()),
+        "points of states exact": states,
+    }
     return _table("difference in macro success, picture", found, columns)
 
 

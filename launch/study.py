@@ -26,7 +26,7 @@ import tqdm
 from etils import epath
 from study_tables import StudyRow
 
-from mgsd_jax.workdir.stage_folder import unfinished
+from mgsd_jax.workdir import stage_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "study"
@@ -208,8 +208,7 @@ def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) ->
     there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = [there[job] if job < len(there) else None for job in range(jobs)]
     waiting, failures = list(tasks), 0
-    pending = {(row.name, seed) for row, seed in tasks}
-    bases = {row.name for row, _ in tasks if row.base}
+    known = {row.name: row for row, _ in tasks}
     is_stopped = threading.Event()
 
     def work(row: StudyRow, seed: int, core: int | None) -> None:
@@ -225,19 +224,15 @@ def run_all(of: Study, tasks: Sequence[Task], study: pathlib.Path, jobs: int) ->
         running: dict[concurrent.futures.Future[None], tuple[Task, int | None]] = {}
         try:
             while waiting or running:
-                ready = [
-                    (row, seed)
-                    for row, seed in waiting
-                    if (row.needs, 0 if row.needs in bases else seed) not in pending
-                ]
+                unfinished = {*waiting, *(task for task, _ in running.values())}
+                ready = [task for task in waiting if start_of(task, known) not in unfinished]
                 for task, core in zip(ready, list(cores), strict=False):
                     waiting.remove(task)
                     cores.remove(core)
                     running[pool.submit(work, *task, core)] = task, core
                 done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                 for future in done:
-                    (row, seed), core = running.pop(future)
-                    pending.discard((row.name, seed))
+                    _, core = running.pop(future)
                     cores.append(core)
                     progress.update()
                     if future.exception():
@@ -268,19 +263,24 @@ def choose(names: str, known: Mapping[str, StudyRow], study: pathlib.Path) -> li
         raise ValueError(f"--rows: got {strange}, want some of {list(known)}")
     tasks: list[Task] = []
     for row in (known[name] for name in chosen):
-        needed = known[row.needs] if row.needs else None
-        if needed:
-            seeds = needed.seeds if needed.base else row.seeds
-            tasks += [(needed, seed) for seed in seeds if not is_made(needed, seed, study)]
-        tasks += [(row, seed) for seed in row.seeds]
+        asked = [(row, seed) for seed in row.seeds]
+        starts = [start for task in asked if (start := start_of(task, known))]
+        tasks += [start for start in starts if not is_made(*start, study)] + asked
     return list(dict.fromkeys(tasks))
+
+
+def start_of(task: Task, known: Mapping[str, StudyRow]) -> Task | None:
+    """The row and seed that this one starts from, None where that is not among the known rows."""
+    row, seed = task
+    needed = known.get(row.needs)
+    return (needed, needed.seeds[0] if needed.base else seed) if needed else None
 
 
 def is_made(row: StudyRow, seed: int, study: pathlib.Path) -> bool:
     """Whether other rows can start from what this one makes."""
     if row.base:
         return not nano_base(study / row.base, row.base)
-    return not unfinished(epath.Path(study / row.name / str(seed) / row.stage))
+    return not stage_folder.unfinished(epath.Path(study / row.name / str(seed) / row.stage))
 
 
 def at_least_one(text: str) -> int:

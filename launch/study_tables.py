@@ -446,25 +446,28 @@ def write_tables(
         m for m in models.values() if m.name in CURVES and any(map(validations, m.runs))
     ]:
         parts += ["\n## Validation boards by update\n", validation_table(validated)]
-    others = {name: read_study(study, rows, name) for name in elsewhere}
-    others = {name: there for name, there in others.items() if there}
+    found_there = {name: read_study(study, rows, name) for name in elsewhere}
+    found_there = {name: there for name, there in found_there.items() if there}
     for group in dict.fromkeys(m.group for m in models.values() if m.group != "main"):
         some = [m for m in models.values() if m.group == group]
         if group == "plans":
-            base = models.get("plans_base")
             found = claims(_base_of_every_seed(models, "plans_base"), _PAIRS_OF_PLANS)
-            parts += ["\n## Plans\n", main_table(some, base), "\n", found]
+            parts += ["\n## Plans\n", main_table(some, models.get("plans_base")), "\n", found]
             continue
         reference = models.get("jsd" if group == "options" else "method")
         if reference is None:  # not run yet
             continue
         if group == "options":
-            table = options_table(some, reference, others)
+            table = options_table(some, reference, found_there)
         else:
             table = ablation_table(some, reference)
         parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
-    for name, there in others.items():
-        parts += [f"\n## Elsewhere: {name}\n", main_table([*there.values()], there.get("base"))]
+    for name, there in found_there.items():
+        plans = [m for m in there.values() if m.group == "plans"]  # of another base
+        others = [m for m in there.values() if m.group != "plans"]
+        parts.append(f"\n## Elsewhere: {name}\n")
+        parts += [main_table(others, there.get("base"))] if others else []
+        parts += ["\n", main_table(plans, None)] if plans else []
         if any(a in there and b in there for a, b in _PAIRS_ELSEWHERE):
             parts += ["\n", claims(_base_of_every_seed(there), _PAIRS_ELSEWHERE)]
     known = frozenset(by_board(next(iter(models.values())).runs[0].rows))

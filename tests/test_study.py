@@ -437,7 +437,12 @@ def test_plans_stand_beside_the_base_that_has_seen_them(tmp_path: pathlib.Path) 
     for name, rights in (("plans_base", [8]), ("plans_state", [14, 16]), ("plans_one", [10, 12])):
         for seed, right in enumerate(rights):
             write_run(study, name, seed, right)
-    text = tables.write_tables(study, ROWS, []).split("## Plans")[1]
+            write_run(study, name, seed, right, evaluation="larger")
+    write_run(study, "base", 0, 2, evaluation="larger")
+    text = tables.write_tables(study, ROWS, ["larger"]).split("## Plans")[1]
+    text, there = text.split("## Elsewhere: larger")
+    _, of_plans = there.strip().split("\n\n\n", 1)
+    assert " – |" in of_plans and "Base that has" in of_plans and "| Base |" not in of_plans
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     base, state, one = (row.title for row in ROWS if row.group == "plans")
     assert "| 50.0 %" in lines[one] and "| 25.0 % |" in lines[one]  # its share of their gap

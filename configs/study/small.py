@@ -3,7 +3,7 @@
 Command:   bash launch/study.sh WORKDIR --study=small   (makes the base, then runs every row)
            bash launch/gpu_study.sh WORKDIR             (configs/study/small.py:gpu, on one GPU)
 Hardware:  2 CPU cores; one H100 or H200.
-Expected:  not measured.
+Expected:  docs/study_small.md; on a GPU not measured.
 
 Every picture has 256 x 256 pixels and is 64 visual tokens, whatever the level, so that cells and
 tokens do not coincide, as for a 4B model. The base has planned from text, and seen pictures in

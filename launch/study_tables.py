@@ -498,7 +498,7 @@ def curves_svg(models: Iterable[Model]) -> str:
     frame = Frame(48, 16, 402, 268, x=(0, last))
     drawn = [
         tag("style", "text{fill:#333}.grid line{stroke:#ccc}"),
-        tag("rect", width=640, height=320, fill="#fff"),
+        tag("rect", width=800, height=320, fill="#fff"),
         frame.axes(
             [(step, str(step), "middle") for step in (0, last // 2, last)],
             [(tenth / 10, f"{10 * tenth} %") for tenth in range(0, 11, 2)],
@@ -514,5 +514,5 @@ def curves_svg(models: Iterable[Model]) -> str:
         ]
         drawn += [*seeds, frame.line(mean, stroke=colour, stroke_width=3)]
         drawn.append(tag("text", title, x=460, y=32 + 18 * i, style=f"fill:{colour}"))
-    namespace = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": "0 0 640 320", "fill": "none"}
+    namespace = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": "0 0 800 320", "fill": "none"}
     return tag("svg", *drawn, **namespace, font_family="sans-serif", font_size="12") + "\n"

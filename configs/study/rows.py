@@ -196,6 +196,13 @@ GROUPS = {
             (*_JSD, _AUGMENT + "0.5"),
             MAIN_SEEDS,
         ),
+        Row(
+            "sft_varied",
+            "Supervised on plans, pictures vary by 0.5",
+            "grounding",
+            (*_ON_PLANS, _AUGMENT + "0.5"),
+            MAIN_SEEDS,
+        ),
         _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
         _jsd("best", "An eighth are questions, pictures vary by 0.5", *_BEST),

@@ -13,12 +13,20 @@ from typing import Any, ClassVar, Protocol
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import stats
 from mgsd_jax.evaluation.measures import by_board, by_level, by_task
-from mgsd_jax.evaluation.rows import ROWS_FILE, BoardKey, PerceptionRow, PlanRow, Row, read_rows
+from mgsd_jax.evaluation.rows import (
+    ROWS_FILE,
+    BoardKey,
+    PerceptionRow,
+    PlanRow,
+    Row,
+    plans,
+    read_rows,
+)
 from mgsd_jax.evaluation.stats import Strata
 from mgsd_jax.report.curves import Frame
 from mgsd_jax.report.markup import tag
 from mgsd_jax.report.tables import Cell, grid, make_table
-from mgsd_jax.report.words import DASH, percent
+from mgsd_jax.report.words import DASH, FACTS, TASKS, percent
 from mgsd_jax.workdir.metrics import METRICS_FILE, read_metrics
 
 Getter = Callable[[Any], float | None]
@@ -55,6 +63,8 @@ _PAIRS_ELSEWHERE = (
 )
 # What is left to the base's own answers from text.
 _FROM_TEXT = ("sft", "method", "jsd_only", "jsd", "best_60")
+# What these read off pictures is told by kind of fact.
+_READ = ("base", "sft", "grounded", "grounding_only", "jsd", "jsd_only", "augment_50", "best_60")
 # From the base that has seen plans.
 _PAIRS_OF_PLANS = (
     ("plans_one", "plans_state"),
@@ -203,15 +213,8 @@ def gap_share(model: Model, base: Model | None, mode: str = "picture") -> float 
 
 
 def validations(run: Run) -> dict[int, float]:
-    """Return macro success from pictures on the validation boards, by update.
-
-    Early runs, whose validations name no tasks, are left out: theirs was the mean over levels.
-    """
-    return {
-        int(m["step"]): m["val/success"]
-        for m in run.curve
-        if any(name.startswith("val/success/") for name in m)
-    }
+    """Return macro success from pictures on the validation boards, by update."""
+    return {int(m["step"]): m["val/success"] for m in run.curve if "val/success" in m}
 
 
 def updates_to(run: Run, level: float) -> int | None:
@@ -283,6 +286,32 @@ def main_table(models: Sequence[Model], base: Model | None) -> str:
     return _table("model", names, columns)
 
 
+def read_table(models: Sequence[Model]) -> str:
+    """Of the true facts of each kind, but sizes, the share stated from pictures, over all runs.
+
+    Empty where no answer says: rows of an older version do not.
+    """
+    columns = {
+        f"{TASKS[task]}: {label}": [percent(_of_kind(model, task, kind)) for model in models]
+        for task, kinds in FACTS.items()
+        for kind, label in kinds.items()
+        if kind != "size" and any(_of_kind(model, task, kind) is not None for model in models)
+    }
+    return _table("model", [model.title for model in models], columns) if columns else ""
+
+
+def _of_kind(model: Model, task: str, kind: str) -> float | None:
+    """The mean over a model's answers about boards that have such facts, None without any."""
+    found = [
+        row.get("state_read", {}).get(kind)
+        for run in model.runs
+        for row in plans(run.rows, "picture")
+        if row["task"] == task
+    ]
+    measured = [share for share in found if share is not None]
+    return statistics.fmean(measured) if measured else None
+
+
 def ablation_table(models: Sequence[Model], reference: Model) -> str:
     """Each model against the reference on the seeds that both have; means over a model's seeds.
 
@@ -349,12 +378,9 @@ def options_table(
 
 
 def _validated(model: Model) -> str:
-    """Success on validation boards at the end, with the number of seeds where it is not of all."""
+    """Success on validation boards at the end."""
     last = [[*found.values()][-1] for found in map(validations, model.runs) if found]
-    if not last:
-        return DASH
-    mean = percent(statistics.fmean(last))
-    return mean if len(last) == len(model.runs) else f"{mean} ({len(last)} of {len(model.runs)})"
+    return percent(statistics.fmean(last)) if last else DASH
 
 
 def unseen_table(models: Mapping[str, Model]) -> str:
@@ -439,6 +465,8 @@ def write_tables(
     base = models.get("base")
     main = [m for m in models.values() if m.group == "main"]
     parts = ["## Main rows\n", main_table(main, base)] if main else []
+    if read := read_table([m for m in models.values() if m.name in _READ]):
+        parts += ["\n## What is read off the picture\n", read]
     if any(a in models and b in models for a, b in _PAIRS):
         found = claims(_base_of_every_seed(models), _PAIRS, _FROM_TEXT)
         parts += ["\n## Differences\n", found]
@@ -463,11 +491,13 @@ def write_tables(
             table = ablation_table(some, reference)
         parts += [f"\n## {group[0].upper()}{group[1:]}\n", table]
     for name, there in found_there.items():
-        plans = [m for m in there.values() if m.group == "plans"]  # of another base
+        of_plans = [m for m in there.values() if m.group == "plans"]  # of another base
         others = [m for m in there.values() if m.group != "plans"]
         parts.append(f"\n## Elsewhere: {name}\n")
         parts += [main_table(others, there.get("base"))] if others else []
-        parts += ["\n", main_table(plans, None)] if plans else []
+        if read := read_table([m for m in others if m.name in _READ]):
+            parts += ["\n", read]
+        parts += ["\n", main_table(of_plans, None)] if of_plans else []
         if any(a in there and b in there for a, b in _PAIRS_ELSEWHERE):
             parts += ["\n", claims(_base_of_every_seed(there), _PAIRS_ELSEWHERE)]
     known = frozenset(by_board(next(iter(models.values())).runs[0].rows))

@@ -25,7 +25,8 @@ from mgsd_jax.training.divergences import TokenStats
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 STEPS, SUMMARY = PAGE.split("## summary.json")
-PARTS = {"task": [*ENVS], "part": [*prompts.SEGMENTS], "range": [r"\d+-\d*"]}
+KINDS = {"size", "open", *(kind for env in ENVS.values() for kind in env.labels)}
+PARTS = {"kind": [*KINDS], "task": [*ENVS], "part": [*prompts.SEGMENTS], "range": [r"\d+-\d*"]}
 MEASURE = {"value", "low", "high", "n", "p_value"}
 
 

@@ -78,6 +78,7 @@ def make_rows() -> list[Any]:
                         "response_tokens": len(plan),
                         "state_f1": 1.0,
                         "state_exact": True,
+                        "state_read": dict.fromkeys((fact[0] for fact in env.facts(state)), 0.5),
                         "plan_given_own_state": None,
                     }
                 )
@@ -245,6 +246,22 @@ def test_every_level_has_its_number_and_interval_on_the_page(
                 assert f"{number}<small>{limits}" in page_text
                 assert f"| {number} ({limits}) |" in markdown
             assert words.TASKS[task] in page_text
+
+
+def test_what_is_read_off_the_picture_is_told_by_kind_of_fact() -> None:
+    """In the words of the task; boards without such facts are not counted."""
+    rows = make_rows()
+    (table,) = tables.reading(summarize(rows))
+    found = {(line[0].text, line[1].text): line[2:] for line in table.rows}
+    assert [cell.text for cell in table.head] == ["task", "facts", "base", "grounded", "distilled"]
+    assert found.keys() >= {("FrozenLake", "holes"), ("Maze", "open sides")}
+    assert {cell.text for line in found.values() for cell in line} == {"50.0 %"}
+    holes = {cell.detail.rpartition("n ")[2] for cell in found["FrozenLake", "holes"]}
+    lakes = [row for row in rows if (row["model"], row["mode"]) == ("grounded", "picture")]
+    assert holes == {str(sum("H" in row["task_text"].partition("map:")[2] for row in lakes))}
+    for row in rows:
+        row.pop("state_read", None)
+    assert tables.reading(summarize(rows)) == []
 
 
 def test_a_missing_curve_is_stated_and_values_that_are_not_finite_are_counted(

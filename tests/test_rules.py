@@ -472,7 +472,8 @@ def test_standard_scores_are_the_outcome(task: str) -> None:
     assert score["steps"] == len(plan) and score["progress"] == 1.0
     for response in (answer("U,U"), answer("U x"), "U", answer(",".join(spelled[:-1]))):
         outcome = dataclasses.asdict(rules.judge(state, task, response))
-        states = {"state_f1": 0.0, "state_exact": False, "contradicted": []}
+        read = dict.fromkeys({fact[0] for fact in ENVS[task].facts(state)}, 0.0)
+        states = {"state_f1": 0.0, "state_exact": False, "state_read": read, "contradicted": []}
         assert rules.score_text("standard", task, text, response) == outcome | states
 
 

@@ -181,7 +181,8 @@ def row(index: int, mode: str, is_right: bool) -> dict[str, Any]:
     outcome = dict.fromkeys(("success", "optimal", "parsed", "legal"), is_right)
     outcome |= {"reason": "success", "steps": 1, "progress": 1.0}
     extra = {"plan": [], "state_f1": 0.5, "state_exact": is_right, "plan_given_own_state": True}
-    return {**common, "outcome": outcome, **extra}
+    read = {"size": 1.0, "goal": float(is_right), **({"player": 1.0} if index else {})}
+    return {**common, "outcome": outcome, **extra, "state_read": read}
 
 
 def write_run(
@@ -359,21 +360,6 @@ def test_tables_are_of_what_is_there(tmp_path: pathlib.Path) -> None:
         tables.write_tables(tmp_path, ROWS, [])
 
 
-def test_validations_by_another_measure_are_left_out(tmp_path: pathlib.Path) -> None:
-    study = study_of(tmp_path)
-    for name, rights in (("jsd", [12, 14]), ("gate", [15])):
-        for seed, right in enumerate(rights):
-            write_run(study, name, seed, right)
-    old = study / "jsd" / "1" / "distillation" / "metrics.jsonl"
-    old.write_text('{"step": 10, "val/success": 0.9}\n')
-    models = tables.read_study(study, ROWS)
-    assert [tables.validations(run) for run in models["jsd"].runs] == [{10: 0.25, 20: 0.5}, {}]
-    recipe, option = tables.options_table([models["gate"]], models["jsd"], {}).splitlines()[2:]
-    assert "| 2 | 50.0 % (1 of 2) |" in recipe and "| 1 | 50.0 % |" in option
-    drawing = ElementTree.fromstring(tables.curves_svg([models["jsd"]]))
-    assert sum(part.tag.endswith("polyline") for part in drawing.iter()) == 2  # one run, the mean
-
-
 def test_what_a_row_needs_is_run_before_it_unless_it_is_there(tmp_path: pathlib.Path) -> None:
     known = {row.name: row for row in ROWS}
 
@@ -426,6 +412,21 @@ def test_validations_are_printed_by_update_and_seed(tmp_path: pathlib.Path) -> N
     assert len(text.split("## ")[0].strip().splitlines()) == 3  # rows with a curve of their own
 
 
+def test_what_is_read_stands_by_kind_of_fact(tmp_path: pathlib.Path) -> None:
+    """At home and elsewhere, over all seeds; kinds that no board has, and sizes, have no column."""
+    for name, rights in (("base", [4]), ("jsd", [14, 16])):
+        for seed, right in enumerate(rights):
+            write_run(tmp_path, name, seed, right)
+            write_run(tmp_path, name, seed, right - 2, evaluation="colours")
+    home, there = tables.write_tables(tmp_path, ROWS, ["colours"]).split("## Elsewhere: colours")
+    home = home.split("## What is read off the picture")[1].split("## ")[0]
+    for text, shares in ((home, ("20.0 %", "75.0 %")), (there, ("10.0 %", "65.0 %"))):
+        (head,) = [line for line in text.splitlines() if "Maze: player" in line]
+        assert [cell.strip() for cell in head.split("|")[2:-1]] == ["Maze: player", "Maze: goal"]
+        for share in shares:
+            assert f"| 100.0 % | {share} |" in text
+
+
 def test_what_is_left_to_answers_from_text_is_over_every_seed(tmp_path: pathlib.Path) -> None:
     text = tables.write_tables(study_of(tmp_path), ROWS, [])
     (line,) = [line for line in text.splitlines() if " − base, from text" in line]
@@ -441,7 +442,7 @@ def test_plans_stand_beside_the_base_that_has_seen_them(tmp_path: pathlib.Path) 
     write_run(study, "base", 0, 2, evaluation="larger")
     text = tables.write_tables(study, ROWS, ["larger"]).split("## Plans")[1]
     text, there = text.split("## Elsewhere: larger")
-    _, of_plans = there.strip().split("\n\n\n", 1)
+    _, of_plans = there.strip().rsplit("\n\n\n", 1)
     assert " – |" in of_plans and "Base that has" in of_plans and "| Base |" not in of_plans
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     base, state, one = (row.title for row in ROWS if row.group == "plans")

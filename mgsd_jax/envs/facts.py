@@ -192,10 +192,12 @@ def _read_value(label: str, value: str) -> frozenset[Fact] | None:
 
 
 def measure(task: str, state: AnyState, stated: Stated) -> Json:
-    """`state_f1`, `state_exact` and `contradicted` of what a response states about a board."""
+    """`state_f1`, `state_exact`, `state_read` and `contradicted` of what a response states."""
+    true = ENVS[task].facts(state)
     return {
-        "state_f1": state_f1(stated.facts, ENVS[task].facts(state)),
-        "state_exact": is_exact(task, stated, ENVS[task].facts(state)),
+        "state_f1": state_f1(stated.facts, true),
+        "state_exact": is_exact(task, stated, true),
+        "state_read": state_read(stated.facts, true),
         "contradicted": list(stated.contradicted),
     }
 
@@ -203,6 +205,14 @@ def measure(task: str, state: AnyState, stated: Stated) -> Json:
 def state_f1(stated: frozenset[Fact], true: frozenset[Fact]) -> float:
     """F1 in [0, 1] between the facts stated and the true ones (never empty)."""
     return 2 * len(stated & true) / (len(stated) + len(true))
+
+
+def state_read(stated: frozenset[Fact], true: frozenset[Fact]) -> dict[str, float]:
+    """Of the true facts of each kind, such as 'hole', the share in [0, 1] that is stated."""
+    kinds: dict[str, list[bool]] = {}
+    for fact in sorted(true, key=str):
+        kinds.setdefault(fact[0], []).append(fact in stated)
+    return {kind: sum(found) / len(found) for kind, found in kinds.items()}
 
 
 def is_exact(task: str, stated: Stated, true: frozenset[Fact]) -> bool:

@@ -42,7 +42,9 @@ class PlanScore(TypedDict):
     plan: list[str]
     state_f1: float | int | None
     state_exact: bool | None
-    contradicted: NotRequired[list[str]]  # absent in older rows, as is the next one
+    # Absent in older rows, as are the next two.
+    state_read: NotRequired[dict[str, float]]  # share of the true facts that are stated, by kind
+    contradicted: NotRequired[list[str]]
     plan_given_own_state: NotRequired[bool | None]  # success on the board that the answer describes
 
 

@@ -191,10 +191,19 @@ def _planning(rows: Sequence[PlanRow]) -> Part:
         "rules": rule_sets(rows),
         "tasks": {
             task: _planning_counts(part)
-            | {"level_mean": balanced(part, succeeds)}
+            | {"level_mean": balanced(part, succeeds), "state_read": _reading(part)}
             | _levels(part, _planning_counts)
             for task, part in by_task(rows)
         },
+    }
+
+
+def _reading(rows: Sequence[PlanRow]) -> dict[str, Measure]:
+    """The share of the true facts of each kind that is stated; {} for older rows."""
+    kinds = sorted({kind for row in rows for kind in row.get("state_read", {})})
+    return {
+        kind: rate(rows, lambda row, kind=kind: row.get("state_read", {}).get(kind))
+        for kind in kinds
     }
 
 

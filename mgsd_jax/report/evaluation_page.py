@@ -136,7 +136,11 @@ def tables_of(report: Report) -> dict[str, list[tables.Table]]:
             *tables.rule_sets(summary),
         ],
         "levels": [tables.by_level(summary, task) for task in planned],
-        "diagnostics": [tables.diagnostics(summary), *tables.gaps(summary)],
+        "diagnostics": [
+            tables.diagnostics(summary),
+            *tables.reading(summary),
+            *tables.gaps(summary),
+        ],
         "errors": [tables.errors(summary), tables.reasons(summary)],
         **made,
     }
@@ -159,10 +163,11 @@ def make_sections(report: Report, picks: Sequence[Pick]) -> list[Section]:
         differences, *rest = made["results"]
         published = write("paragraph", PUBLISHED, "note")
         folded = {name: _folded(made[name]) for name in ("levels", "errors")}
+        shown = 1 + len(tables.reading(summary))
         content |= {
             "results": [plots.dot_plot(summary), differences, published, _folded(rest)],
             "levels": [write("legend", marks), write("panels", levels), folded["levels"]],
-            "diagnostics": [made["diagnostics"][0], *map(_folded, [made["diagnostics"][1:]])],
+            "diagnostics": [*made["diagnostics"][:shown], _folded(made["diagnostics"][shown:])],
             "errors": [plots.stacked_bars(summary), folded["errors"]],
         }
     intro = "Share of right answers to the grounding questions, picture in sight."

@@ -267,6 +267,33 @@ def diagnostics(summary: Summary) -> Table:
     return make_table("Reading the state, and planning over it", ("model",), labels, columns, note)
 
 
+def reading(summary: Summary) -> list[Table]:
+    """What models state of the facts of each kind, from pictures."""
+    shown = {model: part["tasks"] for model, mode, part in parts(summary) if mode == "picture"}
+    read = {
+        model: {
+            (task, kind): measure
+            for task, part in by_task.items()
+            for kind, measure in part.get("state_read", {}).items()  # not in older summaries
+        }
+        for model, by_task in shown.items()
+    }
+    kinds = [
+        (task, kind)
+        for task, known in words.FACTS.items()
+        for kind in known
+        if any((task, kind) in found for found in read.values())
+    ]
+    columns = {model: [_counted(found.get(of)) for of in kinds] for model, found in read.items()}
+    labels = [(words.TASKS[task], words.FACTS[task][kind]) for task, kind in kinds]
+    note = (
+        "Of the true facts of each kind the share that a response to the picture states: the mean "
+        "over the boards that have such facts. Facts that are not true are not counted here."
+    )
+    title, head = "What is read off the picture", ("task", "facts")
+    return [make_table(title, head, labels, columns, note)] if kinds else []
+
+
 def perception(summary: Summary, task: str) -> Table:
     """Share of right answers to each question about the picture, by model."""
     asked = {

@@ -10,6 +10,8 @@ from mgsd_jax.evaluation.summary import MODELS, Summary
 
 DASH = "–"
 TASKS = {task: env.title for task, env in ENVS.items()}
+# The kinds of state facts of each task in its own words, such as 'holes' for 'hole'.
+FACTS = {task: {"size": "size", **env.labels, "open": "open sides"} for task, env in ENVS.items()}
 MODES = {
     "picture": "picture",
     "text": "text",
@@ -64,6 +66,7 @@ METRICS = {
     "rollout/legal": ("Legal plans, training", SHARE),
     "rollout/repeated": ("Repeated four-token pieces", SHARE),
     "rollout/kept_a_pass": ("Tokens kept a pass", "tokens"),
+    "val/read": ("Facts read off the picture, validation", SHARE),
     "kl_pos": ("KL to the teacher, token", _NATS),
     "agree_pos": ("Same next token as the teacher, token", SHARE),
     "kl_cap_share": ("Tokens at the cap of the KL", SHARE),

@@ -118,11 +118,15 @@ def validation_metrics(
 ) -> dict[str, Mean]:
     """Success and exact states over the validation boards, also by task, as an evaluation has them.
 
-    A task is the mean over its levels, the whole the mean over tasks.
+    A task is the mean over its levels, the whole the mean over tasks. Of each kind of fact the
+    share that the answers state is a mean over the boards that have such facts.
     """
     cells: dict[str, dict[int, list[tuple[bool, bool]]]] = {}
+    read: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
     for board, answer in zip(boards, answers, strict=True):
         score = scoring.score_plan(board, answer.text)
+        for kind, share in score.get("state_read", {}).items():
+            read[f"val/read/{board.task}/{kind}"] += Mean(share, 1.0)
         result = (score["outcome"]["success"], bool(score["state_exact"]))
         cells.setdefault(board.task, {}).setdefault(board.level, []).append(result)
     tasks = {
@@ -133,7 +137,7 @@ def validation_metrics(
         f"val/{name}{task}": Mean(float(mean[i]), 1.0)
         for task, mean in {"": np.mean(list(tasks.values()), axis=0), **tasks}.items()
         for i, name in enumerate(("success", "state_exact"))
-    }
+    } | read
 
 
 def shown_answers(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from mgsd_jax.envs import ENVS
 from mgsd_jax.evaluation import stats
-from mgsd_jax.evaluation.measures import by_board, by_level, by_task
+from mgsd_jax.evaluation.measures import by_board, by_level, by_task, rate
 from mgsd_jax.evaluation.rows import (
     ROWS_FILE,
     BoardKey,
@@ -47,6 +47,8 @@ _PAIRS = (
     ("jsd_only", "base"),
     ("best_60", "base"),
     ("best_60", "jsd"),
+    ("augment_both", "sft_varied"),
+    ("best_60", "sft_varied"),
     ("jsd_only", "distillation_only"),
     ("distillation_only", "base"),
     ("distillation_only", "sft"),
@@ -58,13 +60,17 @@ _PAIRS_ELSEWHERE = (
     ("jsd", "method"),
     ("jsd", "jsd_only"),
     ("jsd", "sft"),
+    ("jsd", "grounding_only"),
     ("best_60", "base"),
     ("best_60", "sft"),
+    ("best_60", "sft_varied"),
+    ("augment_both", "sft_varied"),
+    ("sft_varied", "base"),
 )
 # What is left to the base's own answers from text.
 _FROM_TEXT = ("sft", "method", "jsd_only", "jsd", "best_60")
-# What these read off pictures is told by kind of fact.
-_READ = ("base", "sft", "grounded", "grounding_only", "jsd", "jsd_only", "augment_50", "best_60")
+# State F1 of these is told by kind of fact.
+_BY_KIND = ("base", "sft", "grounded", "grounding_only", "jsd", "jsd_only", "augment_50", "best_60")
 # From the base that has seen plans.
 _PAIRS_OF_PLANS = (
     ("plans_one", "plans_state"),
@@ -286,8 +292,8 @@ def main_table(models: Sequence[Model], base: Model | None) -> str:
     return _table("model", names, columns)
 
 
-def read_table(models: Sequence[Model]) -> str:
-    """Of the true facts of each kind, but sizes, the share stated from pictures, over all runs.
+def kinds_table(models: Sequence[Model]) -> str:
+    """State F1 by kind of fact, but sizes, from pictures, over all runs.
 
     Empty where no answer says: rows of an older version do not.
     """
@@ -301,15 +307,8 @@ def read_table(models: Sequence[Model]) -> str:
 
 
 def _of_kind(model: Model, task: str, kind: str) -> float | None:
-    """The mean over a model's answers about boards that have such facts, None without any."""
-    found = [
-        row.get("state_read", {}).get(kind)
-        for run in model.runs
-        for row in plans(run.rows, "picture")
-        if row["task"] == task
-    ]
-    measured = [share for share in found if share is not None]
-    return statistics.fmean(measured) if measured else None
+    rows = [row for run in model.runs for row in plans(run.rows, "picture") if row["task"] == task]
+    return rate(rows, lambda row: (row.get("state_f1_by_kind") or {}).get(kind))["value"]
 
 
 def ablation_table(models: Sequence[Model], reference: Model) -> str:
@@ -465,8 +464,8 @@ def write_tables(
     base = models.get("base")
     main = [m for m in models.values() if m.group == "main"]
     parts = ["## Main rows\n", main_table(main, base)] if main else []
-    if read := read_table([m for m in models.values() if m.name in _READ]):
-        parts += ["\n## What is read off the picture\n", read]
+    if by_kind := kinds_table([m for m in models.values() if m.name in _BY_KIND]):
+        parts += ["\n## State F1 by kind of fact\n", by_kind]
     if any(a in models and b in models for a, b in _PAIRS):
         found = claims(_base_of_every_seed(models), _PAIRS, _FROM_TEXT)
         parts += ["\n## Differences\n", found]
@@ -495,8 +494,8 @@ def write_tables(
         others = [m for m in there.values() if m.group != "plans"]
         parts.append(f"\n## Elsewhere: {name}\n")
         parts += [main_table(others, there.get("base"))] if others else []
-        if read := read_table([m for m in others if m.name in _READ]):
-            parts += ["\n", read]
+        if by_kind := kinds_table([m for m in others if m.name in _BY_KIND]):
+            parts += ["\n", by_kind]
         parts += ["\n", main_table(of_plans, None)] if of_plans else []
         if any(a in there and b in there for a, b in _PAIRS_ELSEWHERE):
             parts += ["\n", claims(_base_of_every_seed(there), _PAIRS_ELSEWHERE)]

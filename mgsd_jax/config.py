@@ -204,8 +204,9 @@ class GuardConfig:
     start_kl: Amount = 3.0
     blind_every: Every = 5  # every so many validations wrong pictures are shown as well; 0: never
     blind_same: Share = 0.5  # highest share of answers that wrong pictures leave as they were
-    # lowest share of the facts of one kind that answers to validation boards state right
-    least_read: Share = 0.05
+    # Lowest State F1 of one kind of fact on validation boards, where that of another kind of the
+    # task (sizes apart) is above one half; 0: none.
+    least_kind_f1: Share = 0.05
     collapsed_in_a_row: Steps = 10  # steps below one of the next two before a run stops
     least_entropy: Amount = 1e-4  # lowest mean entropy of the student, nats a token
     least_length: Amount = 4.0  # lowest mean length of the rollouts, tokens

@@ -249,7 +249,7 @@ def test_a_way_of_writing_changes_nothing(board: str, envs: dict[str, Any], styl
     lines = [line.partition(":") for line in envs[task].state_lines(state)]
     text = "\n".join(STYLES[style](label, value.strip()) for label, _, value in lines)
     found = measured(board, text)
-    assert {*found.pop("state_read").values()} == {1.0}
+    assert {*found.pop("state_f1_by_kind").values()} == {1.0}
     assert found == {"state_f1": 1.0, "state_exact": True, "contradicted": []}
     assert facts.state_from_facts(task, facts.read_facts(task, text)) == state
 
@@ -268,15 +268,21 @@ def test_what_is_not_forgiven(board: str, text: str, f1: float, contradicted: li
     assert found["state_exact"] == (contradicted == ["player"])
 
 
-def test_what_is_read_is_told_by_kind_of_fact() -> None:
-    """Half of the holes, a cell that is none, nothing of the goal; only kinds that a board has."""
-    text = "Map size: 4x4\nPlayer: (3,0)\nHoles: (1,1) (0,0)"
-    read = {"size": 1.0, "player": 1.0, "goal": 0.0, "hole": 0.5}
-    assert measured("lake", text)["state_read"] == read
-    ice = measured("ice", "Holes: none")["state_read"]
-    assert ice == {"size": 0.0, "player": 0.0, "goal": 0.0}
-    ends = "Map size: 2x2\nPlayer: (0,0)\nTarget: (0,1)\n(0,0): right"
-    assert 0 < measured("maze", ends)["state_read"]["open"] < 1
+def test_f1_is_told_by_kind_of_fact() -> None:
+    """One hole of two and two wrong ones, nothing of the goal; in one order in every process."""
+    text = "Map size: 4x4\nPlayer: (3,0)\nHoles: (1,1) (0,0) (3,3)"
+    found = measured("lake", text)["state_f1_by_kind"]
+    assert found == pytest.approx({"size": 1.0, "player": 1.0, "goal": 0.0, "hole": 2 / 5})
+    assert [*found] == sorted(found)
+    ice = {"size": 0.0, "player": 0.0, "goal": 0.0}  # no holes to read
+    assert measured("ice", "Holes: none")["state_f1_by_kind"] == ice
+    assert measured("ice", "Holes: (1,1)")["state_f1_by_kind"] == ice | {"hole": 0.0}
+    ends = "Map size: 2x2\nPlayer: (0,0)\nTarget: (0,1)\n(0,0): right, down"
+    task, state = BOARDS["maze"]
+    true = {fact for fact in ENVS[task].facts(state) if fact[0] == "open"}
+    stated = {("open", (0, 0), "right"), ("open", (0, 0), "down")}
+    f1 = 2 * len(true & stated) / (len(true) + len(stated))
+    assert measured("maze", ends)["state_f1_by_kind"]["open"] == pytest.approx(f1) and 0 < f1 < 1
 
 
 @pytest.mark.parametrize(("task", "level", "seed"), GENERATED)

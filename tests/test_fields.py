@@ -99,9 +99,11 @@ class Outer(TypedDict):
     parts: list[str]
     inner: Inner
     note: NotRequired[str]
+    shares: NotRequired[dict[str, float | int] | None]
+    rest: NotRequired[dict[str, Any]]
 
 
-GOOD = {"name": None, "parts": [1], "inner": {"count": 1, "more": 2}, "note": 5, "else": 6}
+GOOD = {"name": None, "parts": [1], "inner": {"count": 1, "more": 2}, "rest": {"a": 5}, "else": 6}
 
 
 @pytest.mark.parametrize(
@@ -115,10 +117,16 @@ GOOD = {"name": None, "parts": [1], "inner": {"count": 1, "more": 2}, "note": 5,
         ({"inner": {}}, "inner: got keys [], want ['count'] as well"),
         ({"inner": {"count": True}}, "inner: count: got True, want int"),
         ({"inner": {"count": 1.0}}, "inner: count: got 1.0, want int"),
+        ({"note": "a", "shares": {"hole": 1, "goal": 0.5}}, ""),
+        ({"shares": None}, ""),
+        ({"note": 5}, "note: got 5, want str"),
+        ({"shares": 3}, "shares: got 3, want dict or null"),
+        ({"shares": {"hole": "x"}}, "shares: hole: got 'x', want float or int"),
+        ({"shares": {"hole": True}}, "shares: hole: got True, want float or int"),
     ],
 )
-def test_a_record_has_the_required_keys_of_its_type(changes: dict[str, Any], line: str) -> None:
-    """Other keys, and what is inside of a list, are not looked at."""
+def test_a_record_has_keys_of_its_types(changes: dict[str, Any], line: str) -> None:
+    """Keys without a type, and what is inside of a list, are not looked at."""
     if not line:
         assert fields.check_record(GOOD | changes, Outer, "x") == GOOD | changes
         return

@@ -94,14 +94,15 @@ def test_drafts_that_do_not_pay_are_named_with_what_to_do() -> None:
     assert f"below {limit:g}" in message and "draft_tokens=0" in message
 
 
-def test_a_kind_of_fact_that_is_never_read_is_named_where_others_are() -> None:
-    read = {"goal": 0.5, "hole": 0.0, "player": LIMITS.least_read}
-    values = {f"val/read/frozenlake/{kind}": share for kind, share in read.items()}
-    ((name, message),) = guards.warnings(values, LIMITS).items()
-    assert name == "val/read/frozenlake/hole" and f"{name} is 0, below 0.05: " in message
-    # Where nothing is stated, the prompt may not ask for it; and each task stands for itself.
-    assert guards.warnings(values | {"val/read/frozenlake/goal": 0.49}, LIMITS) == {}
-    assert guards.warnings({"val/read/maze/open": 0.0, "val/read/a/b": 1.0}, LIMITS) == {}
+def test_a_kind_of_fact_that_is_never_stated_is_named_where_others_are() -> None:
+    limits, lake = GuardConfig(least_kind_f1=0.2), "val/state_f1/frozenlake/"
+    values = {f"{lake}{kind}": f1 for kind, f1 in (("goal", 0.6), ("hole", 0.1), ("player", 0.2))}
+    ((name, message),) = guards.warnings(values, limits).items()
+    assert name == f"{lake}hole" and f"{name} is 0.1, below 0.2: " in message
+    assert guards.warnings(values, GuardConfig(least_kind_f1=0.0)) == {}
+    # Where nothing but the size is stated, the prompt may not ask; each task stands for itself.
+    nothing = {f"{lake}goal": 0.5, f"{lake}size": 1.0, "val/state_f1/maze/open": 1.0}
+    assert guards.warnings(values | nothing, limits) == {}
 
 
 @pytest.mark.parametrize(

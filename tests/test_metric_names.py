@@ -25,7 +25,7 @@ from mgsd_jax.training.divergences import TokenStats
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 STEPS, SUMMARY = PAGE.split("## summary.json")
-KINDS = {"size", "open", *(kind for env in ENVS.values() for kind in env.labels)}
+KINDS = {kind for env in ENVS.values() for kind in env.kinds}
 PARTS = {"kind": [*KINDS], "task": [*ENVS], "part": [*prompts.SEGMENTS], "range": [r"\d+-\d*"]}
 MEASURE = {"value", "low", "high", "n", "p_value"}
 
@@ -59,7 +59,7 @@ def written() -> set[str]:
     found |= monitor.rollout_metrics([board], judged, np.zeros(1), ones).keys()
     found |= monitor.token_metrics(groups, stats).keys()
     found |= monitor.draft_metrics(groups, ones, np.zeros_like(ones)).keys()
-    found |= monitor.validation_metrics([board], [Answer("", False, 0)]).keys()
+    found |= monitor.validation_metrics([board] * 8, [Answer("", False, 0)] * 8).keys()
     found |= guards.blind_measure(
         lambda *_, **__: [Answer("", False, 0)] * 2, {}, [board] * 2, [Answer("", False, 0)] * 2
     ).keys()

@@ -41,7 +41,7 @@ ZERO_IS_FINE = {
     *("distillation.success_weight", "distillation.replay_steps"),
     *("guards.truncated", "guards.repeated", "guards.first_kl", "guards.logprob_gap"),
     *("guards.start_kl", "guards.blind_every", "guards.blind_same"),
-    *("guards.least_entropy", "guards.least_length", "guards.least_read"),
+    *("guards.least_entropy", "guards.least_length", "guards.least_kind_f1"),
     *("evaluate.endpoint_retries", "preflight.hbm_gib", "ask.level"),
 }
 NOTHING_IS_FINE = {

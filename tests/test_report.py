@@ -78,7 +78,7 @@ def make_rows() -> list[Any]:
                         "response_tokens": len(plan),
                         "state_f1": 1.0,
                         "state_exact": True,
-                        "state_read": dict.fromkeys((fact[0] for fact in env.facts(state)), 0.5),
+                        "state_f1_by_kind": {fact[0]: 0.5 for fact in env.facts(state)},
                         "plan_given_own_state": None,
                     }
                 )
@@ -248,20 +248,34 @@ def test_every_level_has_its_number_and_interval_on_the_page(
             assert words.TASKS[task] in page_text
 
 
-def test_what_is_read_off_the_picture_is_told_by_kind_of_fact() -> None:
-    """In the words of the task; boards without such facts are not counted."""
+def test_f1_is_told_by_kind_of_fact_beside_what_guessing_and_text_reach(
+    report: pathlib.Path,
+) -> None:
+    """In the words of the task; boards without such facts are not counted; unknown kinds last."""
     rows = make_rows()
-    (table,) = tables.reading(summarize(rows))
+    for row in rows:
+        if row["model"] == "base" and row["mode"] == "blind":
+            row["state_f1_by_kind"] = {"goal": 0.25, "lava": 1.0}
+    (table,) = tables.facts_by_kind(summarize(rows))
     found = {(line[0].text, line[1].text): line[2:] for line in table.rows}
-    assert [cell.text for cell in table.head] == ["task", "facts", "base", "grounded", "distilled"]
+    models = ["base", "grounded", "distilled"]
+    assert [cell.text for cell in table.head] == ["task", "facts", *models]
     assert found.keys() >= {("FrozenLake", "holes"), ("Maze", "open sides")}
     assert {cell.text for line in found.values() for cell in line} == {"50.0 %"}
     holes = {cell.detail.rpartition("n ")[2] for cell in found["FrozenLake", "holes"]}
     lakes = [row for row in rows if (row["model"], row["mode"]) == ("grounded", "picture")]
     assert holes == {str(sum("H" in row["task_text"].partition("map:")[2] for row in lakes))}
+    # Wrong pictures and text stand beside the last model: of the base alone, beside the base.
+    (alone,) = tables.facts_by_kind(summarize([row for row in rows if row["model"] == "base"]))
+    assert [cell.text for cell in alone.head[2:]] == ["base", "base, wrong picture", "base, text"]
+    assert [cell.text for cell in alone.rows[-1][:2]] == ["MiniBehaviour", "lava"]
     for row in rows:
-        row.pop("state_read", None)
-    assert tables.reading(summarize(rows)) == []
+        row["state_f1_by_kind"] = None
+    assert tables.facts_by_kind(summarize(rows)) == []
+    page = report.read_text()
+    before, after = (page.rindex(evaluation_page.HEADINGS[n]) for n in ("diagnostics", "errors"))
+    assert before < page.rindex(table.title) < after
+    assert f"### {table.title}" in report.with_suffix(".md").read_text()
 
 
 def test_a_missing_curve_is_stated_and_values_that_are_not_finite_are_counted(

@@ -472,9 +472,10 @@ def test_standard_scores_are_the_outcome(task: str) -> None:
     assert score["steps"] == len(plan) and score["progress"] == 1.0
     for response in (answer("U,U"), answer("U x"), "U", answer(",".join(spelled[:-1]))):
         outcome = dataclasses.asdict(rules.judge(state, task, response))
-        read = dict.fromkeys({fact[0] for fact in ENVS[task].facts(state)}, 0.0)
-        states = {"state_f1": 0.0, "state_exact": False, "state_read": read, "contradicted": []}
-        assert rules.score_text("standard", task, text, response) == outcome | states
+        kinds = dict.fromkeys({fact[0] for fact in ENVS[task].facts(state)}, 0.0)
+        states = {"state_f1": 0.0, "state_exact": False, "contradicted": []}
+        score = rules.score_text("standard", task, text, response)
+        assert score == outcome | states | {"state_f1_by_kind": kinds}
 
 
 @pytest.mark.parametrize("name", ["standard", "upstream_reward", "upstream_eval"])

@@ -181,8 +181,8 @@ def row(index: int, mode: str, is_right: bool) -> dict[str, Any]:
     outcome = dict.fromkeys(("success", "optimal", "parsed", "legal"), is_right)
     outcome |= {"reason": "success", "steps": 1, "progress": 1.0}
     extra = {"plan": [], "state_f1": 0.5, "state_exact": is_right, "plan_given_own_state": True}
-    read = {"size": 1.0, "goal": float(is_right), **({"player": 1.0} if index else {})}
-    return {**common, "outcome": outcome, **extra, "state_read": read}
+    kinds = {"size": 1.0, "goal": float(is_right), **({"player": 1.0} if index else {})}
+    return {**common, "outcome": outcome, **extra, "state_f1_by_kind": kinds}
 
 
 def write_run(
@@ -412,14 +412,14 @@ def test_validations_are_printed_by_update_and_seed(tmp_path: pathlib.Path) -> N
     assert len(text.split("## ")[0].strip().splitlines()) == 3  # rows with a curve of their own
 
 
-def test_what_is_read_stands_by_kind_of_fact(tmp_path: pathlib.Path) -> None:
+def test_f1_stands_by_kind_of_fact(tmp_path: pathlib.Path) -> None:
     """At home and elsewhere, over all seeds; kinds that no board has, and sizes, have no column."""
     for name, rights in (("base", [4]), ("jsd", [14, 16])):
         for seed, right in enumerate(rights):
             write_run(tmp_path, name, seed, right)
             write_run(tmp_path, name, seed, right - 2, evaluation="colours")
     home, there = tables.write_tables(tmp_path, ROWS, ["colours"]).split("## Elsewhere: colours")
-    home = home.split("## What is read off the picture")[1].split("## ")[0]
+    home = home.split("## State F1 by kind of fact")[1].split("## ")[0]
     for text, shares in ((home, ("20.0 %", "75.0 %")), (there, ("10.0 %", "65.0 %"))):
         (head,) = [line for line in text.splitlines() if "Maze: player" in line]
         assert [cell.strip() for cell in head.split("|")[2:-1]] == ["Maze: player", "Maze: goal"]

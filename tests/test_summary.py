@@ -184,16 +184,19 @@ def test_contradictions_and_the_asked_form_are_measured_where_rows_say_so() -> N
     assert found["models"]["base"]["perception"]["macro"]["value"] == 1.0
 
 
-def test_what_is_read_is_measured_over_the_boards_that_have_such_facts() -> None:
+def test_f1_by_kind_is_over_the_boards_where_it_is_measured() -> None:
     rows = series("base", "picture", [True] * 4)
-    rows[0]["state_read"], rows[1]["state_read"] = {"hole": 0.5, "goal": 1.0}, {"goal": 0.0}
-    rows[2]["state_read"] = {"hole": 0.0, "goal": 1.0}  # the last row is of an older version
+    rows[0]["state_f1_by_kind"], rows[1]["state_f1_by_kind"] = (
+        {"hole": 0.5, "goal": 1.0},
+        {"goal": 0.0},
+    )
+    rows[2]["state_f1_by_kind"] = {"hole": 0.0, "goal": 1.0}  # the last row is of an older version
     (tasks,) = summary.summarize(rows)["models"]["base"]["picture"]["tasks"].values()
-    found = {kind: (known(m)["value"], m["n"]) for kind, m in tasks["state_read"].items()}
+    found = {kind: (known(m)["value"], m["n"]) for kind, m in tasks["state_f1_by_kind"].items()}
     assert found == {"goal": (pytest.approx(2 / 3), 3), "hole": (0.25, 2)}
     older = summary.summarize(series("base", "picture", [True] * 4))
     (tasks,) = older["models"]["base"]["picture"]["tasks"].values()
-    assert tasks["state_read"] == {}
+    assert tasks["state_f1_by_kind"] == {}
 
 
 def test_gap_and_how_much_of_it_is_closed() -> None:

@@ -49,23 +49,35 @@ def read_line(line: bytes, source: str) -> Json:
 
 
 def check_record(record: Mapping[str, object], kind: type[Record], source: str) -> Record:
-    """The object as a TypedDict. Raises ValueError if a required key is absent or of another type.
+    """The object as a TypedDict.
 
-    Only the outermost type of a value is checked, and that of a TypedDict inside, key by key; keys
-    that are not required are not looked at.
+    Raises ValueError if a required key is absent, or a key that is there of another type. Only the
+    outermost type of a value is checked, and those of what a TypedDict or a dict inside holds.
     """
     required = kind.__required_keys__  # pyrefly: ignore[missing-attribute]  # a TypedDict's
-    hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in required}
-    missing = [name for name in hints if name not in record]
+    missing = [name for name in typing.get_type_hints(kind) if name in required - record.keys()]
     if missing:
         raise ValueError(f"{source}: got keys {sorted(record)}, want {missing} as well")
-    for name, hint in hints.items():
-        value, kinds = record[name], _json_types(hint)
-        if type(value) not in kinds:
-            raise ValueError(f"{source}: {name}: got {shown(value)}, want {_kind_name(kinds)}")
-        if typing.is_typeddict(hint):
-            check_record(typing.cast(dict[str, object], value), hint, f"{source}: {name}")
+    for name, hint in typing.get_type_hints(kind).items():
+        if name in record:
+            _check_value(record[name], hint, f"{source}: {name}")
     return typing.cast(Record, record)
+
+
+def _check_value(value: object, hint: Hint, source: str) -> None:
+    if hint is Any:
+        return
+    kinds = _json_types(hint)
+    if type(value) not in kinds:
+        raise ValueError(f"{source}: got {shown(value)}, want {_kind_name(kinds)}")
+    if not isinstance(value, dict):
+        return
+    if typing.is_typeddict(hint):
+        check_record(value, hint, source)
+        return
+    (held,) = [of for of in (hint, *get_args(hint)) if get_origin(of) is dict]
+    for key, inside in value.items():
+        _check_value(inside, get_args(held)[1], f"{source}: {key}")
 
 
 def _json_types(hint: Hint) -> tuple[type, ...]:

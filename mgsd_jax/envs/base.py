@@ -271,9 +271,14 @@ class Env(Generic[State]):
 
     def facts(self, state: State) -> frozenset[Fact]:
         """What a response that states the board states; the rest of the answers follows from it."""
-        names = {"size", *self.labels, *(["open"] if self.has_sides else [])}
-        asked = self.questions(state)
-        return frozenset(fact for question in asked for fact in question.facts if fact[0] in names)
+        asked, kinds = self.questions(state), self.kinds
+        return frozenset(fact for question in asked for fact in question.facts if fact[0] in kinds)
+
+    @functools.cached_property
+    def kinds(self) -> Mapping[str, str]:
+        """The kinds of state facts, with the word for all of a kind, such as 'holes' for 'hole'."""
+        sides = {"open": "open sides"} if self.has_sides else {}
+        return {"size": "size", **self.labels, **sides}
 
     # Board files.
 

@@ -192,27 +192,26 @@ def _read_value(label: str, value: str) -> frozenset[Fact] | None:
 
 
 def measure(task: str, state: AnyState, stated: Stated) -> Json:
-    """`state_f1`, `state_exact`, `state_read` and `contradicted` of what a response states."""
+    """The fields of a score that say what a response states of a board: see `PlanScore`."""
     true = ENVS[task].facts(state)
     return {
         "state_f1": state_f1(stated.facts, true),
         "state_exact": is_exact(task, stated, true),
-        "state_read": state_read(stated.facts, true),
+        "state_f1_by_kind": f1_by_kind(stated.facts, true),
         "contradicted": list(stated.contradicted),
     }
 
 
 def state_f1(stated: frozenset[Fact], true: frozenset[Fact]) -> float:
-    """F1 in [0, 1] between the facts stated and the true ones (never empty)."""
+    """F1 in [0, 1] between the facts stated and the true ones, which are not both empty."""
     return 2 * len(stated & true) / (len(stated) + len(true))
 
 
-def state_read(stated: frozenset[Fact], true: frozenset[Fact]) -> dict[str, float]:
-    """Of the true facts of each kind, such as 'hole', the share in [0, 1] that is stated."""
-    kinds: dict[str, list[bool]] = {}
-    for fact in sorted(true, key=str):
-        kinds.setdefault(fact[0], []).append(fact in stated)
-    return {kind: sum(found) / len(found) for kind, found in kinds.items()}
+def f1_by_kind(stated: frozenset[Fact], true: frozenset[Fact]) -> dict[str, float]:
+    """`state_f1` of the facts of each kind, such as 'hole', that are stated or true; by name."""
+    kinds = sorted({fact[0] for fact in stated | true})  # sets come in another order each run
+    parts = [[{f for f in some if f[0] == kind} for some in (stated, true)] for kind in kinds]
+    return {kind: state_f1(*map(frozenset, part)) for kind, part in zip(kinds, parts, strict=True)}
 
 
 def is_exact(task: str, stated: Stated, true: frozenset[Fact]) -> bool:

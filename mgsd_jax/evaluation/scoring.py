@@ -43,7 +43,8 @@ class PlanScore(TypedDict):
     state_f1: float | int | None
     state_exact: bool | None
     # Absent in older rows, as are the next two.
-    state_read: NotRequired[dict[str, float]]  # share of the true facts that are stated, by kind
+    # Of the facts of each kind ('hole', ...) that are stated or true.
+    state_f1_by_kind: NotRequired[dict[str, float | int] | None]
     contradicted: NotRequired[list[str]]
     plan_given_own_state: NotRequired[bool | None]  # success on the board that the answer describes
 

@@ -191,19 +191,19 @@ def _planning(rows: Sequence[PlanRow]) -> Part:
         "rules": rule_sets(rows),
         "tasks": {
             task: _planning_counts(part)
-            | {"level_mean": balanced(part, succeeds), "state_read": _reading(part)}
+            | {"level_mean": balanced(part, succeeds), "state_f1_by_kind": _by_kind(part)}
             | _levels(part, _planning_counts)
             for task, part in by_task(rows)
         },
     }
 
 
-def _reading(rows: Sequence[PlanRow]) -> dict[str, Measure]:
-    """The share of the true facts of each kind that is stated; {} for older rows."""
-    kinds = sorted({kind for row in rows for kind in row.get("state_read", {})})
+def _by_kind(rows: Sequence[PlanRow]) -> dict[str, Measure]:
+    """State F1 by kind of fact, over the boards that have or are said to have such facts."""
+    found = {id(row): row.get("state_f1_by_kind") or {} for row in rows}  # not in older rows
     return {
-        kind: rate(rows, lambda row, kind=kind: row.get("state_read", {}).get(kind))
-        for kind in kinds
+        kind: rate(rows, lambda row, kind=kind: found[id(row)].get(kind))
+        for kind in sorted({kind for some in found.values() for kind in some})
     }
 
 

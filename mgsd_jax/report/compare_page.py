@@ -94,7 +94,7 @@ def tables_of(comparison: Comparison) -> dict[str, list[Table]]:
         "differences": [differences_table(comparison)],
         "levels": [tables.by_level(summary, task) for task in tasks],
         "rules": [*tables.rule_sets(summary), *tables.passes(summary)],
-        "reading": [tables.diagnostics(summary), *tables.reading(summary)],
+        "reading": [tables.diagnostics(summary), *tables.facts_by_kind(summary)],
         "failures": [failures_table(comparison), tables.errors(summary)],
         "settings": [settings_table(comparison)],
     }

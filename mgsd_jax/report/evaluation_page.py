@@ -138,7 +138,7 @@ def tables_of(report: Report) -> dict[str, list[tables.Table]]:
         "levels": [tables.by_level(summary, task) for task in planned],
         "diagnostics": [
             tables.diagnostics(summary),
-            *tables.reading(summary),
+            *tables.facts_by_kind(summary),
             *tables.gaps(summary),
         ],
         "errors": [tables.errors(summary), tables.reasons(summary)],
@@ -163,11 +163,10 @@ def make_sections(report: Report, picks: Sequence[Pick]) -> list[Section]:
         differences, *rest = made["results"]
         published = write("paragraph", PUBLISHED, "note")
         folded = {name: _folded(made[name]) for name in ("levels", "errors")}
-        shown = 1 + len(tables.reading(summary))
         content |= {
             "results": [plots.dot_plot(summary), differences, published, _folded(rest)],
             "levels": [write("legend", marks), write("panels", levels), folded["levels"]],
-            "diagnostics": [*made["diagnostics"][:shown], _folded(made["diagnostics"][shown:])],
+            "diagnostics": made["diagnostics"],
             "errors": [plots.stacked_bars(summary), folded["errors"]],
         }
     intro = "Share of right answers to the grounding questions, picture in sight."

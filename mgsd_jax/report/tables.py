@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from mgsd_jax.evaluation.measures import Measure
-from mgsd_jax.evaluation.summary import Part, Summary
+from mgsd_jax.evaluation.summary import MODELS, Part, Summary
 from mgsd_jax.report import words
 from mgsd_jax.report.inputs import parts
 
@@ -267,31 +267,37 @@ def diagnostics(summary: Summary) -> Table:
     return make_table("Reading the state, and planning over it", ("model",), labels, columns, note)
 
 
-def reading(summary: Summary) -> list[Table]:
-    """What models state of the facts of each kind, from pictures."""
-    shown = {model: part["tasks"] for model, mode, part in parts(summary) if mode == "picture"}
-    read = {
-        model: {
+def facts_by_kind(summary: Summary) -> list[Table]:
+    """State F1 by kind of fact, from pictures; of the last model also from others and from text."""
+    shown = list(parts(summary, "picture"))
+    trained = [model for model, *_ in shown if model in MODELS] or [model for model, *_ in shown]
+    last = trained[-1] if trained else ""
+    shown += [part for part in parts(summary, "blind", "text") if part[0] == last]
+    found = {
+        (model, mode): {
             (task, kind): measure
-            for task, part in by_task.items()
-            for kind, measure in part.get("state_read", {}).items()  # not in older summaries
+            for task, measured in part["tasks"].items()
+            for kind, measure in measured.get("state_f1_by_kind", {}).items()  # not in older ones
         }
-        for model, by_task in shown.items()
+        for model, mode, part in shown
     }
-    kinds = [
-        (task, kind)
-        for task, known in words.FACTS.items()
-        for kind in known
-        if any((task, kind) in found for found in read.values())
-    ]
-    columns = {model: [_counted(found.get(of)) for of in kinds] for model, found in read.items()}
-    labels = [(words.TASKS[task], words.FACTS[task][kind]) for task, kind in kinds]
+    known = [(task, kind) for task, kinds in words.FACTS.items() for kind in kinds]
+    measured = dict.fromkeys(of for by_kind in found.values() for of in by_kind)
+    rows = [of for of in known if of in measured] + [of for of in measured if of not in known]
+    columns = {
+        model if mode == "picture" else f"{model}, {words.MODES[mode]}": [
+            _counted(by_kind.get(of)) for of in rows
+        ]
+        for (model, mode), by_kind in found.items()
+    }
+    labels = [(words.TASKS[task], words.FACTS[task].get(kind, kind)) for task, kind in rows]
     note = (
-        "Of the true facts of each kind the share that a response to the picture states: the mean "
-        "over the boards that have such facts. Facts that are not true are not counted here."
+        "F1 of the facts of one kind that a response states against the true ones, the mean over "
+        "boards where there are such facts or are said to be. A wrong picture shows what guessing "
+        "reaches, text what the model states of a board that it is told."
     )
-    title, head = "What is read off the picture", ("task", "facts")
-    return [make_table(title, head, labels, columns, note)] if kinds else []
+    title, head = "State F1 by kind of fact", ("task", "facts")
+    return [make_table(title, head, labels, columns, note)] if rows else []
 
 
 def perception(summary: Summary, task: str) -> Table:

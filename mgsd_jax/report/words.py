@@ -10,8 +10,7 @@ from mgsd_jax.evaluation.summary import MODELS, Summary
 
 DASH = "–"
 TASKS = {task: env.title for task, env in ENVS.items()}
-# The kinds of state facts of each task in its own words, such as 'holes' for 'hole'.
-FACTS = {task: {"size": "size", **env.labels, "open": "open sides"} for task, env in ENVS.items()}
+FACTS = {task: env.kinds for task, env in ENVS.items()}
 MODES = {
     "picture": "picture",
     "text": "text",
@@ -66,7 +65,7 @@ METRICS = {
     "rollout/legal": ("Legal plans, training", SHARE),
     "rollout/repeated": ("Repeated four-token pieces", SHARE),
     "rollout/kept_a_pass": ("Tokens kept a pass", "tokens"),
-    "val/read": ("Facts read off the picture, validation", SHARE),
+    "val/state_f1": ("State F1, validation", "F1"),
     "kl_pos": ("KL to the teacher, token", _NATS),
     "agree_pos": ("Same next token as the teacher, token", SHARE),
     "kl_cap_share": ("Tokens at the cap of the KL", SHARE),
@@ -106,7 +105,8 @@ def metric(name: str) -> Metric:
     known = name
     while known not in METRICS and "/" in known:
         known, _, part = known.rpartition("/")
-        rest.insert(0, TASKS.get(part, part.replace("_", " ")))
+        kind = FACTS.get(known.rpartition("/")[2], {}).get(part)
+        rest.insert(0, kind or TASKS.get(part, part.replace("_", " ")))
     title, unit = METRICS.get(known, (known.replace("_", " ").capitalize(), "value"))
     rank = list(METRICS).index(known) if known in METRICS else len(METRICS)
     return Metric(", ".join([title, *rest]), unit, rank)

@@ -19,6 +19,7 @@ from mgsd_jax.parallel.means import Mean
 from mgsd_jax.training.divergences import TokenStats
 from mgsd_jax.workdir.sinks import Picture
 
+FEWEST = 8  # boards of which a mean by kind of fact is told: one of three says nothing
 SHOWN = 8  # boards of a validation, the same ones every time
 
 
@@ -118,15 +119,15 @@ def validation_metrics(
 ) -> dict[str, Mean]:
     """Success and exact states over the validation boards, also by task, as an evaluation has them.
 
-    A task is the mean over its levels, the whole the mean over tasks. Of each kind of fact the
-    share that the answers state is a mean over the boards that have such facts.
+    A task is the mean over its levels, the whole the mean over tasks. State F1 by kind of fact is
+    a mean over the boards that it is measured on, where these are `FEWEST` or more.
     """
     cells: dict[str, dict[int, list[tuple[bool, bool]]]] = {}
-    read: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
+    kinds: dict[str, Mean] = collections.defaultdict(lambda: Mean(0.0, 0.0))
     for board, answer in zip(boards, answers, strict=True):
         score = scoring.score_plan(board, answer.text)
-        for kind, share in score.get("state_read", {}).items():
-            read[f"val/read/{board.task}/{kind}"] += Mean(share, 1.0)
+        for kind, f1 in (score.get("state_f1_by_kind") or {}).items():
+            kinds[f"val/state_f1/{board.task}/{kind}"] += Mean(f1, 1.0)
         result = (score["outcome"]["success"], bool(score["state_exact"]))
         cells.setdefault(board.task, {}).setdefault(board.level, []).append(result)
     tasks = {
@@ -137,7 +138,7 @@ def validation_metrics(
         f"val/{name}{task}": Mean(float(mean[i]), 1.0)
         for task, mean in {"": np.mean(list(tasks.values()), axis=0), **tasks}.items()
         for i, name in enumerate(("success", "state_exact"))
-    } | read
+    } | {name: mean for name, mean in kinds.items() if mean.weight >= FEWEST}
 
 
 def shown_answers(

@@ -81,7 +81,7 @@ def nano_study() -> Study:
         ("unseen_gbr", (*UNSEEN, "data.channels=(1,2,0)")),
         ("unseen_grb", (*UNSEEN, "data.channels=(1,0,2)")),
     )
-    chosen = ("base", "jsd", "best", "best_60")
+    chosen = ("base", "jsd", "best", "best_60", "verifier_50", "best_60_verified")
     return Study(str(CONFIGS / "nano.py"), ROWS, elsewhere, asked, unseen, chosen)
 
 

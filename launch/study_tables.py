@@ -47,6 +47,7 @@ _PAIRS = (
     ("jsd_only", "base"),
     ("best_60", "base"),
     ("best_60", "jsd"),
+    ("best_60_verified", "best_60"),
     ("augment_both", "sft_varied"),
     ("best_60", "sft_varied"),
     ("jsd_only", "distillation_only"),
@@ -64,6 +65,7 @@ _PAIRS_ELSEWHERE = (
     ("best_60", "base"),
     ("best_60", "sft"),
     ("best_60", "sft_varied"),
+    ("best_60_verified", "best_60"),
     ("augment_both", "sft_varied"),
     ("sft_varied", "base"),
 )
@@ -78,7 +80,7 @@ _PAIRS_OF_PLANS = (
     ("plans_one", "plans_base"),
     ("plans_state", "jsd_only"),
 )
-CURVES = ("distillation_only", "method", "jsd", "jsd_only", "best", "best_60")
+CURVES = ("distillation_only", "method", "jsd", "jsd_only", "verifier_50", "best_60")
 _COLOURS = ("#0b6e4f", "#c8553d", "#3d5a98", "#8a6d1f", "#7a3b8f", "#5b5b5b")
 
 

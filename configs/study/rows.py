@@ -207,6 +207,14 @@ GROUPS = {
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
         _jsd("best", "An eighth are questions, pictures vary by 0.5", *_BEST),
         _jsd("best_60", "The same, 60 updates instead of 120", *_BEST, "distillation.steps=60"),
+        # The weight is the one of `verifier_50`, chosen by success on validation boards.
+        _jsd(
+            "best_60_verified",
+            "The same 60, and a policy gradient of success, 0.5",
+            *_BEST,
+            _VERIFIER + "0.5",
+            "distillation.steps=60",
+        ),
         _jsd("gate", "Wrong responses weigh 0.3", _GATE),
         _jsd("gate_late", "The same from 30 % success on", _GATE, _GATE_LATE),
         _jsd("contrast", "Tokens weigh by what another board changes", _CONTRAST),
@@ -215,6 +223,7 @@ GROUPS = {
         # With weight 1 its gradient is as large as the divergence's in the first updates.
         _jsd("verifier_10", "Policy gradient of success, weight 0.1", _VERIFIER + "0.1"),
         _jsd("verifier_50", "Policy gradient of success, weight 0.5", _VERIFIER + "0.5"),
+        _jsd("verifier_100", "Policy gradient of success, weight 1", _VERIFIER + "1.0"),
     ),
     # A base of its own, distilled alone.
     "plans": (

@@ -295,7 +295,7 @@ def main_table(models: Sequence[Model], base: Model | None) -> str:
 
 
 def kinds_table(models: Sequence[Model]) -> str:
-    """State F1 by kind of fact, but sizes, from pictures, over all runs.
+    """State F1 by kind of fact, from pictures, over all runs.
 
     Empty where no answer says: rows of an older version do not.
     """
@@ -303,7 +303,7 @@ def kinds_table(models: Sequence[Model]) -> str:
         f"{TASKS[task]}: {label}": [percent(_of_kind(model, task, kind)) for model in models]
         for task, kinds in FACTS.items()
         for kind, label in kinds.items()
-        if kind != "size" and any(_of_kind(model, task, kind) is not None for model in models)
+        if any(_of_kind(model, task, kind) is not None for model in models)
     }
     return _table("model", [model.title for model in models], columns) if columns else ""
 

@@ -413,7 +413,7 @@ def test_validations_are_printed_by_update_and_seed(tmp_path: pathlib.Path) -> N
 
 
 def test_f1_stands_by_kind_of_fact(tmp_path: pathlib.Path) -> None:
-    """At home and elsewhere, over all seeds; kinds that no board has, and sizes, have no column."""
+    """At home and elsewhere, over all seeds; kinds that no board has have no column."""
     for name, rights in (("base", [4]), ("jsd", [14, 16])):
         for seed, right in enumerate(rights):
             write_run(tmp_path, name, seed, right)
@@ -422,9 +422,10 @@ def test_f1_stands_by_kind_of_fact(tmp_path: pathlib.Path) -> None:
     home = home.split("## State F1 by kind of fact")[1].split("## ")[0]
     for text, shares in ((home, ("20.0 %", "75.0 %")), (there, ("10.0 %", "65.0 %"))):
         (head,) = [line for line in text.splitlines() if "Maze: player" in line]
-        assert [cell.strip() for cell in head.split("|")[2:-1]] == ["Maze: player", "Maze: goal"]
+        kinds = ["Maze: size", "Maze: player", "Maze: goal"]
+        assert [cell.strip() for cell in head.split("|")[2:-1]] == kinds
         for share in shares:
-            assert f"| 100.0 % | {share} |" in text
+            assert f"| 100.0 % | 100.0 % | {share} |" in text
 
 
 def test_what_is_left_to_answers_from_text_is_over_every_seed(tmp_path: pathlib.Path) -> None:

@@ -98,7 +98,7 @@ def _unread(values: Mapping[str, float], limits: GuardConfig) -> dict[str, str]:
 
     In the small study two seeds of three without grounding stated of every lake that it has no
     holes, and stayed so. Answers that state nothing else of a board either are left alone: their
-    prompt may not ask for it. Sizes say nothing of that, because prompts name them.
+    prompt may not ask for it. A size says nothing of that: it is soon named in passing.
     """
     tasks: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for metric, f1 in values.items():

@@ -206,11 +206,11 @@ GROUPS = {
         _jsd("questions_12", "An eighth of the rows are questions", _QUESTIONS + "0.125"),
         _jsd("questions_25", "A quarter of the rows are questions", _QUESTIONS + "0.25"),
         _jsd("best", "An eighth are questions, pictures vary by 0.5", *_BEST),
-        _jsd("best_60", "The same, 60 updates instead of 120", *_BEST, "distillation.steps=60"),
+        _jsd("best_60", "The quickstart's recipe, 60 updates", *_BEST, "distillation.steps=60"),
         # The weight is the one of `verifier_50`, chosen by success on validation boards.
         _jsd(
             "best_60_verified",
-            "The same 60, and a policy gradient of success, 0.5",
+            "The quickstart's recipe and a policy gradient of success, 0.5",
             *_BEST,
             _VERIFIER + "0.5",
             "distillation.steps=60",

@@ -122,6 +122,7 @@ class Cloud:
         (venv / "python").chmod(0o755)
         (folder / "venv" / ".installed-tpu,gcs").write_text("")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "JAX_"))}
+        kept.pop("PYTHON", None)  # the interpreter that launch/test.sh was asked to take
         self.env = kept | {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "FAKE_CLOUD": str(folder),

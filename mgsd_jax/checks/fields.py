@@ -3,6 +3,7 @@
 Every error is a ValueError of one line: file, field, what was found, what was wanted.
 """
 
+import functools
 import json
 import math
 import types
@@ -55,13 +56,20 @@ def check_record(record: Mapping[str, object], kind: type[Record], source: str) 
     outermost type of a value is checked, and those of what a TypedDict or a dict inside holds.
     """
     required = kind.__required_keys__  # pyrefly: ignore[missing-attribute]  # a TypedDict's
-    missing = [name for name in typing.get_type_hints(kind) if name in required - record.keys()]
+    hints = _hints(kind)
+    missing = [name for name in hints if name in required and name not in record]
     if missing:
         raise ValueError(f"{source}: got keys {sorted(record)}, want {missing} as well")
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in hints.items():
         if name in record:
             _check_value(record[name], hint, f"{source}: {name}")
     return typing.cast(Record, record)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Hint]:
+    """The types of a TypedDict's keys, which take longer to look up than a row to check."""
+    return typing.get_type_hints(kind)
 
 
 def _check_value(value: object, hint: Hint, source: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mgsd_jax.data import prompts as prompts_lib
 from mgsd_jax.data.boards import Board
-from mgsd_jax.envs import facts
+from mgsd_jax.envs import ENVS, facts
 from mgsd_jax.envs.base import Outcome
 from mgsd_jax.evaluation import rules, scoring
 from mgsd_jax.evaluation.routes import draw_route
@@ -36,8 +36,8 @@ def judge_rollouts(boards: Sequence[Board], responses: Sequence[str]) -> list[Ju
     for board, response in zip(boards, responses, strict=True):
         outcome = rules.judge(board.state, board.task, response)
         stated = facts.read_facts(board.task, response)
-        exact = facts.measure(board.task, board.state, stated)["state_exact"]
-        judged.append(Judged(outcome, bool(exact)))
+        true = ENVS[board.task].facts(board.state)
+        judged.append(Judged(outcome, facts.is_exact(board.task, stated, true)))
     return judged
 
 

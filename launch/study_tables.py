@@ -299,11 +299,15 @@ def kinds_table(models: Sequence[Model]) -> str:
 
     Empty where no answer says: rows of an older version do not.
     """
-    columns = {
-        f"{TASKS[task]}: {label}": [percent(_of_kind(model, task, kind)) for model in models]
+    found = {
+        f"{TASKS[task]}: {label}": [_of_kind(model, task, kind) for model in models]
         for task, kinds in FACTS.items()
         for kind, label in kinds.items()
-        if any(_of_kind(model, task, kind) is not None for model in models)
+    }
+    columns = {
+        name: [*map(percent, column)]
+        for name, column in found.items()
+        if any(f1 is not None for f1 in column)
     }
     return _table("model", [model.title for model in models], columns) if columns else ""
 

@@ -209,9 +209,12 @@ def state_f1(stated: frozenset[Fact], true: frozenset[Fact]) -> float:
 
 def f1_by_kind(stated: frozenset[Fact], true: frozenset[Fact]) -> dict[str, float]:
     """`state_f1` of the facts of each kind, such as 'hole', that are stated or true; by name."""
+
+    def of(kind: str, some: frozenset[Fact]) -> frozenset[Fact]:
+        return frozenset(fact for fact in some if fact[0] == kind)
+
     kinds = sorted({fact[0] for fact in stated | true})  # sets come in another order each run
-    parts = [[{f for f in some if f[0] == kind} for some in (stated, true)] for kind in kinds]
-    return {kind: state_f1(*map(frozenset, part)) for kind, part in zip(kinds, parts, strict=True)}
+    return {kind: state_f1(of(kind, stated), of(kind, true)) for kind in kinds}
 
 
 def is_exact(task: str, stated: Stated, true: frozenset[Fact]) -> bool:

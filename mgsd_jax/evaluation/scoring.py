@@ -42,8 +42,7 @@ class PlanScore(TypedDict):
     plan: list[str]
     state_f1: float | int | None
     state_exact: bool | None
-    # Absent in older rows, as are the next two.
-    # Of the facts of each kind ('hole', ...) that are stated or true.
+    # Of the facts of each kind ('hole', ...). Absent in older rows, as are the next two.
     state_f1_by_kind: NotRequired[dict[str, float | int] | None]
     contradicted: NotRequired[list[str]]
     plan_given_own_state: NotRequired[bool | None]  # success on the board that the answer describes
